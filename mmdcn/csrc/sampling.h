@@ -1,0 +1,93 @@
+// Fractional sampling of a feature map: equations (3) and (4) of the design,
+//
+//   X(p)    = sum_q G(q, p) X(q)                         over integer positions q that exist
+//   G(q, p) = prod_d max(0, 1 - |q_d - p_d|)
+//
+// and the derivative of X(p) with respect to p. Every deformable operator on every device samples
+// through this header, so that the CPU tests exercise the mathematics the GPU runs.
+//
+// In each dimension only floor(p) and floor(p) + 1 have a non-zero weight, so a sample of rank R
+// reads 2^R corners. Corner number q has bit d set when it lies on the high side of dimension d,
+// counted from the innermost (x is bit 0, y is bit 1).
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define MMDCN_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define MMDCN_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+namespace mmdcn {
+namespace {  // Internal linkage: this header is compiled several times, for different CPUs.
+
+// How the regular grid of one convolution maps an output position and a tap to the input.
+struct GridAxis {
+  int64_t stride, padding, dilation;
+
+  // Coordinate of tap `tap` of output position `position`, before its offset.
+  MMDCN_HOST_DEVICE int64_t base(int64_t position, int64_t tap) const {
+    return position * stride - padding + tap * dilation;
+  }
+};
+
+// The corners of one sample: their flat positions in the feature map, their weights G(q, p), and the
+// derivatives of those weights with respect to each coordinate.
+template <typename coord_t, int R>
+struct Corners {
+  static constexpr int kCount = 1 << R;
+
+  int64_t position[kCount];            // q, flattened row-major; -1 where q does not exist
+  coord_t weight[kCount];              // G(q, p); 0 where q does not exist
+  coord_t weight_gradient[R][kCount];  // dG(q, p) / dp_d, outermost dimension first; 0 likewise
+
+  // Fills the corners of point p in a feature map of the given size. Returns false, with nothing
+  // filled, when the sample contributes nothing: a coordinate that is not finite or lies outside
+  // (-1, size). The comparison is made in floating point and is false for NaN, so that no
+  // coordinate that an integer cannot hold is ever converted to one.
+  MMDCN_HOST_DEVICE bool locate(const coord_t (&p)[R], const int64_t (&size)[R]) {
+    for (int d = 0; d < R; ++d) {
+      if (!(p[d] > coord_t(-1) && p[d] < coord_t(size[d]))) return false;
+    }
+    int64_t low[R];
+    coord_t fraction[R];
+    for (int d = 0; d < R; ++d) {
+      // floor() of a value above -1, without a library call: truncation rounds towards zero.
+      low[d] = static_cast<int64_t>(p[d] + coord_t(1)) - 1;
+      // p + 1 may round up to the next integer, just below it; step back so that fraction >= 0.
+      if (coord_t(low[d]) > p[d]) --low[d];
+      fraction[d] = p[d] - coord_t(low[d]);
+    }
+    for (int q = 0; q < kCount; ++q) {
+      bool exists = true;
+      int64_t flat = 0;
+      coord_t g = 1;
+      for (int d = 0; d < R; ++d) {
+        const int high = (q >> (R - 1 - d)) & 1;
+        const int64_t index = low[d] + high;
+        exists = exists && index >= 0 && index < size[d];
+        flat = flat * size[d] + index;
+        g *= high ? fraction[d] : coord_t(1) - fraction[d];
+      }
+      position[q] = exists ? flat : -1;
+      weight[q] = exists ? g : coord_t(0);
+      for (int d = 0; d < R; ++d) {
+        coord_t slope = 1;
+        for (int e = 0; e < R; ++e) {
+          const int high = (q >> (R - 1 - e)) & 1;
+          if (e == d) {
+            slope *= high ? coord_t(1) : coord_t(-1);
+          } else {
+            slope *= high ? fraction[e] : coord_t(1) - fraction[e];
+          }
+        }
+        weight_gradient[d][q] = exists ? slope : coord_t(0);
+      }
+    }
+    return true;
+  }
+};
+
+}  // namespace
+}  // namespace mmdcn
