@@ -16,11 +16,12 @@
 #ifdef __CUDACC__
 #define MMDCN_HOST_DEVICE __host__ __device__ __forceinline__
 #else
+// Always inlined: the CPU kernels are compiled once for each instruction set, and the linker must not
+// share a function of one with another.
 #define MMDCN_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace mmdcn {
-namespace {  // Internal linkage: this header is compiled several times, for different CPUs.
 
 // How the regular grid of one convolution maps an output position and a tap to the input.
 struct GridAxis {
@@ -89,5 +90,4 @@ struct Corners {
   }
 };
 
-}  // namespace
 }  // namespace mmdcn

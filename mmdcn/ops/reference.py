@@ -40,10 +40,8 @@ def sample(input: Tensor, p_y: Tensor, p_x: Tensor) -> Tensor:
     # coordinates, where (4) has a kink, this takes the derivative towards the higher position.
     low_y, low_x = p_y.detach().floor(), p_x.detach().floor()
     x_of_p = 0
-    for q_y in (low_y, low_y + 1):
-        for q_x in (low_x, low_x + 1):
-            g_y = 1 - (p_y - low_y) if q_y is low_y else p_y - low_y
-            g_x = 1 - (p_x - low_x) if q_x is low_x else p_x - low_x
+    for q_y, g_y in ((low_y, 1 - (p_y - low_y)), (low_y + 1, p_y - low_y)):
+        for q_x, g_x in ((low_x, 1 - (p_x - low_x)), (low_x + 1, p_x - low_x)):
             exists = inside & (q_y >= 0) & (q_y < height) & (q_x >= 0) & (q_x < width)
             g = torch.where(exists, g_y * g_x, 0.0)
             q = torch.where(exists, q_y * width + q_x, 0.0).long()
@@ -77,7 +75,7 @@ def deform_conv2d(
     def grid(length: int, view: tuple[int, ...]) -> Tensor:
         return torch.arange(length, dtype=offset.dtype, device=offset.device).view(view)
 
-    delta = offset.view(batch, deform_groups, taps, 2, out_h, out_w)
+    delta = offset.reshape(batch, deform_groups, taps, 2, out_h, out_w)
     p0_y = grid(out_h, (out_h, 1)) * stride_h - pad_h
     p0_x = grid(out_w, (1, out_w)) * stride_w - pad_w
     pn_y = (grid(kernel_h, (kernel_h, 1)) * dilation_h).expand(kernel_h, kernel_w)
@@ -88,16 +86,16 @@ def deform_conv2d(
     # X(p) · Δmn: the channels of an offset group are sampled at the same points.
     sampled = sample(
         input.reshape(batch * deform_groups, channels // deform_groups, height, width),
-        p_y.reshape(batch * deform_groups, -1),
-        p_x.reshape(batch * deform_groups, -1),
+        p_y.reshape(batch * deform_groups, taps * out_h * out_w),
+        p_x.reshape(batch * deform_groups, taps * out_h * out_w),
     ).view(batch, deform_groups, channels // deform_groups, taps, out_h, out_w)
     if mask is not None:
-        sampled = sampled * mask.view(batch, deform_groups, 1, taps, out_h, out_w)
+        sampled = sampled * mask.reshape(batch, deform_groups, 1, taps, out_h, out_w)
 
     # Σ_n W(pn) · …, over the taps and over the input channels of each group.
     output = torch.einsum(
         "bgcnyx,gocn->bgoyx",
         sampled.reshape(batch, groups, channels_per_group, taps, out_h, out_w),
-        weight.view(groups, out_channels // groups, channels_per_group, taps),
+        weight.reshape(groups, out_channels // groups, channels_per_group, taps),
     ).reshape(batch, out_channels, out_h, out_w)
     return output if bias is None else output + bias.view(-1, 1, 1)

@@ -1,0 +1,6 @@
+"""mmdcn: deformable convolution for the OpenMMLab detection toolbox."""
+
+from . import ops
+from .version import __version__
+
+__all__ = ["__version__", "ops"]

@@ -1,0 +1,330 @@
+"""Deformable convolution, v1 and v2: one operator, top to bottom.
+
+The mathematics is in :mod:`mmdcn.ops.reference`; the kernels are in ``csrc/``.
+"""
+
+import torch
+from torch import Tensor
+
+from . import _library, reference
+
+_library.load()
+
+FEATURE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Deformable convolution v1, or v2 where a mask is given.
+
+    Samples the input at ``p = p0 + pn + Δpn`` with bilinear interpolation, for each tap ``pn`` of
+    the kernel, multiplies by the modulation and convolves: equations (2)-(4) of Deformable
+    Convolutional Networks (arXiv 1703.06211), and equation (1) of Deformable ConvNets v2 (arXiv
+    1811.11168). Arguments are those of ``torchvision.ops.deform_conv2d``.
+
+    A sample with a coordinate that is not finite, or outside (-1, H) × (-1, W), contributes zero
+    and has zero gradient. float16 and bfloat16 accumulate in float32. On the CPU the result is the
+    same, bit for bit, for any number of threads.
+
+    Args:
+        input: features of shape (N, C, H, W); float32, float64, float16 or bfloat16. N may be 0.
+            A channels-last input gives a channels-last output.
+        offset: Δpn in pixels, of shape (N, 2 · deform_groups · kh · kw, Ho, Wo): for each offset
+            group and each tap in row-major order, y then x. In the input's dtype, or in float32
+            beside half-precision features. C / deform_groups consecutive channels share a group;
+            deform_groups follows from the shape and may be any divisor of C.
+        weight: kernel of shape (Co, C / groups, kh, kw), in the input's dtype. groups follows from
+            the shape.
+        bias: shape (Co,), in the input's dtype.
+        stride, padding, dilation: one number, or one for each of height and width, in pixels.
+        mask: modulation of shape (N, deform_groups · kh · kw, Ho, Wo), in the offset's dtype or one
+            that the offset may have.
+
+    Returns:
+        Tensor of shape (N, Co, Ho, Wo) in the input's dtype, where
+        ``Ho = (H + 2 · padding - dilation · (kh - 1) - 1) // stride + 1``, and Wo likewise.
+
+    Raises:
+        TypeError: an argument is no tensor or number, or has another dtype than it must.
+        ValueError: a shape, a device or a number does not fit the others.
+        RuntimeError: there is no compiled kernel for the device of the input.
+    """
+    stride = _pair("stride", stride, at_least=1)
+    padding = _pair("padding", padding, at_least=0)
+    dilation = _pair("dilation", dilation, at_least=1)
+    _check_tensors(input=input, offset=offset, weight=weight, bias=bias, mask=mask)
+    input, weight, bias = _autocast(input, weight, bias)
+    _check_types(input, offset, weight, bias, mask)
+    _check_shapes(input, offset, weight, bias, stride, padding, dilation, mask)
+    _library.require_kernels_for(input.device)
+    coordinate_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return torch.ops.mmdcn.deform_conv2d(
+        input,
+        offset.to(coordinate_dtype),
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        None if mask is None else mask.to(coordinate_dtype),
+    )
+
+
+# ---------------------------------------------------------------------------------------- checks
+
+
+def _pair(name: str, value: int | tuple[int, int], at_least: int) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    whole = all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in pair)
+    if not whole:
+        raise TypeError(f"{name}: expected an int or a pair of ints, got {value!r}")
+    if len(pair) != 2 or any(n < at_least for n in pair):
+        raise ValueError(
+            f"{name}: expected one or two numbers of at least {at_least}, got {value!r}"
+        )
+    return pair
+
+
+def _check_tensors(**arguments: Tensor | None) -> None:
+    for name, argument in arguments.items():
+        optional = name in ("bias", "mask")
+        if argument is None and optional:
+            continue
+        if not isinstance(argument, Tensor):
+            expected = "a tensor or None" if optional else "a tensor"
+            raise TypeError(f"{name}: expected {expected}, got {type(argument).__name__}")
+        dimensions = 1 if name == "bias" else 4
+        if argument.dim() != dimensions:
+            raise ValueError(
+                f"{name}: expected {dimensions} dimensions, got shape {tuple(argument.shape)}"
+            )
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """What autocast does to the features of a convolution: its dtype instead of float32.
+
+    Offsets and modulation are left as they come: coordinates stay in float32.
+    """
+    device_type = tensors[0].device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    eligible = (torch.float32, torch.float16, torch.bfloat16)
+    return [t.to(dtype) if t is not None and t.dtype in eligible else t for t in tensors]
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _check_types(input, offset, weight, bias, mask) -> None:
+    half = input.dtype in (torch.float16, torch.bfloat16)
+    expected = {
+        "input": (input, FEATURE_DTYPES),
+        "offset": (offset, (input.dtype, torch.float32) if half else (input.dtype,)),
+        "weight": (weight, (input.dtype,)),
+        "bias": (bias, (input.dtype,)),
+        "mask": (mask, (input.dtype, torch.float32) if half else (input.dtype,)),
+    }
+    for name, (tensor, dtypes) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in dtypes:
+            beside = "" if name == "input" else f" beside input of {_names((input.dtype,))}"
+            raise TypeError(
+                f"{name}: expected dtype {_names(dtypes)}{beside}, got {_names((tensor.dtype,))}"
+            )
+        if tensor.device != input.device:
+            raise ValueError(
+                f"{name}: expected device {input.device} as input has, got {tensor.device}"
+            )
+
+
+def _check_shapes(input, offset, weight, bias, stride, padding, dilation, mask) -> None:
+    batch, channels, height, width = input.shape
+    out_channels, group_channels, kernel_h, kernel_w = weight.shape
+    taps = kernel_h * kernel_w
+    if channels < 1:
+        raise ValueError(f"input: expected at least one channel, got shape {tuple(input.shape)}")
+    if taps < 1 or group_channels < 1 or out_channels < 1:
+        raise ValueError(
+            f"weight: expected no dimension of size 0, got shape {tuple(weight.shape)}"
+        )
+    if channels % group_channels != 0:
+        raise ValueError(
+            f"weight: weight.shape[1] must divide the {channels} channels of input "
+            f"(it is channels / groups), got {group_channels}"
+        )
+    groups = channels // group_channels
+    if out_channels % groups != 0:
+        raise ValueError(
+            f"weight: weight.shape[0], the number of output channels, must be a multiple of the "
+            f"{groups} groups (channels of input / weight.shape[1]), got {out_channels}"
+        )
+    if bias is not None and bias.shape[0] != out_channels:
+        raise ValueError(
+            f"bias: expected shape ({out_channels},), one for each output channel, "
+            f"got {tuple(bias.shape)}"
+        )
+
+    out_h, out_w = (
+        (size + 2 * pad - dil * (kernel - 1) - 1) // step + 1
+        for size, pad, dil, kernel, step in zip(
+            (height, width), padding, dilation, (kernel_h, kernel_w), stride
+        )
+    )
+    if out_h < 1 or out_w < 1:
+        raise ValueError(
+            f"input: expected height and width of at least the dilated kernel's, "
+            f"{tuple(d * (k - 1) + 1 for d, k in zip(dilation, (kernel_h, kernel_w)))}, with "
+            f"padding {padding} on each side, got {(height, width)}"
+        )
+    per_tap = offset.shape[1] // (2 * taps)
+    if offset.shape[1] % (2 * taps) != 0 or per_tap < 1 or channels % per_tap != 0:
+        raise ValueError(
+            f"offset: offset.shape[1] is not valid: expected 2 · {kernel_h} · {kernel_w} · "
+            f"deform_groups, where deform_groups divides the {channels} channels of input "
+            f"({2 * taps} for one group), got {offset.shape[1]}"
+        )
+    expected = {
+        "offset": (offset, (batch, offset.shape[1], out_h, out_w)),
+        "mask": (mask, (batch, per_tap * taps, out_h, out_w)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if name == "mask" and tensor.shape[1] != shape[1]:
+            raise ValueError(
+                f"mask: mask.shape[1] is not valid: expected {shape[1]}, {kernel_h} · {kernel_w} "
+                f"for each of the {per_tap} offset groups of offset, got {tensor.shape[1]}"
+            )
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name}: expected shape {shape}, the batch of input and the height and width of "
+                f"the output, got {tuple(tensor.shape)}"
+            )
+
+
+# ------------------------------------------------------------------- what the compiler must know
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    """The layout that the operator gives to what has the features' shape, as tensors.h has it."""
+    if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+@torch.library.register_fake("mmdcn::deform_conv2d")
+def _(input, offset, weight, bias, stride, padding, dilation, mask):
+    return torch.empty(
+        (input.shape[0], weight.shape[0], offset.shape[2], offset.shape[3]),
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=_memory_format(input),
+    )
+
+
+@torch.library.register_fake("mmdcn::deform_conv2d_backward")
+def _(grad_output, input, offset, weight, stride, padding, dilation, mask, output_mask):
+    def like(tensor: Tensor | None, wanted: bool, memory_format=torch.contiguous_format) -> Tensor:
+        if tensor is None or not wanted:
+            return (offset if tensor is None else tensor).new_empty(0)
+        return torch.empty(
+            tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=memory_format
+        )
+
+    return (
+        like(input, output_mask[0], _memory_format(input)),
+        like(offset, output_mask[1]),
+        like(weight, output_mask[2]),
+        like(mask, output_mask[3]),
+    )
+
+
+# -------------------------------------------------------------------------------------- autograd
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    input, offset, weight, _, ctx.stride, ctx.padding, ctx.dilation, mask = inputs
+    ctx.save_for_backward(input, offset, weight, mask)
+
+
+def _backward(ctx, grad_output):
+    input, offset, weight, mask = ctx.saved_tensors
+    wants_input, wants_offset, wants_weight, wants_bias, *_, wants_mask = ctx.needs_input_grad
+    output_mask = [wants_input, wants_offset, wants_weight, wants_mask]
+    gradients = [None] * 4
+    if any(output_mask):
+        computed = torch.ops.mmdcn.deform_conv2d_backward(
+            grad_output,
+            input,
+            offset,
+            weight,
+            ctx.stride,
+            ctx.padding,
+            ctx.dilation,
+            mask,
+            output_mask,
+        )
+        gradients = [g if wanted else None for g, wanted in zip(computed, output_mask)]
+    grad_input, grad_offset, grad_weight, grad_mask = gradients
+    grad_bias = grad_output.sum((0, 2, 3)) if wants_bias else None
+    return grad_input, grad_offset, grad_weight, grad_bias, None, None, None, grad_mask
+
+
+torch.library.register_autograd("mmdcn::deform_conv2d", _backward, setup_context=_setup_context)
+
+
+def _setup_double_context(ctx, inputs, output) -> None:
+    *tensors, ctx.stride, ctx.padding, ctx.dilation, mask, ctx.output_mask = inputs
+    ctx.save_for_backward(*tensors, mask)
+
+
+def _double_backward(ctx, *grad_gradients):
+    """Second derivatives, by differentiating the reference twice: right, not fast."""
+    grad_output, input, offset, weight, mask = (
+        t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors
+    )
+    with torch.enable_grad():
+        # As the kernels do, compute in the coordinates' precision.
+        output = reference.deform_conv2d(
+            input.to(offset.dtype),
+            offset,
+            weight.to(offset.dtype),
+            None,
+            ctx.stride,
+            ctx.padding,
+            ctx.dilation,
+            mask,
+        )
+        wanted = [
+            (tensor, grad)
+            for tensor, want, grad in zip(
+                (input, offset, weight, mask), ctx.output_mask, grad_gradients
+            )
+            if want and tensor is not None and grad is not None
+        ]
+        first = torch.autograd.grad(
+            output, [t for t, _ in wanted], grad_output.to(output.dtype), create_graph=True
+        )
+        variables = [t for t in (grad_output, input, offset, weight, mask) if t is not None]
+        second = torch.autograd.grad(
+            first, variables, [grad for _, grad in wanted], allow_unused=True
+        )
+    if mask is None:
+        second = (*second, None)
+    return *second[:4], None, None, None, second[4], None
+
+
+torch.library.register_autograd(
+    "mmdcn::deform_conv2d_backward", _double_backward, setup_context=_setup_double_context
+)

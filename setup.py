@@ -1,0 +1,257 @@
+"""Builds mmdcn: the Python package and its compiled operators.
+
+The operators use LibTorch's stable ABI and no Python symbol, so one wheel serves every Python from
+3.10 and every torch from 2.10. Only torch's headers are needed, never its import: they are found in
+the environment that mmdcn is installed into, also from inside pip's isolated build environment.
+
+Environment variables:
+    MMDCN_WITH_CUDA       0 leaves the CUDA library out, 1 insists on it; by default it is built
+                          where nvcc is found, with or without a GPU
+    TORCH_CUDA_ARCH_LIST  as for torch's own extensions; default "8.0;9.0+PTX"
+    CUDA_HOME, CXX        the CUDA toolkit and the C++ compiler to use
+    MAX_JOBS              compilers that run side by side; default: the number of cores
+    MMDCN_WERROR          1 makes compiler warnings errors
+"""
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CSRC = Path("mmdcn/csrc")
+OLDEST_TORCH = (2, 10)
+CPU_CAPABILITIES = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+        *("-mfma", "-mf16c", "-mprefer-vector-width=512"),
+    ],
+}
+
+
+def find_torch() -> Path:
+    """The installed torch package, found without importing it."""
+    places = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
+    places += [*site.getsitepackages(), site.getusersitepackages()]
+    if "site-packages" not in (sysconfig.get_path("platlib") or ""):
+        places.append(os.path.join(sys.prefix, "lib", "site-packages"))
+    # Inside pip's isolated build environment sys.path is narrowed; these still name the real one.
+    for prefix in (sys.prefix, sys.base_prefix):
+        scheme = {"base": prefix, "platbase": prefix}
+        places.append(sysconfig.get_path("platlib", vars=scheme))
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.origin is not None:
+        places.insert(0, str(Path(spec.origin).parent.parent))
+    for place in places:
+        if (Path(place) / "torch" / "version.py").is_file():
+            return Path(place) / "torch"
+    raise SystemExit(
+        f"mmdcn needs PyTorch to be installed first: none was found for {sys.executable}. "
+        "Install torch >= 2.10 into this environment, then install mmdcn again."
+    )
+
+
+def check_torch(torch: Path) -> None:
+    version = re.search(r"__version__ = '([^']+)'", (torch / "version.py").read_text()).group(1)
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
+        raise SystemExit(
+            f"mmdcn needs torch >= {'.'.join(map(str, OLDEST_TORCH))}; {torch} is {version}. "
+            "Upgrade torch, then install mmdcn again."
+        )
+
+
+def find_cxx() -> list[str]:
+    named = os.environ.get("CXX", "").split()
+    for command in [named] if named else [["g++"], ["c++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
+    raise SystemExit(
+        "mmdcn needs a C++17 compiler and found none: install one (Debian or Ubuntu: "
+        "apt-get install g++), or name it in CXX, then install mmdcn again."
+    )
+
+
+def find_nvcc() -> str | None:
+    """nvcc, or None where the CUDA library is not to be built."""
+    wanted = os.environ.get("MMDCN_WITH_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"MMDCN_WITH_CUDA: expected 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return None
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates = [os.path.join(home, "bin", "nvcc") for home in homes if home]
+    candidates += ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    nvcc = next(filter(None, map(shutil.which, candidates)), None)
+    if nvcc is None and wanted == "1":
+        raise SystemExit(
+            "MMDCN_WITH_CUDA=1 asks for the CUDA library, but nvcc was not found: install the CUDA "
+            "toolkit, or name its folder in CUDA_HOME."
+        )
+    return nvcc
+
+
+def cuda_architectures() -> list[str]:
+    """nvcc's -gencode arguments for TORCH_CUDA_ARCH_LIST."""
+    arguments = []
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
+    for entry in re.split(r"[;, ]+", listed.strip("; ,")):
+        match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", entry)
+        if match is None:
+            raise SystemExit(
+                "TORCH_CUDA_ARCH_LIST: expected numbers such as '8.0;9.0+PTX', got "
+                f"{entry!r} in {listed!r}"
+            )
+        number = "".join(match.group(1, 2, 3))
+        arguments.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match.group(4):
+            arguments.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return arguments
+
+
+class BuildOperators(build_ext):
+    """Compiles mmdcn/_cpu and mmdcn/_cuda with the C++ compiler and nvcc, in parallel."""
+
+    def build_extensions(self) -> None:
+        self.torch = find_torch()
+        check_torch(self.torch)
+        self.cxx = find_cxx()
+        self.strict = os.environ.get("MMDCN_WERROR") == "1"
+        # Each command is (what it makes, what it is made from, the command line).
+        compilations, links = [], []
+        for extension in self.extensions:
+            objects = self.cuda_objects() if extension.name.endswith("cuda") else self.cpu_objects()
+            compilations += objects
+            target = Path(self.get_ext_fullpath(extension.name))
+            links.append((extension.name, target, [target_of for target_of, _ in objects]))
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(lambda one: self.compile_one(*one), compilations))
+        for name, target, objects in links:
+            self.link(name, target, objects)
+
+    def object_path(self, name: str) -> Path:
+        return Path(self.build_temp) / f"{name}.o"
+
+    def cxx_flags(self) -> list[str]:
+        flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
+        flags += ["-Wall", "-Wextra"]
+        if platform.machine() in ("x86_64", "AMD64"):
+            flags.append("-march=x86-64-v2")
+        return [*flags, "-Werror"] if self.strict else flags
+
+    def torch_flags(self) -> list[str]:
+        target = (OLDEST_TORCH[0] << 56) | (OLDEST_TORCH[1] << 48)
+        include = self.torch / "include"
+        # -isystem: warnings in torch's headers are not ours to fix.
+        return [
+            f"-DTORCH_TARGET_VERSION={target:#018x}",
+            *("-isystem", str(include)),
+            *("-isystem", str(include / "torch" / "csrc" / "api" / "include")),
+        ]
+
+    def cpu_objects(self) -> list[tuple[Path, list[str]]]:
+        x86 = platform.machine() in ("x86_64", "AMD64")
+        commands = []
+        for source in [CSRC / "library.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]:
+            if source.stem.endswith("_kernel"):
+                for capability, flags in CPU_CAPABILITIES.items():
+                    if capability != "portable" and not x86:
+                        continue
+                    define = f"-DMMDCN_CPU_CAPABILITY={capability}"
+                    target = self.object_path(f"cpu_{source.stem}_{capability}")
+                    command = [*self.cxx, *self.cxx_flags(), *flags, define]
+                    commands.append((target, [*command, "-c", str(source), "-o", str(target)]))
+            else:
+                target = self.object_path(f"cpu_{source.stem}")
+                command = [*self.cxx, *self.cxx_flags(), *self.torch_flags()]
+                commands.append((target, [*command, "-c", str(source), "-o", str(target)]))
+        # The longest compilations first.
+        return sorted(commands, key=lambda command: "kernel" not in command[0].name)
+
+    def cuda_objects(self) -> list[tuple[Path, list[str]]]:
+        nvcc = find_nvcc()
+        cuda = Path(nvcc).resolve().parent.parent
+        commands = []
+        for source in sorted((CSRC / "cuda").glob("*.cu")):
+            target = self.object_path(f"cuda_{source.stem}_kernels")
+            command = [nvcc, "-std=c++17", "-O3", *cuda_architectures(), "-ccbin", self.cxx[0]]
+            command += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+            if self.strict:
+                command += ["-Werror", "all-warnings", "-Xcompiler", "-Werror"]
+            commands.append((target, [*command, "-c", str(source), "-o", str(target)]))
+        for source in sorted((CSRC / "cuda").glob("*.cpp")):
+            target = self.object_path(f"cuda_{source.stem}")
+            command = [*self.cxx, *self.cxx_flags(), "-DUSE_CUDA", *self.torch_flags()]
+            command += ["-isystem", str(cuda / "include")]
+            commands.append((target, [*command, "-c", str(source), "-o", str(target)]))
+        return commands
+
+    def compile_one(self, target: Path, command: list[str]) -> None:
+        # Headers are few and shared: an object older than any of them is compiled again.
+        sources = [path for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh")]
+        sources += [Path(command[command.index("-c") + 1]), Path("setup.py")]
+        recipe = target.with_suffix(".command")
+        current = target.is_file() and recipe.is_file() and recipe.read_text() == str(command)
+        if current and all(s.stat().st_mtime < target.stat().st_mtime for s in sources):
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        recipe.unlink(missing_ok=True)
+        self.run_command(command)
+        recipe.write_text(str(command))
+
+    def link(self, name: str, target: Path, objects: list[Path]) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [*self.cxx, "-shared", *map(str, objects)]
+        if name.endswith("cuda"):
+            # The library names libtorch_cuda.so as needed, so that the loader resolves torch's
+            # CUDA symbols when it is loaded; an empty stub of that name stands in for it here,
+            # where torch may be a CPU build.
+            stub = Path(self.build_temp) / "stub" / "libtorch_cuda.so"
+            stub.parent.mkdir(parents=True, exist_ok=True)
+            soname = "-Wl,-soname,libtorch_cuda.so"
+            empty = ["-x", "c++", os.devnull]
+            self.run_command([*self.cxx, "-shared", "-fPIC", soname, "-o", str(stub), *empty])
+            cuda = Path(find_nvcc()).resolve().parent.parent
+            command += ["-Wl,--no-as-needed", str(stub), "-Wl,--as-needed"]
+            command += [f"-L{cuda / folder}" for folder in ("lib64", "lib")]
+            command += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        temporary = target.with_suffix(".tmp")
+        command += [f"-L{self.torch / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(temporary)]
+        self.run_command(command)
+        temporary.replace(target)
+
+    def run_command(self, command: list[str]) -> None:
+        print(" ".join(command), flush=True)
+        if subprocess.run(command, check=False).returncode != 0:
+            raise SystemExit(f"mmdcn's operators did not compile; failed: {' '.join(command)}")
+
+
+def extensions() -> list[Extension]:
+    sources = [str(path) for path in sorted(CSRC.rglob("*.cpp"))]
+    names = ["mmdcn._cpu"] + (["mmdcn._cuda"] if find_nvcc() else [])
+    return [Extension(name, sources, py_limited_api=True) for name in names]
+
+
+def version() -> str:
+    text = (ROOT / "mmdcn" / "version.py").read_text()
+    return re.search(r'__version__ = "([^"]+)"', text).group(1)
+
+
+setup(
+    version=version(),
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildOperators},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
