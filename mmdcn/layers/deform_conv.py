@@ -1,0 +1,317 @@
+"""Deformable convolution as layers, with and without their own offset branch.
+
+========================= ======================= ========================
+layer                     forward                 short name in configs
+========================= ======================= ========================
+DeformConv2d              ``(x, offset)``
+ModulatedDeformConv2d     ``(x, offset, mask)``
+DeformConv2dPack          ``(x)``                 ``DCN``
+ModulatedDeformConv2dPack ``(x)``                 ``DCNv2``
+========================= ======================= ========================
+
+Constructor arguments, parameter names and initial values are those of the layers of the same name
+in ``mmcv.ops``, so that configs, checkpoints and seeds carry over. Nothing here needs mmcv.
+"""
+
+import functools
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from mmdcn.ops import deform_conv2d
+
+_logger = logging.getLogger("mmdcn")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    _logger.warning(message)
+
+
+def _check_int(name: str, value: int) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+
+
+def _check_pair(name: str, value: int | tuple[int, int], minimum: int) -> tuple[int, int]:
+    pair = _pair(value)
+    if len(pair) != 2 or not all(isinstance(v, int) and v >= minimum for v in pair):
+        raise ValueError(
+            f"{name}: expected an int or a pair of ints (vertical, horizontal), "
+            f"each at least {minimum}, got {value!r}"
+        )
+    return pair
+
+
+class _DeformConv2dBase(nn.Module):
+    """The arguments, parameters and description that all four layers have in common."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        deform_groups: int = 1,
+        bias: bool = False,
+        im2col_step: int | None = None,
+        *,
+        deformable_groups: int | None = None,
+    ) -> None:
+        # Not super(): the toolbox's variants of these layers have mmcv's layer as a second base
+        # (see mmdcn.plugin), and super() would then reach its constructor.
+        nn.Module.__init__(self)
+
+        if deformable_groups is not None:
+            if deform_groups not in (1, deformable_groups):
+                raise ValueError(
+                    "deformable_groups: the former name of deform_groups, expected only one of "
+                    f"them, got {deformable_groups} beside deform_groups={deform_groups}"
+                )
+            _warn_once("deformable_groups is the former name of deform_groups; please rename it.")
+            deform_groups = deformable_groups
+        if im2col_step is not None:
+            _warn_once("im2col_step is ignored: a batch of any size is processed at once.")
+
+        _check_int("in_channels", in_channels)
+        _check_int("out_channels", out_channels)
+        _check_int("groups", groups)
+        _check_int("deform_groups", deform_groups)
+        for name, channels, divisor_name, divisor in (
+            ("in_channels", in_channels, "groups", groups),
+            ("out_channels", out_channels, "groups", groups),
+            ("in_channels", in_channels, "deform_groups", deform_groups),
+        ):
+            if channels % divisor:
+                raise ValueError(
+                    f"{name}: expected a multiple of {divisor_name}={divisor}, got {channels}"
+                )
+
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = _check_pair("kernel_size", kernel_size, 1)
+        self.stride = _check_pair("stride", stride, 1)
+        self.padding = _check_pair("padding", padding, 0)
+        self.dilation = _check_pair("dilation", dilation, 1)
+        self.groups = groups
+        self.deform_groups = deform_groups
+        # Read by code that handles convolutions of any kind, such as mmcv's ConvModule.
+        self.transposed = False
+        self.output_padding = (0, 0)
+
+        self.weight = nn.Parameter(
+            torch.empty(out_channels, in_channels // groups, *self.kernel_size)
+        )
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_channels))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
+            f"groups={self.groups}, deform_groups={self.deform_groups}, "
+            f"bias={self.bias is not None}"
+        )
+
+    def _deform_conv2d(self, x: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
+        return deform_conv2d(
+            x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask
+        )
+
+
+class _OffsetBranch:
+    """Mixed into a deformable layer: the ordinary convolution that predicts what it needs.
+
+    The branch sees the layer's input and has its kernel size, stride, padding and dilation, so
+    that its output has the height and width of the layer's output.
+    """
+
+    # Of the state dict: before version 2, the branch's keys were named beside the layer.
+    _version = 2
+
+    def _add_offset_branch(self, channels_per_tap: int) -> None:
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        self.conv_offset = nn.Conv2d(
+            self.in_channels,
+            self.deform_groups * channels_per_tap * taps,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+        )
+
+    def init_offset(self) -> None:
+        """Set the branch to zero: the kernel then samples its regular grid."""
+        nn.init.zeros_(self.conv_offset.weight)
+        nn.init.zeros_(self.conv_offset.bias)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        if local_metadata.get("version") in (None, 1):
+            # `layer2.0.conv2_offset.weight` became `layer2.0.conv2.conv_offset.weight`.
+            for parameter in ("weight", "bias"):
+                old_key = f"{prefix.removesuffix('.')}_offset.{parameter}"
+                new_key = f"{prefix}conv_offset.{parameter}"
+                if old_key in state_dict and new_key not in state_dict:
+                    state_dict[new_key] = state_dict.pop(old_key)
+        # Not super(), for the reason given in the constructor.
+        nn.Module._load_from_state_dict(self, state_dict, prefix, local_metadata, *args)
+
+
+class DeformConv2d(_DeformConv2dBase):
+    """Deformable convolution (arXiv 1703.06211, eq. 2), at offsets that the caller gives.
+
+    Args:
+        in_channels: channels of the input, C.
+        out_channels: channels of the output, Co.
+        kernel_size: height and width of the kernel, kh × kw.
+        stride: step between output positions, in input pixels.
+        padding: zeros that surround the input, in pixels.
+        dilation: distance between the taps of the kernel, in pixels.
+        groups: number of groups of the convolution; divides C and Co.
+        deform_groups: number of offset groups; divides C. The C / deform_groups consecutive
+            channels of a group are sampled at the same points.
+        bias: whether to add a learnable bias, of shape (Co,), to the output.
+        im2col_step: accepted for the sake of old configs, and ignored.
+        deformable_groups: what old configs call ``deform_groups``.
+
+    The weight has the shape (Co, C / groups, kh, kw).
+
+    Raises:
+        ValueError: if an argument is out of range, or does not divide the channels.
+    """
+
+    def reset_parameters(self) -> None:
+        """He's uniform initialisation for the weight (arXiv 1502.01852), zero for the bias."""
+        nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+        """Convolve `x` at the offset sampling points.
+
+        Args:
+            x: input of shape (N, C, H, W).
+            offset: in pixels, of shape (N, 2 * deform_groups * kh * kw, Ho, Wo): for each offset
+                group and each tap, in row-major order, y then x.
+
+        Returns:
+            Tensor of shape (N, Co, Ho, Wo).
+        """
+        return self._deform_conv2d(x, offset, None)
+
+
+class DeformConv2dPack(_OffsetBranch, DeformConv2d):
+    """Deformable convolution that predicts its own offsets: a drop-in for a convolution.
+
+    The offset branch starts at zero, so that a fresh layer equals the plain convolution of the
+    same weight. Arguments and errors are those of :class:`DeformConv2d`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._add_offset_branch(channels_per_tap=2)
+        self.init_offset()
+
+    def init_weights(self) -> None:
+        """Zero the offset branch again, after mmengine has initialised every ``nn.Conv2d``."""
+        self.init_offset()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo)."""
+        return self._deform_conv2d(x, self.conv_offset(x), None)
+
+
+class ModulatedDeformConv2d(_DeformConv2dBase):
+    """Modulated deformable convolution (v2, arXiv 1811.11168, eq. 1): each sample is scaled.
+
+    Arguments and errors are those of :class:`DeformConv2d`; ``bias`` defaults to True.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        deform_groups: int = 1,
+        bias: bool = True,
+        **kwargs: int,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            deform_groups,
+            bias,
+            **kwargs,
+        )
+
+    def reset_parameters(self) -> None:
+        """Uniform in ±1 / sqrt(C * kh * kw) for the weight, zero for the bias."""
+        bound = 1 / math.sqrt(self.in_channels * self.kernel_size[0] * self.kernel_size[1])
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def init_weights(self) -> None:
+        """Initialise again; mmengine calls this on what it builds."""
+        self.reset_parameters()
+
+    def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+        """Convolve `x` at the offset sampling points, each scaled by its modulation.
+
+        Args:
+            x: input of shape (N, C, H, W).
+            offset: in pixels, of shape (N, 2 * deform_groups * kh * kw, Ho, Wo): for each offset
+                group and each tap, in row-major order, y then x.
+            mask: modulation of shape (N, deform_groups * kh * kw, Ho, Wo), in [0, 1] as a rule.
+
+        Returns:
+            Tensor of shape (N, Co, Ho, Wo).
+        """
+        return self._deform_conv2d(x, offset, mask)
+
+
+class ModulatedDeformConv2dPack(_OffsetBranch, ModulatedDeformConv2d):
+    """Modulated deformable convolution that predicts its own offsets and modulation.
+
+    A drop-in for a convolution. The branch starts at zero, where the modulation is sigmoid(0), so
+    that a fresh layer equals half the plain convolution of the same weight. Arguments and errors
+    are those of :class:`ModulatedDeformConv2d`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._add_offset_branch(channels_per_tap=3)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initialise the weight again and zero the offset branch; mmengine calls this."""
+        super().init_weights()
+        self.init_offset()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo)."""
+        # All offsets come first, then the modulation of every tap.
+        taps = self.deform_groups * self.kernel_size[0] * self.kernel_size[1]
+        offset, mask = self.conv_offset(x).split([2 * taps, taps], dim=1)
+        return self._deform_conv2d(x, offset, mask.sigmoid())

@@ -1,0 +1,313 @@
+"""Everything the OpenMMLab toolbox sees of mmdcn.
+
+:func:`install`, which ``import mmdcn`` calls where mmcv is importable, takes over:
+
+- the names of :data:`LAYERS` in mmengine's root registry ``MODELS``, so that configs with
+  ``dict(type='DCN')`` build our layers. In the scope ``mmdcn`` (``'mmdcn.DCN'``) the same names are
+  always ours, also after :func:`uninstall`;
+- ``mmcv.ops.deform_conv2d`` and ``mmcv.ops.modulated_deform_conv2d``, in every module that has
+  imported them already and in every module that will.
+
+mmcv's own layers (``mmcv.ops.DeformConv2d`` and so on) stay the classes they are, because code
+derives from them, pickles them and asks ``isinstance``. They compute through the two functions
+above, hence by our operator: existing instances and subclasses too. What configs build is an
+instance of our layer and, at the same time, of mmcv's layer of the same name, so that whoever asks
+(mmengine does, for ``paramwise_cfg``) keeps recognising it as deformable.
+
+Out of reach is a function of mmcv's that was kept elsewhere than in a module before the
+installation: in a closure, say. ``mmcv.ops.DeformRoIPool`` stays mmcv's.
+"""
+
+import logging
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from mmengine.logging import print_log
+from mmengine.registry import MODELS, Registry
+from torch import Tensor, nn
+
+from mmdcn import layers, ops
+
+try:
+    import mmcv.ops as _mmcv_ops
+    from mmcv.ops import deform_conv as _mmcv_v1
+    from mmcv.ops import modulated_deform_conv as _mmcv_v2
+
+    _MMCV_PROBLEM = None
+except (ImportError, AssertionError) as error:  # mmcv asserts that its library has all functions.
+    _mmcv_ops = None
+    _MMCV_PROBLEM = (
+        f"mmcv.ops does not load ({error}), and mmdet needs it: install the full mmcv (not "
+        "mmcv-lite) with its compiled operators, by `pip install 'setuptools<81'` and then "
+        "`pip install --no-build-isolation mmcv` in the version that your mmdet asks for, or let "
+        "`make` in mmdcn's source folder set up an environment."
+    )
+
+# ---------------------------------------------------------------------- functions, as mmcv has them
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    deform_groups: int = 1,
+    bias: bool = False,
+    im2col_step: int = 32,
+) -> Tensor:
+    """:func:`mmdcn.ops.deform_conv2d` without a mask, by the arguments of ``mmcv.ops``.
+
+    As with mmcv, everything is computed in the dtype of `offset`. `im2col_step` is ignored.
+
+    Raises:
+        ValueError: if `groups` or `deform_groups` contradict the shapes, or `bias` is not False;
+            also where :func:`mmdcn.ops.deform_conv2d` does.
+    """
+    if bias is not False:
+        raise ValueError(
+            f"bias: expected False, as mmcv's function adds none, got {bias!r}; "
+            "mmdcn.ops.deform_conv2d takes a bias tensor"
+        )
+    _check_groups(input, offset, weight, groups, deform_groups)
+    return ops.deform_conv2d(
+        input.type_as(offset), offset, weight.type_as(offset), None, stride, padding, dilation
+    )
+
+
+def modulated_deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    deform_groups: int = 1,
+) -> Tensor:
+    """:func:`mmdcn.ops.deform_conv2d` with a mask, by the arguments of ``mmcv.ops``.
+
+    As with mmcv, everything is computed in the dtype of `offset`.
+
+    Raises:
+        ValueError: if `groups` or `deform_groups` contradict the shapes; also where
+            :func:`mmdcn.ops.deform_conv2d` does.
+    """
+    _check_groups(input, offset, weight, groups, deform_groups)
+    return ops.deform_conv2d(
+        input.type_as(offset),
+        offset,
+        weight.type_as(offset),
+        None if bias is None else bias.type_as(offset),
+        stride,
+        padding,
+        dilation,
+        mask.type_as(offset),
+    )
+
+
+def _check_groups(
+    input: Tensor, offset: Tensor, weight: Tensor, groups: int, deform_groups: int
+) -> None:
+    """The operator derives the two numbers from the shapes; what is said must agree."""
+    if not input.dim() == offset.dim() == weight.dim() == 4:
+        return  # The operator's own checks say what is wrong.
+    if input.shape[1] != groups * weight.shape[1]:
+        raise ValueError(
+            f"groups: expected channels of input / weight.shape[1] = {input.shape[1]} / "
+            f"{weight.shape[1]}, got {groups}"
+        )
+    taps = weight.shape[2] * weight.shape[3]
+    if offset.shape[1] != 2 * taps * deform_groups:
+        raise ValueError(
+            f"deform_groups: expected offset.shape[1] / (2 * kernel height * kernel width) = "
+            f"{offset.shape[1]} / {2 * taps}, got {deform_groups}"
+        )
+
+
+# ------------------------------------------------------------------------- layers, as mmcv has them
+
+
+def _for_toolbox(layer: type[nn.Module]) -> type[nn.Module]:
+    """`layer`, whose instances are at the same time instances of mmcv's layer of the same name."""
+    mmcv_layer = getattr(_mmcv_ops, layer.__name__, None)
+    if mmcv_layer is None:
+        return layer
+    body = {"__module__": __name__, "__doc__": layer.__doc__, "__repr__": nn.Module.__repr__}
+    return type(layer.__name__, (layer, mmcv_layer), body)
+
+
+DeformConv2d = _for_toolbox(layers.DeformConv2d)
+DeformConv2dPack = _for_toolbox(layers.DeformConv2dPack)
+ModulatedDeformConv2d = _for_toolbox(layers.ModulatedDeformConv2d)
+ModulatedDeformConv2dPack = _for_toolbox(layers.ModulatedDeformConv2dPack)
+
+#: What each ``type`` of a config builds.
+LAYERS = {
+    "DCN": DeformConv2dPack,
+    "DCNv2": ModulatedDeformConv2dPack,
+    "DeformConv2d": DeformConv2d,
+    "DeformConv2dPack": DeformConv2dPack,
+    "ModulatedDeformConv2d": ModulatedDeformConv2d,
+    "ModulatedDeformConv2dPack": ModulatedDeformConv2dPack,
+}
+
+_SCOPE = Registry("model", parent=MODELS, scope="mmdcn")
+for _name, _layer in LAYERS.items():
+    _SCOPE.register_module(name=_name, module=_layer)
+
+# ------------------------------------------------------------------------------------- taking over
+
+# mmcv's function, what stands in for it, and the class whose `apply` mmcv's function is.
+_FUNCTIONS: tuple[tuple[Callable[..., Tensor], Callable[..., Tensor], type], ...] = ()
+if _mmcv_ops is not None:
+    _FUNCTIONS = (
+        (_mmcv_v1.deform_conv2d, deform_conv2d, _mmcv_v1.DeformConv2dFunction),
+        (
+            _mmcv_v2.modulated_deform_conv2d,
+            modulated_deform_conv2d,
+            _mmcv_v2.ModulatedDeformConv2dFunction,
+        ),
+    )
+
+_replaced_layers: dict[str, Any] | None = None  # What LAYERS' names built; None: not installed.
+
+
+def install() -> None:
+    """Take over what the module's docstring lists; do nothing where that is done already.
+
+    Logs one line. Where mmcv.ops does not load, registers the layers all the same, and the line
+    says how to mend mmcv.
+    """
+    global _replaced_layers
+    if _replaced_layers is not None:
+        return
+    _replaced_layers = {name: MODELS.module_dict.get(name) for name in LAYERS}
+    for name, layer in LAYERS.items():
+        MODELS.register_module(name=name, module=layer, force=True)
+    for theirs, ours, autograd_function in _FUNCTIONS:
+        _rebind(theirs, ours)
+        autograd_function.apply = staticmethod(ours)
+    logging.getLogger("mmdcn").addHandler(_TO_MMENGINE)
+
+    if _MMCV_PROBLEM is not None:
+        _log(_MMCV_PROBLEM, logging.WARNING)
+    else:
+        _log(
+            "Deformable convolution now runs on mmdcn's operators, in configs (DCN, DCNv2) and in "
+            "mmcv.ops; mmdcn.plugin.report() lists what was taken over and "
+            "mmdcn.plugin.uninstall() gives it back."
+        )
+
+
+def uninstall() -> None:
+    """Give back everything that :func:`install` took over; do nothing where that is done already.
+
+    Layers that were built meanwhile from ``'DCN'`` keep running on our operator.
+    """
+    global _replaced_layers
+    if _replaced_layers is None:
+        return
+    for name, replaced in _replaced_layers.items():
+        if MODELS.module_dict.get(name) is not LAYERS[name]:
+            continue  # Registered anew by somebody else, meanwhile.
+        if replaced is None:
+            del MODELS.module_dict[name]
+        else:
+            MODELS.register_module(name=name, module=replaced, force=True)
+    for theirs, ours, autograd_function in _FUNCTIONS:
+        _rebind(ours, theirs)
+        del autograd_function.apply  # The inherited one shows again.
+    logging.getLogger("mmdcn").removeHandler(_TO_MMENGINE)
+    _replaced_layers = None
+
+
+def _places(function: Callable[..., Tensor]) -> Iterator[tuple[str, str]]:
+    """The modules that hold `function`, outside mmdcn, and the names under which they do."""
+    for module_name, module in list(sys.modules.items()):
+        if not isinstance(module, ModuleType) or module_name.partition(".")[0] == "mmdcn":
+            continue
+        for name, value in list(vars(module).items()):
+            # Each access to `apply` makes another bound method: these are equal, not identical.
+            if type(value) is type(function) and value == function:
+                yield module_name, name
+
+
+def _rebind(old: Callable[..., Tensor], new: Callable[..., Tensor]) -> None:
+    for module_name, name in list(_places(old)):
+        # Into the dictionary, as lazily loading modules customise attribute access.
+        vars(sys.modules[module_name])[name] = new
+
+
+# ------------------------------------------------------------------------------------- reporting
+
+
+@dataclass(frozen=True)
+class Report:
+    """What of the toolbox runs on mmdcn at present.
+
+    Attributes:
+        installed: whether :func:`install` is in force.
+        layers: for each name of :data:`LAYERS`, the class that configs build by it now, or None.
+        functions: for each function taken over, the module attributes that hold our stand-in.
+        mmcv_problem: why mmcv.ops does not load and how to mend it, or None.
+    """
+
+    installed: bool
+    layers: dict[str, str | None]
+    functions: dict[str, list[str]]
+    mmcv_problem: str | None
+
+    def __str__(self) -> str:
+        lines = [f"mmdcn's plugin is {'' if self.installed else 'not '}installed."]
+        lines.append("Configs build:")
+        lines += [f"  {name}: {layer or '(unknown)'}" for name, layer in self.layers.items()]
+        for function, places in self.functions.items():
+            lines.append(f"{function}: {'replaced in' if places else 'left alone'}")
+            lines += [f"  {place}" for place in places]
+        if self.mmcv_problem is not None:
+            lines.append(self.mmcv_problem)
+        return "\n".join(lines)
+
+
+def report() -> Report:
+    """Say what is taken over; the result prints well."""
+    built = {name: MODELS.module_dict.get(name) for name in LAYERS}
+    return Report(
+        installed=_replaced_layers is not None,
+        layers={
+            name: layer and f"{layer.__module__}.{layer.__qualname__}"
+            for name, layer in built.items()
+        },
+        functions={
+            f"mmcv.ops.{ours.__name__}": sorted(".".join(place) for place in _places(ours))
+            for _, ours, _ in _FUNCTIONS
+        },
+        mmcv_problem=_MMCV_PROBLEM,
+    )
+
+
+def _log(message: str, level: int = logging.INFO) -> None:
+    """Log by mmengine, once per job: not again in other ranks, nor in data loaders' workers."""
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if rank == "0" and multiprocessing.parent_process() is None:
+        print_log(message, logger="current", level=level)
+
+
+class _ToMMEngine(logging.Handler):
+    """Passes on what the layers log, so that it reaches the toolbox's console and log file."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _log(record.getMessage(), record.levelno)
+
+
+_TO_MMENGINE = _ToMMEngine()
