@@ -1,0 +1,162 @@
+// Kernels and launches of deformable convolution: the block programs, bound to the GPU.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "deform_conv2d_backward_data.h"
+#include "deform_conv2d_backward_weight.h"
+#include "deform_conv2d_forward.h"
+
+namespace mmdcn::cuda {
+namespace {
+
+// At least two blocks per multiprocessor, which leaves a thread 128 registers; in double precision
+// those would spill, and one block gets twice as many.
+#define MMDCN_KERNEL \
+  __global__ void __launch_bounds__(DeviceContext::kThreads, sizeof(acc_t) == 4 ? 2 : 1)
+
+template <typename scalar_t, typename acc_t>
+MMDCN_KERNEL forward_kernel(const DeformConv2dProblem problem, const scalar_t* input,
+                            const acc_t* offset, const acc_t* mask, const scalar_t* weight,
+                            const scalar_t* bias, scalar_t* output) {
+  __shared__ ForwardStorage<acc_t> storage;
+  deform_conv2d_forward_block(DeviceContext{}, problem, input, offset, mask, weight, bias, output,
+                              storage);
+}
+
+template <typename scalar_t, typename acc_t>
+MMDCN_KERNEL backward_data_kernel(const DeformConv2dProblem problem, const scalar_t* grad_output,
+                                  const scalar_t* input, const acc_t* offset, const acc_t* mask,
+                                  const scalar_t* weight, acc_t* grad_input, acc_t* grad_offset,
+                                  acc_t* grad_mask) {
+  __shared__ BackwardDataStorage<acc_t> storage;
+  deform_conv2d_backward_data_block(DeviceContext{}, problem, grad_output, input, offset, mask,
+                                    weight, grad_input, grad_offset, grad_mask, storage);
+}
+
+template <typename scalar_t, typename acc_t>
+MMDCN_KERNEL backward_weight_kernel(const DeformConv2dProblem problem, const scalar_t* grad_output,
+                                    const scalar_t* input, const acc_t* offset, const acc_t* mask,
+                                    int64_t splits, acc_t* workspace) {
+  __shared__ BackwardWeightStorage<acc_t> storage;
+  deform_conv2d_backward_weight_block(DeviceContext{}, problem, grad_output, input, offset, mask,
+                                      splits, workspace, storage);
+}
+
+template <typename scalar_t, typename acc_t>
+MMDCN_KERNEL sum_splits_kernel(const DeformConv2dProblem problem, int64_t splits,
+                               const acc_t* workspace, scalar_t* grad_weight) {
+  deform_conv2d_sum_splits_block(DeviceContext{}, problem, splits, workspace, grad_weight);
+}
+
+int64_t tiles(int64_t elements, int64_t size) { return (elements + size - 1) / size; }
+
+// Launches a kernel on `blocks` blocks, or as many as a grid can have: kernels stride over the
+// rest.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, const Stream& stream,
+            Arguments... arguments) {
+  constexpr int64_t kLargestGrid = 2147483647;
+  const dim3 grid(static_cast<unsigned>(std::min(blocks, kLargestGrid)));
+  // PyTorch's choice of device is known to its own copy of the CUDA runtime; this library has
+  // another.
+  cudaError_t error = cudaSetDevice(stream.device);
+  if (error == cudaSuccess) {
+    kernel<<<grid, DeviceContext::kThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
+        arguments...);
+    error = cudaGetLastError();
+  }
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("mmdcn: CUDA refused to launch a kernel: ") +
+                             cudaGetErrorString(error));
+  }
+}
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// Calls run(Type<scalar_t>, Type<acc_t>) for a precision.
+template <typename Run>
+void dispatch(Precision precision, const Run& run) {
+  switch (precision) {
+    case Precision::kFloat64:
+      return run(Type<double>{}, Type<double>{});
+    case Precision::kFloat32:
+      return run(Type<float>{}, Type<float>{});
+    case Precision::kFloat16:
+      return run(Type<__half>{}, Type<float>{});
+    case Precision::kBFloat16:
+      return run(Type<__nv_bfloat16>{}, Type<float>{});
+  }
+}
+
+}  // namespace
+
+void deform_conv2d_forward(Precision precision, const DeformConv2dProblem& problem,
+                           const void* input, const void* offset, const void* mask,
+                           const void* weight, const void* bias, void* output,
+                           const Stream& stream) {
+  const int64_t blocks = tiles(problem.all_pixels, kTile) * problem.shape.groups *
+                         tiles(problem.group_out_channels, kTile);
+  dispatch(precision, [&](auto scalar, auto acc) {
+    using scalar_t = typename decltype(scalar)::type;
+    using acc_t = typename decltype(acc)::type;
+    launch(forward_kernel<scalar_t, acc_t>, blocks, stream, problem,
+           static_cast<const scalar_t*>(input), static_cast<const acc_t*>(offset),
+           static_cast<const acc_t*>(mask), static_cast<const scalar_t*>(weight),
+           static_cast<const scalar_t*>(bias), static_cast<scalar_t*>(output));
+  });
+}
+
+void deform_conv2d_backward_data(Precision precision, const DeformConv2dProblem& problem,
+                                 const void* grad_output, const void* input, const void* offset,
+                                 const void* mask, const void* weight, void* grad_input,
+                                 void* grad_offset, void* grad_mask, const Stream& stream) {
+  const int64_t blocks =
+      tiles(problem.all_pixels, kTile) * problem.taps * tiles(problem.shape.channels, kTile);
+  dispatch(precision, [&](auto scalar, auto acc) {
+    using scalar_t = typename decltype(scalar)::type;
+    using acc_t = typename decltype(acc)::type;
+    launch(backward_data_kernel<scalar_t, acc_t>, blocks, stream, problem,
+           static_cast<const scalar_t*>(grad_output), static_cast<const scalar_t*>(input),
+           static_cast<const acc_t*>(offset), static_cast<const acc_t*>(mask),
+           static_cast<const scalar_t*>(weight), static_cast<acc_t*>(grad_input),
+           static_cast<acc_t*>(grad_offset), static_cast<acc_t*>(grad_mask));
+  });
+}
+
+int64_t deform_conv2d_weight_splits(const DeformConv2dProblem& problem) {
+  // Enough blocks for the largest GPUs of today (132 multiprocessors, several blocks on each); the
+  // same on all of them, so that results do not depend on the machine.
+  constexpr int64_t kBlocks = 512;
+  const int64_t blocks = problem.shape.groups * tiles(problem.columns, kTile) *
+                         tiles(problem.group_out_channels, kTile);
+  return std::max<int64_t>(1, std::min(kBlocks / blocks, tiles(problem.all_pixels, kDepth)));
+}
+
+void deform_conv2d_backward_weight(Precision precision, const DeformConv2dProblem& problem,
+                                   const void* grad_output, const void* input, const void* offset,
+                                   const void* mask, int64_t splits, void* workspace,
+                                   void* grad_weight, const Stream& stream) {
+  const int64_t blocks = splits * problem.shape.groups * tiles(problem.columns, kTile) *
+                         tiles(problem.group_out_channels, kTile);
+  const int64_t elements = problem.shape.out_channels * problem.columns;
+  dispatch(precision, [&](auto scalar, auto acc) {
+    using scalar_t = typename decltype(scalar)::type;
+    using acc_t = typename decltype(acc)::type;
+    launch(backward_weight_kernel<scalar_t, acc_t>, blocks, stream, problem,
+           static_cast<const scalar_t*>(grad_output), static_cast<const scalar_t*>(input),
+           static_cast<const acc_t*>(offset), static_cast<const acc_t*>(mask), splits,
+           static_cast<acc_t*>(workspace));
+    launch(sum_splits_kernel<scalar_t, acc_t>, tiles(elements, DeviceContext::kThreads), stream,
+           problem, splits, static_cast<const acc_t*>(workspace),
+           static_cast<scalar_t*>(grad_weight));
+  });
+}
+
+}  // namespace mmdcn::cuda

@@ -1,0 +1,110 @@
+// The CUDA operators, registration and all, for CPU tensors: namespace mmdcn_host.
+//
+// The registration file and the kernels are compiled from their own source. Only what it takes to
+// have a GPU is replaced: the launches run blocks on the host, there is no device to switch to, and
+// the dispatch key is the CPU's.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "../../mmdcn/csrc/tensors.h"
+#include "host_kernels.h"
+
+AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+  *guard = nullptr;
+  return AOTI_TORCH_SUCCESS;
+}
+AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return AOTI_TORCH_SUCCESS; }
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return AOTI_TORCH_SUCCESS;
+}
+
+namespace mmdcn::cuda {
+namespace {
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+template <typename scalar_t, typename acc_t>
+using Kernels = HostKernels<HostContext<1, 1>, scalar_t, acc_t>;
+
+template <typename Run>
+void dispatch(Precision precision, const Run& run) {
+  switch (precision) {
+    case Precision::kFloat64:
+      return run(Type<double>{}, Type<double>{});
+    case Precision::kFloat32:
+      return run(Type<float>{}, Type<float>{});
+    case Precision::kFloat16:
+      return run(Type<torch::headeronly::Half>{}, Type<float>{});
+    case Precision::kBFloat16:
+      return run(Type<torch::headeronly::BFloat16>{}, Type<float>{});
+  }
+}
+
+}  // namespace
+
+void deform_conv2d_forward(Precision precision, const DeformConv2dProblem& problem,
+                           const void* input, const void* offset, const void* mask,
+                           const void* weight, const void* bias, void* output, const Stream&) {
+  dispatch(precision, [&](auto scalar, auto acc) {
+    using scalar_t = typename decltype(scalar)::type;
+    using acc_t = typename decltype(acc)::type;
+    Kernels<scalar_t, acc_t>::forward(
+        problem, static_cast<const scalar_t*>(input), static_cast<const acc_t*>(offset),
+        static_cast<const acc_t*>(mask), static_cast<const scalar_t*>(weight),
+        static_cast<const scalar_t*>(bias), static_cast<scalar_t*>(output));
+  });
+}
+
+void deform_conv2d_backward_data(Precision precision, const DeformConv2dProblem& problem,
+                                 const void* grad_output, const void* input, const void* offset,
+                                 const void* mask, const void* weight, void* grad_input,
+                                 void* grad_offset, void* grad_mask, const Stream&) {
+  dispatch(precision, [&](auto scalar, auto acc) {
+    using scalar_t = typename decltype(scalar)::type;
+    using acc_t = typename decltype(acc)::type;
+    Kernels<scalar_t, acc_t>::backward_data(
+        problem, static_cast<const scalar_t*>(grad_output), static_cast<const scalar_t*>(input),
+        static_cast<const acc_t*>(offset), static_cast<const acc_t*>(mask),
+        static_cast<const scalar_t*>(weight), static_cast<acc_t*>(grad_input),
+        static_cast<acc_t*>(grad_offset), static_cast<acc_t*>(grad_mask));
+  });
+}
+
+int64_t deform_conv2d_weight_splits(const DeformConv2dProblem& problem) {
+  // More than the GPU would take for problems this small, and not always evenly divided.
+  return 1 + problem.all_pixels % 4;
+}
+
+void deform_conv2d_backward_weight(Precision precision, const DeformConv2dProblem& problem,
+                                   const void* grad_output, const void* input, const void* offset,
+                                   const void* mask, int64_t splits, void* workspace,
+                                   void* grad_weight, const Stream&) {
+  dispatch(precision, [&](auto scalar, auto acc) {
+    using scalar_t = typename decltype(scalar)::type;
+    using acc_t = typename decltype(acc)::type;
+    Kernels<scalar_t, acc_t>::backward_weight(
+        problem, static_cast<const scalar_t*>(grad_output), static_cast<const scalar_t*>(input),
+        static_cast<const acc_t*>(offset), static_cast<const acc_t*>(mask), splits,
+        static_cast<acc_t*>(workspace), static_cast<scalar_t*>(grad_weight));
+  });
+}
+
+}  // namespace mmdcn::cuda
+
+// Every header is included by now: what follows renames the dispatch key and the operators'
+// namespace in the registration itself, and nothing else.
+namespace mmdcn_host {
+using namespace mmdcn;
+namespace cuda {
+using namespace mmdcn::cuda;
+}
+}  // namespace mmdcn_host
+#define mmdcn mmdcn_host
+#define CUDA CPU
+#include "../../mmdcn/csrc/cuda/deform_conv2d.cpp"
