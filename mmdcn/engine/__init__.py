@@ -1,0 +1,1 @@
+"""What the command-line tools share: safe checkpoints, checks before training, launching."""

@@ -1,0 +1,127 @@
+"""What `tools/train.py` and `tools/test.py` have in common: arguments, config, runner, errors."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed
+from mmengine.config import Config, DictAction
+from mmengine.config.utils import ConfigParsingError
+from mmengine.device import get_device
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from mmdcn.engine import checkpoint
+from mmdcn.engine.preflight import ConfigError
+
+__all__ = ["add_arguments", "build_runner", "load_config", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that training and testing share, named as in mmdet."""
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        metavar="KEY=VALUE",
+        help="override settings of the config: model.backbone.depth=101, lists as key=a,b or "
+        'key="[(a,b),(c,d)]" without spaces',
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm", "mpi"],
+        default="none",
+        help="what started the processes of a distributed run (tools/dist_*.sh pass pytorch)",
+    )
+    # torch.distributed.launch passes this one in either spelling.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read ``args.config`` and apply ``--cfg-options``, ``--work-dir`` and ``--launcher``.
+
+    Raises:
+        ConfigError: the file, or one that it inherits from, is missing or is not a config.
+    """
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    if not os.path.isfile(args.config):
+        raise ConfigError(f"no config file {args.config!r}")
+    try:
+        cfg = Config.fromfile(args.config)
+    except (OSError, SyntaxError, ImportError, KeyError, ConfigParsingError) as error:
+        raise ConfigError(f"cannot read the config {args.config}: {_describe(error)}") from error
+    if args.cfg_options is not None:
+        try:
+            cfg.merge_from_dict(args.cfg_options)
+        except (KeyError, TypeError) as error:
+            raise ConfigError(
+                f"--cfg-options do not fit the config {args.config}: {_describe(error)}"
+            ) from error
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get("work_dir") is None:
+        cfg.work_dir = os.path.join("work_dirs", Path(args.config).stem)
+    return cfg
+
+
+def _describe(error: Exception) -> str:
+    # str(KeyError) is the repr of its message.
+    return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+
+
+def on_cpu() -> bool:
+    """Whether the toolbox will run on the CPU, because it finds no accelerator."""
+    return get_device() == "cpu"
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the config's runner, with checkpoints loaded as plain data.
+
+    A distributed run without an accelerator communicates through gloo: mmengine would set a CUDA
+    device and wrap the model for one.
+
+    Raises:
+        ConfigError: the launcher needs an accelerator and there is none.
+    """
+    checkpoint.install()
+    if cfg.launcher != "none" and on_cpu():
+        if cfg.launcher != "pytorch":
+            raise ConfigError(
+                f"--launcher {cfg.launcher} needs a GPU; without one use --launcher pytorch, by "
+                "tools/dist_train.sh or tools/dist_test.sh"
+            )
+        _init_gloo(cfg)
+    return Runner.from_cfg(cfg) if "runner_type" not in cfg else RUNNERS.build(cfg)
+
+
+def _init_gloo(cfg: Config) -> None:
+    dist_cfg = cfg.get("env_cfg", {}).get("dist_cfg", {})
+    timeout = dist_cfg.get("timeout")
+    torch.distributed.init_process_group(
+        "gloo", timeout=None if timeout is None else timedelta(seconds=timeout)
+    )
+    if cfg.get("model_wrapper_cfg") is None:
+        cfg.model_wrapper_cfg = dict(
+            type="MMDistributedDataParallel",
+            device_ids=None,
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get("find_unused_parameters", False),
+        )
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a tool. A mistake in what it was given ends it with one message and exit status 1."""
+    try:
+        main()
+    except (ConfigError, checkpoint.UnsafeCheckpointError) as error:
+        # Every process of a distributed run comes here; one message is enough.
+        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -1,0 +1,99 @@
+"""Evaluate a trained detector: metrics of the config's test set, predictions, pictures."""
+
+from __future__ import annotations
+
+import argparse
+from copy import deepcopy
+
+from mmdet.engine.hooks.utils import trigger_visualization_hook
+from mmdet.evaluation import DumpDetResults
+from mmdet.utils import setup_cache_size_limit_of_dynamo
+from mmengine.config import Config, ConfigDict
+
+import mmdcn  # noqa: F401  # registers the layers, for configs that do not import them
+from mmdcn.engine import launch, preflight
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="config file")
+    parser.add_argument("checkpoint", help="checkpoint file or address")
+    parser.add_argument(
+        "--work-dir", help="folder for logs and metrics (default: work_dirs/<name of the config>)"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE.pkl",
+        help="write the predictions to a pickle file",
+    )
+    parser.add_argument("--show", action="store_true", help="show the predictions in a window")
+    parser.add_argument(
+        "--show-dir",
+        help="paint the predictions into this folder, inside <work dir>/<time stamp>",
+    )
+    parser.add_argument(
+        "--wait-time", type=float, default=2, help="seconds between pictures of --show (default: 2)"
+    )
+    parser.add_argument("--tta", action="store_true", help="test-time augmentation")
+    launch.add_arguments(parser)
+    args = parser.parse_args()
+    if args.out is not None and not args.out.endswith((".pkl", ".pickle")):
+        parser.error(f"argument --out: expected a name ending in .pkl or .pickle, got {args.out}")
+    return args
+
+
+def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
+    if "visualization" not in cfg.get("default_hooks", {}):
+        raise preflight.ConfigError(
+            "--show and --show-dir: the config must have "
+            "default_hooks=dict(visualization=dict(type='DetVisualizationHook'))"
+        )
+    trigger_visualization_hook(cfg, args)
+
+
+def augment_at_test_time(cfg: Config) -> None:
+    """Predict on flipped images too, unless the config says how to augment (as mmdet does)."""
+    dataset = cfg.test_dataloader.dataset
+    while "dataset" in dataset:
+        dataset = dataset.dataset
+    if "tta_model" not in cfg:
+        cfg.tta_model = dict(
+            type="DetTTAModel",
+            tta_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100),
+        )
+    if "tta_pipeline" not in cfg:
+        flips = [dict(type="RandomFlip", prob=1.0), dict(type="RandomFlip", prob=0.0)]
+        meta_keys = (
+            "img_id",
+            "img_path",
+            "ori_shape",
+            "img_shape",
+            "scale_factor",
+            "flip",
+            "flip_direction",
+        )
+        pack = dict(type="PackDetInputs", meta_keys=meta_keys)
+        augment = dict(type="TestTimeAug", transforms=[flips, [pack]])
+        cfg.tta_pipeline = [*deepcopy(dataset.pipeline[:-1]), augment]
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    dataset.pipeline = cfg.tta_pipeline
+
+
+def main() -> None:
+    args = parse_args()
+    setup_cache_size_limit_of_dynamo()
+    cfg = launch.load_config(args)
+    cfg.load_from = args.checkpoint
+    if args.show or args.show_dir:
+        show_predictions(cfg, args)
+    preflight.check(cfg, stages=("test",))
+    if args.tta:
+        augment_at_test_time(cfg)
+    runner = launch.build_runner(cfg)
+    if args.out is not None:
+        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+    runner.test()
+
+
+if __name__ == "__main__":
+    launch.run(main)
