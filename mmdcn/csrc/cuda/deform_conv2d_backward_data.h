@@ -66,7 +66,7 @@ MMDCN_BLOCK void deform_conv2d_backward_data_block(
     const int64_t first_channel = (unit - pixel_tile_and_tap * ranges) * range;
     const int64_t end_channel = smaller(first_channel + range, problem.shape.channels);
 
-    ctx.sync();  // The previous unit has been written.
+    ctx.sync();  // The previous unit has left the storage.
     find_pixels(ctx, problem, pixel_tile * kTile, problem.all_pixels, storage.pixels);
     ctx.sync();
 

@@ -56,7 +56,7 @@ MMDCN_BLOCK void deform_conv2d_backward_weight_block(
           group_out + problem.group_out_channels, storage.grad_output.line[0]);
       ctx.sync();
       product.add(ctx, storage.grad_output, storage.columns, depth);
-      ctx.sync();
+      // The barrier that follows the next search for pixels keeps the tiles until here.
     }
 
     product.for_each(ctx, [&](int out, int column, acc_t value) {
