@@ -1,6 +1,20 @@
-"""mmdcn: deformable convolution for the OpenMMLab detection toolbox."""
+"""mmdcn: deformable convolution for the OpenMMLab detection toolbox.
 
-from . import ops
+Importing it installs the plugin (:mod:`mmdcn.plugin`) where the toolbox is installed. Without the
+toolbox, the operators and the layers work all the same.
+"""
+
+from importlib.util import find_spec
+
+from . import layers, ops
 from .version import __version__
 
-__all__ = ["__version__", "ops"]
+__all__ = ["__version__", "layers", "ops"]
+
+if find_spec("mmengine") is not None and find_spec("mmcv") is not None:
+    from . import plugin
+    from .engine import checkpoint
+
+    plugin.install()
+    checkpoint.install()
+    __all__ += ["plugin"]
