@@ -30,6 +30,7 @@ from typing import Any
 from mmengine.logging import print_log
 from mmengine.registry import MODELS, Registry
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 from mmdcn import layers, ops
 
@@ -96,13 +97,17 @@ def modulated_deform_conv2d(
 ) -> Tensor:
     """:func:`mmdcn.ops.deform_conv2d` with a mask, by the arguments of ``mmcv.ops``.
 
-    As with mmcv, everything is computed in the dtype of `offset`.
+    As with mmcv, everything is computed in the dtype of `offset`, and `offset` and `mask` may be
+    higher and wider than the output. mmcv's kernels then take each image's values from the start
+    of its memory, as if laid out for the output's size; models trained on that need the same
+    (mmdet's DyHead uses one level's offsets on the next, smaller level).
 
     Raises:
         ValueError: if `groups` or `deform_groups` contradict the shapes; also where
             :func:`mmdcn.ops.deform_conv2d` does.
     """
     _check_groups(input, offset, weight, groups, deform_groups)
+    offset, mask = _fit_to_output(input, offset, mask, weight, stride, padding, dilation)
     return ops.deform_conv2d(
         input.type_as(offset),
         offset,
@@ -134,6 +139,35 @@ def _check_groups(
         )
 
 
+def _fit_to_output(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int],
+    dilation: int | tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """`offset` and `mask` as mmcv's kernels read them where both are larger than the output."""
+    if not input.dim() == offset.dim() == mask.dim() == weight.dim() == 4:
+        return offset, mask
+    # A step of 0 is for the operator to refuse.
+    out_h, out_w = (
+        (size + 2 * pad - dil * (kernel - 1) - 1) // max(step, 1) + 1
+        for size, pad, dil, kernel, step in zip(
+            input.shape[2:], _pair(padding), _pair(dilation), weight.shape[2:], _pair(stride)
+        )
+    )
+    height, width = offset.shape[2:]
+    larger = (height, width) != (out_h, out_w) and height >= out_h and width >= out_w
+    if not larger or mask.shape[2:] != offset.shape[2:] or min(out_h, out_w) < 1:
+        return offset, mask
+    return tuple(
+        values.flatten(1)[:, : values.shape[1] * out_h * out_w].unflatten(1, (-1, out_h, out_w))
+        for values in (offset, mask)
+    )
+
+
 # ------------------------------------------------------------------------- layers, as mmcv has them
 
 
@@ -142,7 +176,13 @@ def _for_toolbox(layer: type[nn.Module]) -> type[nn.Module]:
     mmcv_layer = getattr(_mmcv_ops, layer.__name__, None)
     if mmcv_layer is None:
         return layer
-    body = {"__module__": __name__, "__doc__": layer.__doc__, "__repr__": nn.Module.__repr__}
+    body = {
+        "__module__": __name__,
+        "__doc__": layer.__doc__,
+        # What our layers leave to torch must not come from mmcv's layer.
+        "__repr__": nn.Module.__repr__,
+        "_load_from_state_dict": nn.Module._load_from_state_dict,
+    }
     return type(layer.__name__, (layer, mmcv_layer), body)
 
 
@@ -270,7 +310,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"mmdcn's plugin is {'' if self.installed else 'not '}installed."]
         lines.append("Configs build:")
-        lines += [f"  {name}: {layer or '(unknown)'}" for name, layer in self.layers.items()]
+        lines += [f"  {name}: {layer or 'nothing'}" for name, layer in self.layers.items()]
         for function, places in self.functions.items():
             lines.append(f"{function}: {'replaced in' if places else 'left alone'}")
             lines += [f"  {place}" for place in places]

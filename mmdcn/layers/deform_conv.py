@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.modules.utils import _pair
 
 from mmdcn.ops import deform_conv2d
@@ -136,8 +137,7 @@ class _OffsetBranch:
     that its output has the height and width of the layer's output.
     """
 
-    # Of the state dict: before version 2, the branch's keys were named beside the layer.
-    _version = 2
+    _version = 2  # Of the keys in state dicts, as mmcv counts; see _accept_old_keys_in_parent.
 
     def _add_offset_branch(self, channels_per_tap: int) -> None:
         taps = self.kernel_size[0] * self.kernel_size[1]
@@ -155,18 +155,31 @@ class _OffsetBranch:
         nn.init.zeros_(self.conv_offset.weight)
         nn.init.zeros_(self.conv_offset.bias)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
-    ) -> None:
-        if local_metadata.get("version") in (None, 1):
-            # `layer2.0.conv2_offset.weight` became `layer2.0.conv2.conv_offset.weight`.
-            for parameter in ("weight", "bias"):
-                old_key = f"{prefix.removesuffix('.')}_offset.{parameter}"
-                new_key = f"{prefix}conv_offset.{parameter}"
-                if old_key in state_dict and new_key not in state_dict:
-                    state_dict[new_key] = state_dict.pop(old_key)
-        # Not super(), for the reason given in the constructor.
-        nn.Module._load_from_state_dict(self, state_dict, prefix, local_metadata, *args)
+
+def _accept_old_keys_in_parent(parent: nn.Module, name: str, layer: nn.Module) -> None:
+    """Let checkpoints load in which the offset branch is beside its layer, not inside.
+
+    Before version 2, ``layer2.0.conv2.conv_offset.weight`` was ``layer2.0.conv2_offset.weight``.
+    Only the parent's part of a state dict holds that key: a layer is shown what begins with its
+    own name.
+    """
+    if isinstance(layer, _OffsetBranch):
+        parent.register_load_state_dict_pre_hook(functools.partial(_rename_old_keys, name))
+
+
+def _rename_old_keys(
+    name: str, parent: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    if hasattr(parent, f"{name}_offset"):
+        return  # The key is another module's own.
+    for parameter in ("weight", "bias"):
+        old_key = f"{prefix}{name}_offset.{parameter}"
+        new_key = f"{prefix}{name}.conv_offset.{parameter}"
+        if old_key in state_dict and new_key not in state_dict:
+            state_dict[new_key] = state_dict.pop(old_key)
+
+
+register_module_module_registration_hook(_accept_old_keys_in_parent)
 
 
 class DeformConv2d(_DeformConv2dBase):
