@@ -102,6 +102,16 @@ def find_nvcc() -> str | None:
     return nvcc
 
 
+def cuda_home(nvcc: str) -> Path:
+    """The toolkit that nvcc belongs to. nvcc may be a script or a link elsewhere: it is asked."""
+    command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    top = re.search(r"^#\$ TOP=(.+)$", said.stderr + said.stdout, re.MULTILINE)
+    if top is None:
+        raise SystemExit(f"{nvcc} does not work: {said.stderr.strip() or said.stdout.strip()}")
+    return Path(top.group(1)).resolve()
+
+
 def cuda_architectures() -> list[str]:
     """nvcc's -gencode arguments for TORCH_CUDA_ARCH_LIST."""
     arguments = []
@@ -182,7 +192,7 @@ class BuildOperators(build_ext):
 
     def cuda_objects(self) -> list[tuple[Path, list[str]]]:
         nvcc = find_nvcc()
-        cuda = Path(nvcc).resolve().parent.parent
+        cuda = cuda_home(nvcc)
         commands = []
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             target = self.object_path(f"cuda_{source.stem}_kernels")
@@ -223,7 +233,7 @@ class BuildOperators(build_ext):
             soname = "-Wl,-soname,libtorch_cuda.so"
             empty = ["-x", "c++", os.devnull]
             self.run_command([*self.cxx, "-shared", "-fPIC", soname, "-o", str(stub), *empty])
-            cuda = Path(find_nvcc()).resolve().parent.parent
+            cuda = cuda_home(find_nvcc())
             command += ["-Wl,--no-as-needed", str(stub), "-Wl,--as-needed"]
             command += [f"-L{cuda / folder}" for folder in ("lib64", "lib")]
             command += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]

@@ -12,4 +12,6 @@ STABLE_TORCH_LIBRARY(mmdcn, m) {
       "deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, "
       "int[2] stride, int[2] padding, int[2] dilation, Tensor? mask, bool[4] output_mask) -> "
       "(Tensor grad_input, Tensor grad_offset, Tensor grad_weight, Tensor grad_mask)");
+  // The instruction set that the CPU kernels use.
+  m.def("cpu_capability() -> str");
 }

@@ -4,11 +4,11 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
-#include <string>
 #include <tuple>
 #include <vector>
 
 #include "../tensors.h"
+#include "capability.h"
 #include "deform_conv2d_kernel.h"
 
 namespace mmdcn {
@@ -17,36 +17,6 @@ namespace {
 // Output pixels that the backward pass works on between two barriers; bounds what blocks of channels
 // that share an offset group keep aside.
 constexpr int64_t kBackwardSpan = 21 * kBackwardTile;
-
-enum class Capability { kPortable, kAvx2, kAvx512 };
-
-// The best instruction set of this machine, or the one that MMDCN_CPU_CAPABILITY names. Read once.
-Capability capability() {
-  static const Capability chosen = [] {
-#ifdef __x86_64__
-    Capability best = Capability::kPortable;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Capability::kAvx2;
-    if (best == Capability::kAvx2 && __builtin_cpu_supports("avx512f") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-      best = Capability::kAvx512;
-    }
-#else
-    const Capability best = Capability::kPortable;
-#endif
-    const char* wanted = std::getenv("MMDCN_CPU_CAPABILITY");
-    if (wanted == nullptr || *wanted == '\0') return best;
-    const std::string name = wanted;
-    STD_TORCH_CHECK(name == "portable" || name == "avx2" || name == "avx512",
-                    "MMDCN_CPU_CAPABILITY: expected portable, avx2 or avx512, got ", name);
-    const Capability forced = name == "avx512" ? Capability::kAvx512
-                              : name == "avx2" ? Capability::kAvx2
-                                               : Capability::kPortable;
-    STD_TORCH_CHECK(forced <= best, "MMDCN_CPU_CAPABILITY: this machine has no ", name);
-    return forced;
-  }();
-  return chosen;
-}
 
 template <typename T>
 DeformConv2dKernels<T> kernels() {

@@ -1,0 +1,54 @@
+#include "capability.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <cstdlib>
+#include <string>
+
+namespace mmdcn {
+namespace {
+
+constexpr std::array<const char*, 3> kNames = {"portable", "avx2", "avx512"};
+
+Capability best_capability() {
+#ifdef __x86_64__
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
+    return Capability::kPortable;
+  }
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx512 ? Capability::kAvx512 : Capability::kAvx2;
+#else
+  return Capability::kPortable;
+#endif
+}
+
+Capability choose() {
+  const Capability best = best_capability();
+  const char* wanted = std::getenv("MMDCN_CPU_CAPABILITY");
+  if (wanted == nullptr || *wanted == '\0') return best;
+  for (int i = 0; i < static_cast<int>(kNames.size()); ++i) {
+    if (std::string(wanted) != kNames[i]) continue;
+    STD_TORCH_CHECK(i <= static_cast<int>(best),
+                    "MMDCN_CPU_CAPABILITY: this machine has no ", wanted);
+    return static_cast<Capability>(i);
+  }
+  STD_TORCH_CHECK(false, "MMDCN_CPU_CAPABILITY: expected portable, avx2 or avx512, got ", wanted);
+}
+
+std::string cpu_capability() { return kNames[static_cast<int>(capability())]; }
+
+}  // namespace
+
+Capability capability() {
+  static const Capability chosen = choose();
+  return chosen;
+}
+
+}  // namespace mmdcn
+
+STABLE_TORCH_LIBRARY_IMPL(mmdcn, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&mmdcn::cpu_capability));
+}

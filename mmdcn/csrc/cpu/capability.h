@@ -1,0 +1,12 @@
+// The instruction sets that kernels are compiled for, and the one in use.
+#pragma once
+
+namespace mmdcn {
+
+enum class Capability { kPortable, kAvx2, kAvx512 };
+
+// The best instruction set of this machine, or the one that the environment variable
+// MMDCN_CPU_CAPABILITY names: portable, avx2 or avx512. Read once.
+Capability capability();
+
+}  // namespace mmdcn
