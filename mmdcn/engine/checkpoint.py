@@ -84,6 +84,11 @@ def _numpy_scalar(dtype: _PlainDtype, data: bytes) -> np.generic:
     return np.frombuffer(data, dtype.numpy, count=1)[0]
 
 
+def _empty_bytes() -> bytes:
+    """What ``bytes`` becomes: how pickle writes the content of an empty array."""
+    return b""
+
+
 class _PlainHistory(HistoryBuffer):
     """What ``HistoryBuffer`` becomes while it is read; an ordinary one once its state is there.
 
@@ -127,6 +132,7 @@ _ALLOWED = [
     (_member, "builtins.getattr"),
     (_ONE_CYCLE, "mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler"),
     (ConfigDict, "mmengine.config.config.ConfigDict"),
+    (_empty_bytes, "builtins.bytes"),
     (_PlainDtype, "numpy.dtype"),
     (_NDARRAY, "numpy.ndarray"),
     # The package was renamed in numpy 2; files of both kinds are around.

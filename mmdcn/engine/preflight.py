@@ -75,11 +75,16 @@ def _problems(cfg: Config, stages: tuple[str, ...]) -> Problems:
     absent_roots = set()
     for stage in stages:
         loader = cfg.get(f"{stage}_dataloader")
-        if not loader or not cfg.get(f"{stage}_cfg"):
+        if loader is None or cfg.get(f"{stage}_cfg") is None:
             continue
         for dataset, where in _datasets(loader.get("dataset"), f"{stage}_dataloader.dataset"):
             root = dataset.get("data_root")
-            if root and _is_local(dataset, root) and not os.path.exists(root):
+            if (
+                root
+                and _is_local(dataset, root)
+                and _uses_root(dataset)
+                and not Path(root).exists()
+            ):
                 absent_roots.add(root)
                 yield (
                     f"{where}.data_root",
@@ -105,7 +110,9 @@ def _problems(cfg: Config, stages: tuple[str, ...]) -> Problems:
 def _missing_types(node: Any, where: str) -> Problems:
     """Types that no registry knows, at the keys whose values are certainly built from one."""
     name = node.get("type") if isinstance(node, Mapping) else None
-    if not (isinstance(name, str) and "." in name) and not (name and "_scope_" in node):
+    scoped = isinstance(name, str) and "." in name
+    scope = name.partition(".")[0] if scoped else name and node.get("_scope_", "mmdet")
+    if scope in (None, "mmdet", "mmengine", "mmcv", "mmdcn"):
         # What another project's module is made of resolves in that project's registries.
         for key, child in _children(node):
             yield from _missing_types(child, _join(where, key))
@@ -164,6 +171,12 @@ def _datasets(node: Any, where: str) -> Iterator[tuple[Mapping, str]]:
         yield node, where
 
 
+def _uses_root(dataset: Mapping) -> bool:
+    """Whether a path of the dataset is relative, hence joined to its data_root."""
+    paths = [dataset.get("ann_file"), *(dataset.get("data_prefix") or {}).values()]
+    return any(isinstance(path, str) and not os.path.isabs(path) for path in paths)
+
+
 def _dataset_problems(dataset: Mapping, where: str, model: Mapping) -> Problems:
     from mmdet.registry import DATASETS
 
@@ -178,14 +191,17 @@ def _dataset_problems(dataset: Mapping, where: str, model: Mapping) -> Problems:
     if ann_file and _is_local(dataset, root, ann_file):
         ann_file = os.path.join(root, ann_file)
         yield from _missing_file(ann_file, f"{where}.ann_file")
-    folders = {}
+    images = None
     for key, prefix in (dataset.get("data_prefix") or {}).items():
-        if isinstance(prefix, str) and _is_local(dataset, root, prefix):
-            folders[key] = os.path.join(root, prefix)
-            if folders[key] and not os.path.isdir(folders[key]):
-                yield f"{where}.data_prefix.{key}", f"no folder {folders[key]!r}"
+        if not (isinstance(prefix, str) and _is_local(dataset, root, prefix)):
+            continue
+        folder = os.path.join(root, prefix)
+        if folder and not os.path.isdir(folder):
+            yield f"{where}.data_prefix.{key}", f"no folder {folder!r}"
+        elif key == "img":
+            images = folder
     if os.path.isfile(ann_file) and _is_local(dataset, root) and _reads_coco_json(kind):
-        yield from _annotation_problems(dataset, where, kind, ann_file, folders.get("img"), model)
+        yield from _annotation_problems(dataset, where, kind, ann_file, images, model)
 
 
 def _reads_coco_json(kind: type) -> bool:
@@ -258,24 +274,35 @@ def _read_coco(path: str) -> tuple[list[str], list[str]]:
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         if text[-64:].rstrip()[-1:] != b"}":
             raise ValueError("it does not end with '}'; is the download complete?")
-        categories = islice(_json_list(text, "categories"), 1_000_000)
-        images = islice(_json_list(text, "images"), _IMAGES_LOOKED_FOR)
-        try:
-            return [c["name"] for c in categories], [i["file_name"] for i in images]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"an entry has no {error}") from None
+        categories = list(_json_values(text, "categories", "name"))
+        return categories, list(
+            islice(_json_values(text, "images", "file_name"), _IMAGES_LOOKED_FOR)
+        )
 
 
-def _json_list(text: mmap.mmap, key: str) -> Iterator[Any]:
-    """Elements of the list at `key` of the outermost object, read one by one."""
-    start = _find_list(text, key)
+def _json_values(text: mmap.mmap, key: str, field: str) -> Iterator[Any]:
+    """The `field` of each object in the list `key` of a COCO file, read one by one."""
+    # Other lists may have that name, so take the last one that holds such objects.
+    starts = [m.end() for m in re.finditer(rb'"%s"\s*:\s*\[(?=\s*\{)' % key.encode(), text)]
+    for start in reversed(starts):
+        if field in next(_json_objects(text, start)):
+            for entry in _json_objects(text, start):
+                if field not in entry:
+                    raise ValueError(f"an entry of {key!r} has no {field!r}")
+                yield entry[field]
+            return
+    raise ValueError(f"it has no list {key!r} of objects with a {field!r}")
+
+
+def _json_objects(text: mmap.mmap, start: int) -> Iterator[dict]:
+    """Elements of the list of objects whose opening bracket is just before `start`."""
     decoder = json.JSONDecoder()
     separator = re.compile(rb"[\s,]*")
     while True:
         start = separator.match(text, start).end()
         if text[start : start + 1] == b"]":
             return
-        # An element is an object: try longer and longer pieces until one parses.
+        # An object is complete or does not parse: try longer and longer pieces.
         size = 4096
         while True:
             piece = text[start : start + size].decode("utf-8", errors="ignore")
@@ -289,14 +316,6 @@ def _json_list(text: mmap.mmap, key: str) -> Iterator[Any]:
                 break
         yield element
         start += len(piece[:length].encode())
-
-
-def _find_list(text: mmap.mmap, key: str) -> int:
-    """Position just inside the last list of objects that is the value of `key`."""
-    found = [m.end() for m in re.finditer(rb'"%s"\s*:\s*\[(?=\s*[\{\]])' % key.encode(), text)]
-    if not found:
-        raise ValueError(f"it has no list {key!r}")
-    return found[-1]
 
 
 # ---------------------------------------------------------------------------------------------

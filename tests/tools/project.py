@@ -1,0 +1,144 @@
+"""A detector and a dataset small enough to train in seconds, and the tools as commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+REPOSITORY = Path(__file__).parents[2]
+CLASSES = ("square", "bar")
+
+CONFIG = """
+_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
+custom_imports = dict(imports=['mmdcn'], allow_failed_imports=False)
+classes = ('square', 'bar')
+model = dict(
+    backbone=dict(
+        base_channels=8,
+        frozen_stages=-1,
+        init_cfg=None,
+        dcn=dict(type='DCN', deform_groups=1, fallback_on_stride=False),
+        stage_with_dcn=(False, False, False, True)),
+    neck=dict(in_channels=[32, 64, 128, 256], out_channels=16),
+    rpn_head=dict(in_channels=16, feat_channels=16),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=16),
+        bbox_head=dict(in_channels=16, fc_out_channels=32, num_classes=2)),
+    train_cfg=dict(
+        rpn_proposal=dict(max_per_img=50), rcnn=dict(sampler=dict(num=32))),
+    test_cfg=dict(rpn=dict(max_per_img=50)))
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='Resize', scale=(64, 64), keep_ratio=True),
+    dict(type='PackDetInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(64, 64), keep_ratio=True),
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='PackDetInputs',
+         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+]
+data_root = '{root}/'
+train_dataloader = dict(
+    batch_size=2,
+    num_workers=0,
+    persistent_workers=False,
+    dataset=dict(
+        data_root=data_root,
+        ann_file='train.json',
+        data_prefix=dict(img='images/'),
+        metainfo=dict(classes=classes),
+        pipeline=train_pipeline))
+val_dataloader = dict(
+    num_workers=0,
+    persistent_workers=False,
+    dataset=dict(
+        data_root=data_root,
+        ann_file='val.json',
+        data_prefix=dict(img='images/'),
+        metainfo=dict(classes=classes),
+        pipeline=test_pipeline))
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + 'val.json')
+test_evaluator = val_evaluator
+train_cfg = dict(max_epochs=1)
+default_hooks = dict(logger=dict(interval=1))
+randomness = dict(seed=0)
+"""
+
+
+@dataclass
+class Project:
+    """The files of a tiny project: `config` trains on `data`."""
+
+    root: Path
+    data: Path
+    config: Path
+
+    def write_config(self, name: str, text: str) -> Path:
+        """Write a config that inherits from the tiny one."""
+        path = self.root / name
+        path.write_text(f"_base_ = './{self.config.name}'\n{text}")
+        return path
+
+
+def make(root: Path) -> Project:
+    """Write a project into a folder."""
+    data = root / "data"
+    (data / "images").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 2)):
+        _write_split(data, split, count, random)
+    config = root / "tiny.py"
+    config.write_text(CONFIG.replace("{root}", str(data)))
+    return Project(root, data, config)
+
+
+def _write_split(data: Path, split: str, count: int, random: np.random.Generator) -> None:
+    """Images of one bright rectangle each, with their COCO annotations."""
+    images, annotations = [], []
+    for index in range(1, count + 1):
+        name = f"{split}{index}.png"
+        category = index % 2
+        width, height = (24, 24) if category == 0 else (40, 12)
+        x, y = (int(v) for v in random.integers(0, 24, 2))
+        pixels = random.integers(0, 60, (64, 64, 3)).astype(np.uint8)
+        pixels[y : y + height, x : x + width] = random.integers(150, 255, 3)
+        Image.fromarray(pixels).save(data / "images" / name)
+        images.append(dict(id=index, file_name=name, width=64, height=64))
+        box = dict(bbox=[x, y, width, height], area=width * height, iscrowd=0)
+        annotations.append(dict(id=index, image_id=index, category_id=category + 1, **box))
+    categories = [dict(id=i, name=name) for i, name in enumerate(CLASSES, 1)]
+    text = json.dumps(dict(images=images, annotations=annotations, categories=categories))
+    (data / f"{split}.json").write_text(text)
+
+
+def run_tool(*command: object, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Run a tool as a user would: ``run_tool("train.py", config, ...)``; output is joined."""
+    tool = REPOSITORY / "tools" / str(command[0])
+    program = [sys.executable, str(tool)] if tool.suffix == ".py" else ["bash", str(tool)]
+    environment = {
+        **os.environ,
+        # The project's folder, for modules that its configs import.
+        "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{cwd}",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [*program, *map(str, command[1:])],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )

@@ -1,0 +1,148 @@
+"""`tools/train.py` and `tools/test.py` as commands: train, resume, evaluate, and refuse."""
+
+import json
+import os
+import re
+
+import pytest
+import torch
+from mmengine.fileio import load
+
+from .project import run_tool
+
+
+class Call:
+    """An object that, unpickled, calls `function(*args)`."""
+
+    def __init__(self, function, *args):
+        self.function, self.args = function, args
+
+    def __reduce__(self):
+        return self.function, self.args
+
+
+def losses(work_dir):
+    """The losses of the last training run in a work folder, step by step."""
+    log = max(work_dir.glob("*/vis_data/*.json"))
+    entries = map(json.loads, log.read_text().splitlines())
+    return [entry["loss"] for entry in entries if "loss" in entry]
+
+
+def average_precision(output):
+    return re.findall(r"bbox_mAP_copypaste: (.*)", output)
+
+
+def test_training_writes_what_mmdet_writes(trained):
+    assert (trained / "epoch_1.pth").exists()
+    assert (trained / "last_checkpoint").read_text().endswith("epoch_1.pth")
+    assert (trained / "tiny.py").exists()
+    assert len(losses(trained)) == 2 and all(0 < loss < 10 for loss in losses(trained))
+
+
+def test_resume_in_mixed_precision(project, trained):
+    checkpoint = torch.load(trained / "epoch_1.pth", weights_only=False)
+    # Text that Runner.resume would run as a Python file, as older toolboxes store it.
+    checkpoint["meta"]["config"] = "open('executed', 'w')"
+    work_dir = project.root / "resumed"
+    work_dir.mkdir()
+    torch.save(checkpoint, work_dir / "epoch_1.pth")
+    (work_dir / "last_checkpoint").write_text(str(work_dir / "epoch_1.pth"))
+    result = run_tool(
+        *("train.py", project.config, "--work-dir", work_dir, "--resume", "--amp"),
+        *("--cfg-options", "train_cfg.max_epochs=2"),
+        cwd=project.root,
+    )
+    assert result.returncode == 0, result.stdout
+    assert "resumed epoch: 1, iter: 2" in result.stdout
+    assert "CPUAmpOptimWrapper" in result.stdout
+    assert (work_dir / "epoch_2.pth").exists()
+    assert len(losses(work_dir)) == 2 and all(0 < loss < 10 for loss in losses(work_dir))
+    assert not (project.root / "executed").exists()
+
+
+def test_evaluation(project, trained):
+    result = run_tool(
+        *("test.py", project.config, trained / "epoch_1.pth", "--work-dir", "tested"),
+        *("--out", "predictions.pkl", "--show-dir", "painted"),
+        cwd=project.root,
+    )
+    assert result.returncode == 0, result.stdout
+    assert len(average_precision(result.stdout)) == 1
+    predictions = load(project.root / "predictions.pkl")
+    assert [p["img_id"] for p in predictions] == [1, 2]
+    assert all(p["pred_instances"]["bboxes"].shape[1] == 4 for p in predictions)
+    painted = sorted(p.name for p in (project.root / "tested").glob("*/painted/*"))
+    assert painted == ["val1.png", "val2.png"]
+
+
+def test_evaluation_with_augmentation(project, trained):
+    result = run_tool(
+        *("test.py", project.config, trained / "epoch_1.pth", "--work-dir", "augmented", "--tta"),
+        *("--out", "augmented.pkl"),
+        cwd=project.root,
+    )
+    assert result.returncode == 0, result.stdout
+    assert "DetTTAModel" in result.stdout
+    assert len(load(project.root / "augmented.pkl")) == 2
+
+
+def test_auto_scale_lr(project):
+    # The batch of 2 is an eighth of the base batch size, and so is the learning rate.
+    result = run_tool(
+        *("train.py", project.config, "--work-dir", "scaled", "--auto-scale-lr"),
+        *("--cfg-options", "train_cfg.max_epochs=0"),
+        cwd=project.root,
+    )
+    assert "Scaling the original LR by 0.125" in result.stdout, result.stdout
+
+
+@pytest.mark.parametrize("option", ["test", "--resume", "load_from"])
+def test_a_hostile_checkpoint_is_refused(project, trained, option):
+    executed = project.root / "executed"
+    hostile = project.root / "hostile.pth"
+    checkpoint = torch.load(trained / "epoch_1.pth", weights_only=False)
+    checkpoint["message_hub"]["runtime_info"]["best"] = Call(os.system, f"touch {executed}")
+    torch.save(checkpoint, hostile)
+    command = {
+        "test": ["test.py", project.config, hostile],
+        "--resume": ["train.py", project.config, "--resume", hostile],
+        "load_from": ["train.py", project.config, "--cfg-options", f"load_from={hostile}"],
+    }[option]
+    result = run_tool(*command, "--work-dir", "refused", cwd=project.root)
+    assert result.returncode == 1
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith(
+        f"error: checkpoint {hostile} was refused and nothing of it was executed"
+    )
+    assert "posix.system" in last
+    assert "Traceback" not in result.stdout
+    assert not executed.exists()
+    assert not list((project.root / "refused").rglob("*.pth"))
+
+
+MISTAKES = {
+    "no config": (["train.py", "missing.py"], "no config file 'missing.py'"),
+    "no annotations": (
+        ["test.py", "{config}", "{checkpoint}", "--cfg-options", "test_evaluator.ann_file=x.json"],
+        "no file 'x.json' (test_evaluator.ann_file)",
+    ),
+    "unknown convolution": (
+        ["train.py", "{config}", "--cfg-options", "model.backbone.dcn.type=DCNv22"],
+        "no convolution named 'DCNv22' is registered; did you mean 'DCNv2'",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_message_before_anything_is_written(project, trained, mistake):
+    command, expected = MISTAKES[mistake]
+    names = dict(config=project.config, checkpoint=trained / "epoch_1.pth")
+    command = [part.format(**names) for part in command]
+    work_dir = project.root / "never"
+    result = run_tool(*command, "--work-dir", work_dir, cwd=project.root)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stdout
+    message = result.stdout[result.stdout.index("error: ") :]
+    assert expected in message
+    assert len(message.splitlines()) <= 2
+    assert not work_dir.exists()
