@@ -218,6 +218,7 @@ class BuildOperators(build_ext):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         recipe.unlink(missing_ok=True)
+        print(f"compiling {target.stem}", flush=True)
         self.run_command(command)
         recipe.write_text(str(command))
 
@@ -237,13 +238,13 @@ class BuildOperators(build_ext):
             command += ["-Wl,--no-as-needed", str(stub), "-Wl,--as-needed"]
             command += [f"-L{cuda / folder}" for folder in ("lib64", "lib")]
             command += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        print(f"linking {target.name}", flush=True)
         temporary = target.with_suffix(".tmp")
         command += [f"-L{self.torch / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(temporary)]
         self.run_command(command)
         temporary.replace(target)
 
     def run_command(self, command: list[str]) -> None:
-        print(" ".join(command), flush=True)
         if subprocess.run(command, check=False).returncode != 0:
             raise SystemExit(f"mmdcn's operators did not compile; failed: {' '.join(command)}")
 
