@@ -16,8 +16,8 @@
 #ifdef __CUDACC__
 #define MMDCN_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-// Always inlined: the CPU kernels are compiled once for each instruction set, and the linker must not
-// share a function of one with another.
+// Always inlined: the CPU kernels are compiled once for each instruction set, and the linker must
+// not share a function of one with another.
 #define MMDCN_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
@@ -33,8 +33,8 @@ struct GridAxis {
   }
 };
 
-// The corners of one sample: their flat positions in the feature map, their weights G(q, p), and the
-// derivatives of those weights with respect to each coordinate.
+// The corners of one sample: their flat positions in the feature map, their weights G(q, p), and
+// the derivatives of those weights with respect to each coordinate.
 template <typename coord_t, int R>
 struct Corners {
   static constexpr int kCount = 1 << R;

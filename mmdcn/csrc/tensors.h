@@ -59,13 +59,14 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& size, S
 // what to do; what is checked again here is what keeps every memory access in bounds for those who
 // call the compiled operator directly.
 inline DeformConv2dShape deform_conv2d_shape(const Tensor& input, const Tensor& offset,
-                                             const Tensor& weight, const std::vector<int64_t>& stride,
+                                             const Tensor& weight,
+                                             const std::vector<int64_t>& stride,
                                              const std::vector<int64_t>& padding,
                                              const std::vector<int64_t>& dilation,
                                              const std::optional<Tensor>& mask) {
-#define MMDCN_REQUIRE(condition)                                                   \
-  STD_TORCH_CHECK(condition, "mmdcn::deform_conv2d: arguments do not fit together (", \
-                  #condition, "); call mmdcn.ops.deform_conv2d, which says what must change")
+#define MMDCN_REQUIRE(condition)                                                                  \
+  STD_TORCH_CHECK(condition, "mmdcn::deform_conv2d: arguments do not fit together (", #condition, \
+                  "); call mmdcn.ops.deform_conv2d, which says what must change")
   MMDCN_REQUIRE(input.dim() == 4 && offset.dim() == 4 && weight.dim() == 4);
   MMDCN_REQUIRE(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2);
   DeformConv2dShape shape = {};

@@ -53,6 +53,6 @@ def require_kernels_for(device: torch.device) -> None:
             "torch.cuda.is_available() is True."
         )
     raise RuntimeError(
-        f"input is on {device}, but mmdcn was built without its CUDA library: install a CUDA toolkit "
-        f"(nvcc), set CUDA_HOME to its folder, then {REBUILD}."
+        f"input is on {device}, but mmdcn was built without its CUDA library: install a CUDA "
+        f"toolkit (nvcc), set CUDA_HOME to its folder, then {REBUILD}."
     )

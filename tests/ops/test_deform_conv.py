@@ -46,7 +46,9 @@ def test_reference_is_equations_2_to_4():
                         p_y = y0 * 2 - 1 + i * 1 + offset[0, 12 * c + 2 * n, y0, x0]
                         p_x = x0 * 1 - 1 + j * 2 + offset[0, 12 * c + 2 * n + 1, y0, x0]
                         x_of_p = sum(
-                            max(0, 1 - abs(q_y - p_y)) * max(0, 1 - abs(q_x - p_x)) * x[0, c, q_y, q_x]
+                            max(0, 1 - abs(q_y - p_y))
+                            * max(0, 1 - abs(q_x - p_x))
+                            * x[0, c, q_y, q_x]
                             for q_y in range(4)
                             for q_x in range(5)
                         )

@@ -31,8 +31,8 @@ Capability choose() {
   if (wanted == nullptr || *wanted == '\0') return best;
   for (int i = 0; i < static_cast<int>(kNames.size()); ++i) {
     if (std::string(wanted) != kNames[i]) continue;
-    STD_TORCH_CHECK(i <= static_cast<int>(best),
-                    "MMDCN_CPU_CAPABILITY: this machine has no ", wanted);
+    STD_TORCH_CHECK(i <= static_cast<int>(best), "MMDCN_CPU_CAPABILITY: this machine has no ",
+                    wanted);
     return static_cast<Capability>(i);
   }
   STD_TORCH_CHECK(false, "MMDCN_CPU_CAPABILITY: expected portable, avx2 or avx512, got ", wanted);

@@ -14,8 +14,8 @@
 namespace mmdcn {
 namespace {
 
-// Output pixels that the backward pass works on between two barriers; bounds what blocks of channels
-// that share an offset group keep aside.
+// Output pixels that the backward pass works on between two barriers; bounds what blocks of
+// channels that share an offset group keep aside.
 constexpr int64_t kBackwardSpan = 21 * kBackwardTile;
 
 template <typename T>
@@ -50,9 +50,9 @@ Tensor forward(const DeformConv2dShape& shape, const Tensor& input, const Tensor
                const std::optional<Tensor>& mask) {
   using acc_t = accumulator_t<T>;
   const MemoryFormat layout = layout_of(input);
-  Tensor output = new_tensor(input,
-                             {shape.batch, shape.out_channels, shape.out_height, shape.out_width},
-                             input.scalar_type(), layout);
+  Tensor output =
+      new_tensor(input, {shape.batch, shape.out_channels, shape.out_height, shape.out_width},
+                 input.scalar_type(), layout);
   if (output.numel() == 0) return output;
 
   const Tensor features = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
@@ -61,8 +61,8 @@ Tensor forward(const DeformConv2dShape& shape, const Tensor& input, const Tensor
   std::optional<Tensor> masks, biases;
   if (mask.has_value()) masks = torch::stable::contiguous(*mask);
   if (bias.has_value()) {
-    biases = torch::stable::contiguous(
-        torch::stable::to(*bias, coordinate_type(input.scalar_type())));
+    biases =
+        torch::stable::contiguous(torch::stable::to(*bias, coordinate_type(input.scalar_type())));
   }
 
   const DeformConv2dKernels<T> kernel = kernels<T>();
@@ -124,7 +124,8 @@ void add_partial(const DeformConv2dShape& shape, const BackwardTensors<T>& tenso
     if (blocks[b].end <= d * part || blocks[b].begin >= (d + 1) * part) continue;
     if (owns_deform_group(shape, blocks[b], d)) return;
     const acc_t* source =
-        tensors.partial + partial_index(shape, blocks[b], static_cast<int64_t>(b), d) * taps * 3 * span;
+        tensors.partial +
+        partial_index(shape, blocks[b], static_cast<int64_t>(b), d) * taps * 3 * span;
     const auto accumulate = [&](acc_t* target, const acc_t* values) {
       for (int64_t i = 0; i < span; ++i) target[i] = first ? values[i] : target[i] + values[i];
     };
@@ -162,9 +163,8 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
     return tensor;
   };
   const bool want_mask = wanted[3] && mask.has_value();
-  Tensor grad_input =
-      zeros(wanted[0], sizes_of(input),
-            wanted[0] ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  Tensor grad_input = zeros(wanted[0], sizes_of(input),
+                            wanted[0] ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   Tensor grad_offset = zeros(wanted[1], sizes_of(offset), MemoryFormat::Contiguous);
   Tensor grad_weight =
       zeros(wanted[2], {shape.groups, in * taps, padded_out}, MemoryFormat::Contiguous);

@@ -1,9 +1,9 @@
 // The CPU kernels of deform_conv2d, equations (2)-(4) of the design and their gradients. Compiled
 // once for each instruction set, with MMDCN_CPU_CAPABILITY naming the namespace.
 //
-// Forward: for a tile of output pixels and one tap at a time, whole channel vectors are sampled from
-// the channels-last input into `columns` (pixels × C), and multiplied by that tap's packed weights
-// into the tile of the output, all of it in the second-level cache.
+// Forward: for a tile of output pixels and one tap at a time, whole channel vectors are sampled
+// from the channels-last input into `columns` (pixels × C), and multiplied by that tap's packed
+// weights into the tile of the output, all of it in the second-level cache.
 //
 // Backward, for a block of channels, again by tile and tap:
 //   grad_columns = grad_output · Wᵀ            the gradient of W(pn)'s left neighbour, X(p)·Δm
@@ -137,8 +137,8 @@ void forward(const DeformConv2dShape& shape, const ForwardTensors<T>& tensors, i
                     packed(weight, shape.group_channels()), tile + g * padded_out, tile_stride);
       }
     }
-    T* output = tensors.output + image * shape.out_channels * pixels +
-                first * tensors.output_pixel_stride;
+    T* output =
+        tensors.output + image * shape.out_channels * pixels + first * tensors.output_pixel_stride;
     for (int64_t g = 0; g < shape.groups; ++g) {
       for (int64_t o = 0; o < out_channels; ++o) {
         T* target = output + (g * out_channels + o) * tensors.output_channel_stride;
@@ -290,8 +290,8 @@ int64_t backward_scratch(const DeformConv2dShape& shape, int64_t block_channels)
 template <typename T>
 DeformConv2dKernels<T> deform_conv2d_kernels() {
   using A = accumulator_t<T>;
-  return {padded<A>,  packed_size<A>, pack<T, A>, forward_scratch<A>, backward_scratch<A>,
-          forward<T>, backward<T>};
+  return {padded<A>,           packed_size<A>, pack<T, A>, forward_scratch<A>,
+          backward_scratch<A>, forward<T>,     backward<T>};
 }
 
 template DeformConv2dKernels<double> deform_conv2d_kernels<double>();

@@ -1,0 +1,195 @@
+"""Building, installing and loading: the wheel, and the errors where something is missing."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmdcn.ops import _library
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of what a build needs, so that the checkout's own libraries stay as they are."""
+    folder = tmp_path_factory.mktemp("source")
+    shutil.copytree(
+        ROOT / "mmdcn", folder / "mmdcn", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source) -> Path:
+    done = run(
+        *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"),
+        *("--wheel-dir", "dist", "."),
+        cwd=source,
+        MMDCN_WITH_CUDA="0",
+    )
+    assert done.returncode == 0, done.stderr
+    (built,) = (source / "dist").glob("*.whl")
+    return built
+
+
+def test_wheel_is_abi3_and_complete(wheel):
+    assert "-cp310-abi3-" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "mmdcn/_cpu.abi3.so" in names
+    assert "mmdcn/_cuda.abi3.so" not in names  # MMDCN_WITH_CUDA=0
+    assert {"mmdcn/__init__.py", "mmdcn/ops/reference.py", "mmdcn/check.py"} <= set(names)
+    assert not [name for name in names if name.startswith("tests/")]
+
+
+def test_library_has_no_python_symbol(wheel, tmp_path):
+    if shutil.which("nm") is None:
+        pytest.skip("no nm (binutils)")
+    zipfile.ZipFile(wheel).extract("mmdcn/_cpu.abi3.so", tmp_path)
+    listed = run("nm", "--dynamic", "--undefined-only", str(tmp_path / "mmdcn/_cpu.abi3.so"))
+    wanted = [line.split()[-1] for line in listed.stdout.splitlines()]
+    assert any(name.startswith("aoti_torch_") for name in wanted)
+    assert not [name for name in wanted if name.startswith(("Py", "_Py"))]
+    # Nothing of torch's C++ interface, which changes with every release.
+    assert not [name for name in wanted if "c10" in name or "2at" in name]
+
+
+def test_installing_changes_no_other_package(wheel, tmp_path):
+    report = tmp_path / "report.json"
+    done = run(
+        *(sys.executable, "-m", "pip", "install", "--dry-run", "--force-reinstall", "--no-index"),
+        *("--no-deps", "--report", str(report), str(wheel)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert [item["metadata"]["name"] for item in json.loads(report.read_text())["install"]] == [
+        "mmdcn"
+    ]
+    # With dependencies resolved, and no index to get any from: what is here must satisfy them.
+    done = run(sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", str(wheel))
+    assert done.returncode == 0, done.stderr
+
+
+def test_wheel_works_installed(wheel, tmp_path):
+    """From another folder, with its own libraries, and without the toolbox in sight."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('mmengine', 'mmcv', 'mmdet')));"
+        "import importlib.util as u; find = u.find_spec;"
+        "u.find_spec = lambda name, *a: None if name in ('mmengine', 'mmcv') else find(name, *a);"
+        "import runpy; runpy.run_module('mmdcn.check', run_name='__main__')"
+    )
+    done = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert str(tmp_path / "site") in done.stdout
+    assert done.stdout.count("forward and backward ok") == 4
+    assert "CUDA library       not built" in done.stdout
+    assert "toolbox (mmengine and mmcv) is not installed" in done.stdout
+
+
+def test_check_reports_versions_libraries_and_takeover():
+    done = run(sys.executable, "-m", "mmdcn.check")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"torch              {torch.__version__}" in done.stdout
+    assert "CPU library        loaded" in done.stdout
+    assert "DCNv2" in done.stdout
+
+
+def test_import_without_compiled_library_names_the_fix(source, tmp_path):
+    shutil.copytree(source / "mmdcn", tmp_path / "mmdcn")
+    done = run(sys.executable, "-c", "import mmdcn", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: mmdcn's operators are not compiled")
+    assert "pip install ." in last
+
+
+def test_library_that_does_not_load_names_the_fix(source, tmp_path):
+    shutil.copytree(source / "mmdcn", tmp_path / "mmdcn")
+    (tmp_path / "mmdcn" / "_cpu.abi3.so").write_bytes(b"not a library")
+    done = run(sys.executable, "-c", "import mmdcn", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError:") and f"under torch {torch.__version__}" in last
+    assert "pip install ." in last
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_cuda_without_library_names_the_fix(monkeypatch, tmp_path, built):
+    library = tmp_path / "_cuda.abi3.so"
+    if built:
+        library.touch()
+    monkeypatch.setattr(_library, "CUDA_LIBRARY", library)
+    monkeypatch.setattr(_library, "cuda_is_loaded", lambda: False)
+    expected = "torch.cuda.is_available" if built else "nvcc.*pip install"
+    with pytest.raises(RuntimeError, match=f"input is on cuda:1.*{expected}"):
+        _library.require_kernels_for(torch.device("cuda", 1))
+
+
+def test_other_devices_are_refused():
+    with pytest.raises(RuntimeError, match=r"input is on mps.*cpu and cuda"):
+        _library.require_kernels_for(torch.device("mps"))
+
+
+@pytest.mark.parametrize(
+    "environment, sentence",
+    [
+        ({"CXX": "no-such-compiler"}, "needs a C++17 compiler"),
+        ({"MMDCN_WITH_CUDA": "yes"}, "MMDCN_WITH_CUDA: expected 0 or 1, got 'yes'"),
+        (
+            {"MMDCN_WITH_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0;Hopper"},
+            "TORCH_CUDA_ARCH_LIST: expected numbers such as '8.0;9.0+PTX', got 'Hopper'",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_build_says_what_is_missing(source, environment, sentence):
+    if "TORCH_CUDA_ARCH_LIST" in environment and shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    done = run(sys.executable, "setup.py", "-q", "build_ext", cwd=source, **environment)
+    assert done.returncode != 0
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, path, sentence",
+    [
+        (("python3", "nonsense"), None, "TOOLBOX=nonsense: expected openmmlab or onedl"),
+        (("no-such-python", "openmmlab"), None, "no no-such-python: install Python 3.10 or newer"),
+        (("python3", "openmmlab"), "only-python", "no C++ compiler: install one"),
+    ],
+)
+def test_environment_says_what_is_missing(tmp_path, arguments, path, sentence):
+    python, toolbox = arguments
+    environment = {"CXX": ""}
+    if path:
+        folder = tmp_path / path
+        folder.mkdir()
+        for tool in ("bash", "dirname", "env"):
+            (folder / tool).symlink_to(shutil.which(tool))
+        (folder / "python3").symlink_to(sys.executable)
+        environment["PATH"] = str(folder)
+    done = run("tools/environment/setup.sh", str(tmp_path / "venv"), python, toolbox, **environment)
+    assert done.returncode != 0
+    assert sentence in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "venv").exists()
