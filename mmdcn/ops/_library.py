@@ -26,7 +26,8 @@ def load() -> None:
     """Registers the operators. Raises ImportError, naming the fix, where they were not built."""
     if not CPU_LIBRARY.is_file():
         raise ImportError(
-            f"mmdcn's operators are not compiled: {CPU_LIBRARY} is missing. To build them, {REBUILD}."
+            f"mmdcn's operators are not compiled: {CPU_LIBRARY} is missing. "
+            f"To build them, {REBUILD}."
         )
     _load(CPU_LIBRARY)
     if CUDA_LIBRARY.is_file() and torch.cuda.is_available():
@@ -49,8 +50,8 @@ def require_kernels_for(device: torch.device) -> None:
         )
     if CUDA_LIBRARY.is_file():
         raise RuntimeError(
-            f"input is on {device}, but torch saw no GPU when mmdcn was imported: import mmdcn where "
-            "torch.cuda.is_available() is True."
+            f"input is on {device}, but torch saw no GPU when mmdcn was imported: import mmdcn "
+            "where torch.cuda.is_available() is True."
         )
     raise RuntimeError(
         f"input is on {device}, but mmdcn was built without its CUDA library: install a CUDA "
