@@ -1,0 +1,7 @@
+_base_ = "./faster-rcnn_r50_fpn_demo.py"
+model = dict(
+    backbone=dict(
+        dcn=dict(type="DCN", deform_groups=1, fallback_on_stride=False),
+        stage_with_dcn=(False, True, True, True),
+    )
+)

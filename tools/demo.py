@@ -1,0 +1,371 @@
+"""Train Faster R-CNN plain, with DCN and with DCNv2 on warped shapes, and write a report.
+
+Everything it needs is made on the spot. What is finished is kept: run it again after an
+interruption and it goes on from the last checkpoint.
+"""
+
+import argparse
+import copy
+import io
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+
+import cv2
+import mmcv
+import mmdet
+import mmengine
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from mmdet.apis import inference_detector, init_detector
+from mmdet.structures import DetDataSample
+from mmdet.utils import register_all_modules
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.structures import InstanceData
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import mmdcn
+from mmdcn.datasets import warped_shapes
+from mmdcn.visualization import (
+    draw_instances,
+    draw_sampling_points,
+    image_grid,
+    points_in_image,
+    record_sampling,
+)
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "demo"
+MODELS = {
+    "plain": "faster-rcnn_r50_fpn_demo.py",
+    "DCN": "faster-rcnn_r50-dconv-c3-c5_fpn_demo.py",
+    "DCNv2": "faster-rcnn_r50-mdconv-c3-c5_fpn_demo.py",
+}
+METRICS = {
+    "AP": "bbox_mAP",
+    "AP50": "bbox_mAP_50",
+    "AP75": "bbox_mAP_75",
+    "APs": "bbox_mAP_s",
+    "APm": "bbox_mAP_m",
+    "APl": "bbox_mAP_l",
+}
+# In each model's folder: what it is trained with, and what came out, once it is finished.
+SETTINGS = "settings.json"
+RESULT = "result.json"
+
+console = Console()
+
+
+def parse_args() -> argparse.Namespace:
+    defaults = warped_shapes.Parameters()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/demo"))
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="of data and training")
+    parser.add_argument("--iters", type=int, help="training iterations (default: the configs')")
+    parser.add_argument("--train-images", type=int, default=defaults.train_images)
+    parser.add_argument("--val-images", type=int, default=defaults.val_images)
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        default={},
+        help="override settings of all three configs: key=value, as in tools/train.py",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    start = time.monotonic()
+    register_all_modules()
+
+    console.rule("data")
+    parameters = warped_shapes.Parameters(
+        seed=args.seed,
+        train_images=args.train_images,
+        val_images=args.val_images,
+        strengths=(),
+    )
+    data_dir = args.work_dir / "data"
+    written = warped_shapes.generate(data_dir, parameters, overwrite=True)
+    console.print(f"{data_dir} {'written' if written else 'is up to date'}")
+
+    results = {}
+    detectors = {}
+    for number, (name, file_name) in enumerate(MODELS.items(), 1):
+        console.rule(f"model {number} of {len(MODELS)}: {name}")
+        cfg = Config.fromfile(CONFIGS / file_name)
+        cfg.merge_from_dict(args.cfg_options)
+        cfg.randomness.seed = args.seed
+        if args.iters is not None:
+            cfg.train_cfg.max_iters = args.iters
+            cfg.param_scheduler[0].total_steps = args.iters
+        folder = args.work_dir / name
+        results[name] = train_and_test(cfg, parameters, data_dir, folder)
+        detectors[name] = init_detector(cfg, find_latest_checkpoint(str(folder)), device="cpu")
+
+    console.rule("report")
+    scenes = load_scenes(data_dir)
+    save_figure(args.work_dir / "detections.png", detection_figure(detectors, scenes))
+    deformable = {name: detectors[name] for name in detectors if name != "plain"}
+    save_figure(args.work_dir / "sampling_points.png", sampling_figure(deformable, scenes))
+    report = {
+        "models": results,
+        "data": asdict(parameters),
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    write(args.work_dir / "report.json", json.dumps(report, indent=2).encode())
+    write(args.work_dir / "report.md", report_text(report).encode())
+    print_results(results)
+    console.print(f"see {args.work_dir / 'report.md'} and the pictures beside it")
+
+
+# Training
+
+
+def train_and_test(
+    cfg: Config, parameters: warped_shapes.Parameters, data_dir: Path, folder: Path
+) -> dict:
+    """Train and test one model in its folder, from where an earlier run stopped.
+
+    A folder that was begun with other settings is emptied first.
+
+    Returns:
+        The figures of the report.
+    """
+    settings = {
+        "config": cfg.pretty_text,
+        "data": json.loads(json.dumps(asdict(parameters))),
+        "versions": versions(),
+    }
+    if folder.exists() and not (folder / SETTINGS).exists() and any(folder.iterdir()):
+        sys.exit(f"error: {folder} was not made by this demo; choose another --work-dir")
+    if read_json(folder / SETTINGS) != settings:
+        if folder.exists():
+            console.print(f"{folder} was made with other settings: starting anew")
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        write(folder / SETTINGS, json.dumps(settings, indent=2).encode())
+    result = read_json(folder / RESULT)
+    if result is not None:
+        console.print(f"{folder} is up to date")
+        return result
+
+    cfg = copy.deepcopy(cfg)
+    cfg.work_dir = str(folder)
+    cfg.resume = True
+    # One process makes three runners: each needs logs of its own.
+    cfg.visualizer.name = cfg.experiment_name = f"{folder.name}_{time.time_ns()}"
+    cfg.train_dataloader.dataset.data_root = cfg.test_dataloader.dataset.data_root = str(data_dir)
+    cfg.test_evaluator.ann_file = str(data_dir / "annotations" / "val.json")
+    # Tested once, below: also where the earlier run stopped between the two.
+    cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
+    cfg.train_cfg.pop("val_interval")
+
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    metrics = runner.test()
+    iteration_times, _ = runner.message_hub.get_scalar("train/time").data
+    result = {name: metrics[f"coco/{key}"] for name, key in METRICS.items()}
+    result |= {
+        "parameters": sum(p.numel() for p in runner.model.parameters()),
+        "iterations": cfg.train_cfg.max_iters,
+        "batch_size": cfg.train_dataloader.batch_size,
+        "seconds_per_iteration": round(float(np.median(iteration_times)), 4),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    write(folder / RESULT, json.dumps(result, indent=2).encode())
+    return result
+
+
+def machine() -> str:
+    """Processor and number of threads."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = lines[0].partition(": ")[2] if lines else model
+    return f"{model}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    modules = (torch, mmengine, mmcv, mmdet, mmdcn)
+    return {"python": platform.python_version()} | {m.__name__: m.__version__ for m in modules}
+
+
+# Pictures
+
+
+def load_scenes(data_dir: Path) -> list[DetDataSample]:
+    """Path, ground truth and size of every validation image."""
+    coco = json.loads((data_dir / "annotations" / "val.json").read_text())
+    annotations = defaultdict(list)
+    for annotation in coco["annotations"]:
+        annotations[annotation["image_id"]].append(annotation)
+    scenes = []
+    for image in coco["images"]:
+        objects = annotations[image["id"]]
+        boxes = torch.tensor([a["bbox"] for a in objects]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = torch.tensor([a["category_id"] - 1 for a in objects], dtype=torch.long)
+        scene = DetDataSample(metainfo={"img_path": str(data_dir / "val" / image["file_name"])})
+        scene.gt_instances = InstanceData(bboxes=boxes, labels=labels)
+        scenes.append(scene)
+    return scenes
+
+
+def detection_figure(
+    detectors: dict[str, nn.Module], scenes: list[DetDataSample], count: int = 5
+) -> Figure:
+    """Ground truth and what each model detects, for the fullest of the first scenes."""
+    chosen = sorted(scenes[: 6 * count], key=lambda s: -len(s.gt_instances))[:count]
+    rows = []
+    for scene in chosen:
+        found = [inference_detector(d, scene.img_path).pred_instances for d in detectors.values()]
+        image = read_rgb(scene.img_path)
+        meta = next(iter(detectors.values())).dataset_meta
+        rows.append(
+            [
+                draw_instances(image, instances, meta["classes"], meta["palette"])
+                for instances in (scene.gt_instances, *found)
+            ]
+        )
+    return image_grid(rows, ["ground truth", *detectors])
+
+
+def sampling_figure(
+    detectors: dict[str, nn.Module], scenes: list[DetDataSample], count: int = 6
+) -> Figure:
+    """What the last deformable layer of each model samples at the centres of large objects."""
+    height = 2.9 * len(detectors) + 0.4
+    figure = Figure(figsize=(2.8 * count, height), layout="constrained")
+    axes = figure.subplots(len(detectors), count, squeeze=False)
+    colors = None
+    for axes_row, (name, detector) in zip(axes, detectors.items()):
+        axes_row[0].set_ylabel(name)
+        for ax, (scene, box, label) in zip(axes_row, largest_objects(scenes, count)):
+            image = read_rgb(scene.img_path)
+            with record_sampling(detector) as recorded:
+                sample = inference_detector(detector, scene.img_path)
+            center = ((box[:2] + box[2:]) / 2).tolist()
+            last_layer = list(recorded.values())[-1]
+            points = points_in_image(last_layer, center, sample.batch_input_shape)
+            ax.imshow(image, extent=(0, image.shape[1], image.shape[0], 0))
+            ax.set(xticks=[], yticks=[], title=detector.dataset_meta["classes"][label])
+            colors = draw_sampling_points(ax, points)
+    figure.colorbar(colors, ax=axes, label="modulation", shrink=0.8)
+    return figure
+
+
+def largest_objects(
+    scenes: list[DetDataSample], count: int
+) -> list[tuple[DetDataSample, torch.Tensor, int]]:
+    """Scene, box and label of the largest objects of as many classes, in the order of labels."""
+    largest = {}
+    for scene in scenes:
+        for box, label in zip(scene.gt_instances.bboxes, scene.gt_instances.labels.tolist()):
+            area = float((box[2:] - box[:2]).prod())
+            if area > largest.get(label, (0,))[0]:
+                largest[label] = area, scene, box
+    return [(scene, box, label) for label, (_, scene, box) in sorted(largest.items())][:count]
+
+
+def read_rgb(path: str) -> np.ndarray:
+    return cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB)
+
+
+# Report
+
+
+def report_text(report: dict) -> str:
+    """The report as Markdown."""
+    models = report["models"]
+    any_model = next(iter(models.values()))
+    data = report["data"]
+    versions = ", ".join(f"{name} {version}" for name, version in any_model["versions"].items())
+    rows = [f"| {' | '.join(row)} |" for row in table_rows(models)]
+    rows.insert(1, "|---" + "|---:" * (len(table_rows(models)[0]) - 1) + "|")
+    return f"""# Faster R-CNN on warped shapes: plain, DCN and DCNv2
+
+{chr(10).join(rows)}
+
+Tested on {data["val_images"]} images that no model has seen, by mmdet's CocoMetric. Each model
+trained from scratch on {data["train_images"]} images with the same schedule and the same seed
+({data["seed"]}): {any_model["iterations"]} iterations of {any_model["batch_size"]} images.
+Time per iteration is the median, on {any_model["machine"]}; {versions}.
+
+## Detections
+
+![detections](detections.png)
+
+## Sampling points of the last deformable layer
+
+The green cross is the output position nearest to the object's centre, the rings are the points
+of a plain 3×3 convolution there, and the dots are where the layer samples instead; in DCNv2
+their colour is the modulation.
+
+![sampling points](sampling_points.png)
+
+## Data
+
+![contact sheet](data/{warped_shapes.CONTACT_SHEET})
+"""
+
+
+def table_rows(models: dict[str, dict]) -> list[list[str]]:
+    """The header and one row per model."""
+    rows = [["model", *METRICS, "parameters", "training, ms / iteration"]]
+    for name, result in models.items():
+        # CocoMetric says -1 where there is no object of that size.
+        metrics = [f"{result[m]:.3f}" if result[m] >= 0 else "–" for m in METRICS]
+        milliseconds = f"{result['seconds_per_iteration'] * 1000:.0f}"
+        rows.append([name, *metrics, f"{result['parameters'] / 1e6:.2f} M", milliseconds])
+    return rows
+
+
+def print_results(models: dict[str, dict]) -> None:
+    header, *rows = table_rows(models)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+# Files
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    scratch = path.with_name(f".{path.name}.new")
+    scratch.write_bytes(content)
+    scratch.replace(path)
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    write(path, buffer.getvalue())
+
+
+def read_json(path: Path) -> dict | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        console.print("interrupted; run the same command again to go on from the last checkpoint")
+        sys.exit(130)
