@@ -13,8 +13,6 @@ __all__ = ["__version__", "layers", "ops"]
 
 if find_spec("mmengine") is not None and find_spec("mmcv") is not None:
     from . import plugin
-    from .engine import checkpoint
 
     plugin.install()
-    checkpoint.install()
     __all__ += ["plugin"]

@@ -6,7 +6,9 @@
   ``dict(type='DCN')`` build our layers. In the scope ``mmdcn`` (``'mmdcn.DCN'``) the same names are
   always ours, also after :func:`uninstall`;
 - ``mmcv.ops.deform_conv2d`` and ``mmcv.ops.modulated_deform_conv2d``, in every module that has
-  imported them already and in every module that will.
+  imported them already and in every module that will;
+- mmengine's loading of checkpoints, so that it reads plain data only
+  (:mod:`mmdcn.engine.checkpoint`).
 
 mmcv's own layers (``mmcv.ops.DeformConv2d`` and so on) stay the classes they are, because code
 derives from them, pickles them and asks ``isinstance``. They compute through the two functions
@@ -33,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from mmdcn import layers, ops
+from mmdcn.engine import checkpoint
 
 try:
     import mmcv.ops as _mmcv_ops
@@ -237,6 +240,7 @@ def install() -> None:
     for theirs, ours, autograd_function in _FUNCTIONS:
         _rebind(theirs, ours)
         autograd_function.apply = staticmethod(ours)
+    checkpoint.install()
     logging.getLogger("mmdcn").addHandler(_TO_MMENGINE)
 
     if _MMCV_PROBLEM is not None:
@@ -267,6 +271,7 @@ def uninstall() -> None:
     for theirs, ours, autograd_function in _FUNCTIONS:
         _rebind(ours, theirs)
         del autograd_function.apply  # The inherited one shows again.
+    checkpoint.uninstall()
     logging.getLogger("mmdcn").removeHandler(_TO_MMENGINE)
     _replaced_layers = None
 
@@ -299,12 +304,14 @@ class Report:
         installed: whether :func:`install` is in force.
         layers: for each name of :data:`LAYERS`, the class that configs build by it now, or None.
         functions: for each function taken over, the module attributes that hold our stand-in.
+        safe_checkpoints: whether mmengine loads checkpoints as plain data.
         mmcv_problem: why mmcv.ops does not load and how to mend it, or None.
     """
 
     installed: bool
     layers: dict[str, str | None]
     functions: dict[str, list[str]]
+    safe_checkpoints: bool
     mmcv_problem: str | None
 
     def __str__(self) -> str:
@@ -314,6 +321,8 @@ class Report:
         for function, places in self.functions.items():
             lines.append(f"{function}: {'replaced in' if places else 'left alone'}")
             lines += [f"  {place}" for place in places]
+        loads = "as plain data only" if self.safe_checkpoints else "as mmengine does by itself"
+        lines.append(f"Checkpoints load {loads}.")
         if self.mmcv_problem is not None:
             lines.append(self.mmcv_problem)
         return "\n".join(lines)
@@ -332,6 +341,7 @@ def report() -> Report:
             f"mmcv.ops.{ours.__name__}": sorted(".".join(place) for place in _places(ours))
             for _, ours, _ in _FUNCTIONS
         },
+        safe_checkpoints=checkpoint.installed(),
         mmcv_problem=_MMCV_PROBLEM,
     )
 

@@ -380,12 +380,14 @@ def test_report_reads_well():
     assert text.startswith("mmdcn's plugin is installed.")
     assert "  DCN: mmdcn.plugin.DeformConv2dPack" in text
     assert "mmcv.ops.modulated_deform_conv2d: replaced in\n" in text
+    assert "Checkpoints load as plain data only." in text
     plugin.uninstall()
     text = str(plugin.report())
     assert text.startswith("mmdcn's plugin is not installed.")
     assert "  DCN: mmcv.ops.deform_conv.DeformConv2dPack" in text
     assert "  DeformConv2d: nothing" in text
     assert "mmcv.ops.deform_conv2d: left alone" in text
+    assert "Checkpoints load as mmengine does by itself." in text
 
 
 def test_other_ranks_are_silent():
