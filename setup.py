@@ -250,9 +250,11 @@ class BuildOperators(build_ext):
 
 
 def extensions() -> list[Extension]:
-    sources = [str(path) for path in sorted(CSRC.rglob("*.cpp"))]
+    files = sorted(path for path in CSRC.rglob("*") if path.is_file())
+    sources = [str(path) for path in files if path.suffix == ".cpp"]
+    others = [str(path) for path in files if path.suffix != ".cpp"]  # for source distributions
     names = ["mmdcn._cpu"] + (["mmdcn._cuda"] if find_nvcc() else [])
-    return [Extension(name, sources, py_limited_api=True) for name in names]
+    return [Extension(name, sources, depends=others, py_limited_api=True) for name in names]
 
 
 def version() -> str:
