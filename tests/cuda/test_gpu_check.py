@@ -1,0 +1,100 @@
+"""tools/gpu_check: what can be shown of it where there is no GPU."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmdcn.ops import deform_conv2d
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+@pytest.fixture
+def gpu_check():
+    spec = importlib.util.spec_from_file_location("gpu_check", TOOLS / "gpu_check.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_sentence():
+    result = subprocess.run(
+        ["bash", TOOLS / "gpu_check.sh"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable},
+    )
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert "torch sees no CUDA device" in result.stderr
+
+
+def test_a_section_that_breaks_takes_no_other_with_it(gpu_check, tmp_path, monkeypatch, capsys):
+    script = tmp_path / "sections.py"
+    script.write_text(
+        "import json, os, pathlib, sys, time\n"
+        "name, result = sys.argv[2], pathlib.Path(sys.argv[4])\n"
+        "if name == 'dies': os.abort()\n"
+        "if name == 'hangs': result.write_text(json.dumps({'rows': [1]})); time.sleep(60)\n"
+        "answers = {'works': {'rows': [2]}, 'finds': {'failures': ['wrong']}}\n"
+        "answers['cannot'] = {'not_run': 'no such tool'}\n"
+        "result.write_text(json.dumps(answers[name]))\n"
+    )
+    sections = {"dies": 30, "hangs": 2, "finds": 30, "cannot": 30, "works": 30}
+    monkeypatch.setattr(gpu_check, "__file__", str(script))
+    monkeypatch.setattr(gpu_check, "SECTIONS", sections)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path / "out")])
+    monkeypatch.chdir(tmp_path)
+    assert gpu_check.main() == 1
+
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"gpu_check.json", "gpu_check.md", "gpu_check.log"}
+    report = gpu_check.json.loads((tmp_path / "out" / "gpu_check.json").read_text())["sections"]
+    assert {name: section["status"] for name, section in report.items()} == {
+        "dies": "failed",
+        "hangs": "failed",
+        "finds": "failed",
+        "cannot": "not run",
+        "works": "passed",
+    }
+    assert "not done after 2 seconds" in report["hangs"]["error"]
+    assert report["hangs"]["result"] == {"rows": [1]}  # what it knew when it was stopped
+    assert "dies, hangs, finds did not pass" in capsys.readouterr().err
+
+
+def test_report_compares_with_dense_convolution_and_torchvision(gpu_check):
+    times = {"mmdcn": 2.0, "conv2d": 1.0, "torchvision": 10.0}
+    row = {
+        **{"stage": "c3", "batch": 8, "dtype": "bfloat16", "layout": "channels_last"},
+        "forward_ms": times,
+        "forward_backward_ms": {"mmdcn": 6.0, "conv2d": 4.0},
+        "forward_backward_peak_mb": {"mmdcn": 100.4, "conv2d": 50.0},
+    }
+    line = gpu_check.benchmark_table([row])[-1]
+    columns = [column.strip() for column in line.strip("|").split("|")]
+    assert columns == [
+        *("c3", "8", "bfloat16", "channels_last"),
+        *("2.000", "1.000", "10.000", "2.00", "5.00"),
+        *("6.000", "4.000", "—", "1.50", "—"),
+        "100 / 50 / —",
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_drawn_calls_are_valid(gpu_check, dtype):
+    for seed in range(10):
+        tensors, arguments = gpu_check.draw_call(seed, dtype)
+        again, _ = gpu_check.draw_call(seed, dtype)
+        assert all(t is None or torch.equal(t, again[name]) for name, t in tensors.items())
+        results = gpu_check.output_and_gradients(deform_conv2d, tensors, arguments)
+        assert all(torch.isfinite(value).all() for value in results.values())
+        for name, value in results.items():
+            assert gpu_check.relative_error(value, value) == 0.0, name
+    assert gpu_check.relative_error(torch.tensor([float("nan")]), torch.ones(1)) == float("inf")

@@ -1,0 +1,585 @@
+"""Checks and times the installed mmdcn on this machine's GPU; started by tools/gpu_check.sh.
+
+Each section runs in a process of its own, so that one that fails, hangs or breaks the GPU's context
+takes no other with it. What is known so far is written after each section.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+import xml.etree.ElementTree
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Seconds that each section may take, in the order in which they run; and all of them together.
+SECTIONS = {
+    "environment": 60,
+    "self_check": 60,
+    "agreement": 90,
+    "tests": 200,
+    "benchmark": 170,
+    "memcheck": 120,
+    "racecheck": 120,
+}
+TOTAL_SECONDS = 540
+
+# Largest error that is allowed, relative to the largest element of the exact result (or to 1).
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-5,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
+}
+
+# R-50 at 800 x 1333: channels, height and width of the 3 x 3 convolutions.
+STAGES = {"c3": (128, 100, 168), "c4": (256, 50, 84), "c5": (512, 25, 42)}
+BATCHES = (1, 2, 8)
+TIMED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ROUNDS = 11
+# GPU cycles of sleep before each timed call, in which the host queues the whole of it (about 2 ms).
+HEAD_START = 4_000_000
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def coordinate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --------------------------------------------------------------- sections, each in its own process
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def environment(_: Path) -> dict:
+    import mmdcn
+    from mmdcn.ops import _library
+
+    properties = torch.cuda.get_device_properties(0)
+    result = {
+        "device": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "torchvision": installed_version("torchvision"),
+        "mmdcn": mmdcn.__version__,
+        "mmdcn_folder": str(Path(mmdcn.__file__).parent),
+        "cuda_library_loaded": _library.cuda_is_loaded(),
+    }
+    smi = shutil.which("nvidia-smi")
+    if smi:
+        query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+        answer = subprocess.run(query, capture_output=True, text=True, check=False)
+        result["driver"] = answer.stdout.strip() or None
+    assert result["cuda_library_loaded"], "mmdcn's CUDA library was not loaded"
+    return result
+
+
+def self_check(_: Path) -> dict:
+    command = [sys.executable, "-m", "mmdcn.check"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    print(result.stdout, result.stderr)
+    assert result.returncode == 0, f"python -m mmdcn.check ended with {result.returncode}"
+    return {"output": result.stdout}
+
+
+def draw_call(seed: int, dtype: torch.dtype, largest: int = 20) -> tuple[dict, dict]:
+    """Arguments of one random call: tensors on the CPU, and stride, padding, dilation."""
+    draw = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    channels = draw.choice([1, 3, 4, 12, 17, 40, 64, 70, 130])
+    divisors = [d for d in range(1, channels + 1) if channels % d == 0]
+    groups, deform_groups = draw.choice(divisors), draw.choice(divisors)
+    out_channels = groups * draw.choice([1, 5, 33, 70] if groups < 8 else [1, 3])
+    kernel, stride, dilation = ([draw.randint(1, 3) for _ in range(2)] for _ in range(3))
+    padding = [d * (k - 1) for d, k in zip(dilation, kernel)]
+    size = [draw.randint(1, largest) for _ in range(2)]
+    batch = draw.randint(1, 3)
+    out_size = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, p, d, k, s in zip(size, padding, dilation, kernel, stride)
+    ]
+    points = deform_groups * kernel[0] * kernel[1]
+    wide = coordinate_dtype(dtype)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    offset = normal(batch, 2 * points, *out_size) * draw.choice([0.3, 2.0, 20.0])
+    tensors = {
+        "input": normal(batch, channels, *size).to(dtype),
+        # Multiples of 2^-12 are added to the grid without rounding: a rounding that moves a sample
+        # across an integer, where the gradient jumps, is no error.
+        "offset": (offset * 4096).round().div(4096).to(wide),
+        "weight": normal(out_channels, channels // groups, *kernel).to(dtype),
+        "bias": normal(out_channels).to(dtype),
+        "mask": normal(batch, points, *out_size).sigmoid().to(wide),
+    }
+    tensors["weight"] /= (channels // groups * kernel[0] * kernel[1]) ** 0.5
+    if draw.random() < 0.5:
+        tensors["input"] = tensors["input"].contiguous(memory_format=torch.channels_last)
+    if draw.random() < 0.5:
+        tensors["mask"] = None
+    return tensors, {"stride": stride, "padding": padding, "dilation": dilation}
+
+
+def output_and_gradients(function: Callable, tensors: dict, arguments: dict) -> dict[str, Tensor]:
+    arguments = {name: tuple(pair) for name, pair in arguments.items()}
+    leaves = {n: None if t is None else t.detach().requires_grad_() for n, t in tensors.items()}
+    output = function(**leaves, **arguments)
+    generator = torch.Generator().manual_seed(1)
+    grad_output = torch.randn(output.shape, generator=generator).bfloat16()
+    output.backward(grad_output.to(output.device, output.dtype))
+    gradients = {f"grad_{n}": t.grad for n, t in leaves.items() if t is not None}
+    return {"output": output.detach(), **gradients}
+
+
+def convert(tensors: dict, *arguments) -> dict:
+    return {n: None if t is None else t.to(*arguments) for n, t in tensors.items()}
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    difference = (actual.double().cpu() - expected.double().cpu()).abs().max()
+    error = float(difference / expected.double().abs().max().clamp(min=1.0))
+    return float("inf") if error != error else error
+
+
+def agreement(_: Path) -> dict:
+    """Largest errors of the GPU's results against the reference in float64, and the CPU's."""
+    from mmdcn.ops import deform_conv2d, reference
+
+    rows, failures = [], []
+    for dtype, bound in TOLERANCE.items():
+        worst: dict[str, list[float]] = {}
+        for seed in range(24):
+            tensors, arguments = draw_call(seed, dtype)
+            actual = output_and_gradients(deform_conv2d, convert(tensors, "cuda"), arguments)
+            exact = output_and_gradients(
+                reference.deform_conv2d, convert(tensors, torch.float64), arguments
+            )
+            cpu = output_and_gradients(deform_conv2d, tensors, arguments)
+            for name, value in actual.items():
+                errors = [relative_error(value, exact[name]), relative_error(value, cpu[name])]
+                worst[name] = [max(pair) for pair in zip(errors, worst.get(name, [0.0, 0.0]))]
+                if errors[0] > bound or errors[1] > 2 * bound:
+                    failures.append(f"{dtype_name(dtype)} {name}, seed {seed}: {errors}")
+        for name, (against_reference, against_cpu) in worst.items():
+            row = {"dtype": dtype_name(dtype), "result": name, "bound": bound}
+            rows.append({**row, "against_reference": against_reference, "against_cpu": against_cpu})
+    print("\n".join(failures))
+    return {"rows": rows, "failures": failures}
+
+
+def tests(scratch: Path) -> dict:
+    missing = [name for name in ("pytest", "hypothesis") if not importlib.util.find_spec(name)]
+    if missing:
+        return {"not_run": f"{' and '.join(missing)} not installed; see the agreement instead"}
+    report = scratch / "tests.xml"
+    command = [sys.executable, "-m", "pytest", "tests/cuda/test_cuda.py", "-m", "cuda", "-v"]
+    command += ["-p", "no:cacheprovider", "--durations=10", f"--junitxml={report}"]
+    process = subprocess.run(command, check=False)
+    suite = xml.etree.ElementTree.parse(report).getroot().find("testsuite")
+    counts = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
+    broken = [
+        f"{case.get('name')}: {(problem.get('message') or '').splitlines()[:1]}"
+        for case in suite.iter("testcase")
+        for problem in case
+        if problem.tag in ("failure", "error")
+    ]
+    skipped = sorted(
+        {
+            f"{case.get('name')}: {problem.get('message')}"
+            for case in suite.iter("testcase")
+            for problem in case
+            if problem.tag == "skipped"
+        }
+    )
+    if process.returncode != 0 and not broken:
+        broken = [f"pytest ended with {process.returncode}"]
+    counts["passed"] = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
+    return {**counts, "failures": broken, "skipped_tests": skipped}
+
+
+def sanitized(_: Path) -> dict:
+    """What runs under compute-sanitizer: small calls of every dtype, forward and backward."""
+    from mmdcn.ops import deform_conv2d
+
+    failures = []
+    for dtype, bound in TOLERANCE.items():
+        for seed in range(100, 104):
+            tensors, arguments = draw_call(seed, dtype, largest=9)
+            # Far outside, not finite, and beyond every integer.
+            offset = tensors["offset"].view(-1)
+            offset[:5] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, -1e10])[
+                : len(offset)
+            ]
+            actual = output_and_gradients(deform_conv2d, convert(tensors, "cuda"), arguments)
+            expected = output_and_gradients(deform_conv2d, tensors, arguments)
+            for name, value in actual.items():
+                error = relative_error(value, expected[name])
+                if error > 2 * bound:
+                    failures.append(f"{dtype_name(dtype)} {name}, seed {seed}: {error}")
+    torch.cuda.synchronize()
+    print("the sanitized calls ended")
+    return {"failures": failures}
+
+
+def run_sanitizer(tool: str, scratch: Path) -> dict:
+    places = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    candidates = [os.path.join(place, "bin", "compute-sanitizer") for place in places if place]
+    program = next(filter(None, map(shutil.which, ["compute-sanitizer", *candidates])), None)
+    if program is None:
+        return {"not_run": "compute-sanitizer was not found"}
+    result_file = scratch / "sanitized.json"
+    command = [program, "--tool", tool, "--report-api-errors", "no", sys.executable, __file__]
+    command += ["--section", "sanitized", "--result", str(result_file)]
+    # Without torch's memory pool every tensor is an allocation with borders that can be checked.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    output = process.stdout + process.stderr
+    print(output)
+    summary = re.search(r"SUMMARY: (\d+) .*", output)
+    if "the sanitized calls ended" not in output and summary is None:
+        return {"not_run": f"{tool} does not run here: {' '.join(output.split())[-300:]}"}
+    failures = [] if summary and summary.group(1) == "0" else [(summary or ["no summary"])[0]]
+    if result_file.is_file():
+        failures += json.loads(result_file.read_text()).get("failures", [])
+    else:
+        failures.append("the calls did not end")
+    return {"summary": summary.group(0) if summary else None, "failures": failures}
+
+
+def memcheck(scratch: Path) -> dict:
+    return run_sanitizer("memcheck", scratch)
+
+
+def racecheck(scratch: Path) -> dict:
+    return run_sanitizer("racecheck", scratch)
+
+
+def time_interleaved(calls: dict[str, Callable]) -> dict[str, float]:
+    """Median milliseconds of each call, taken in turns, with warm caches."""
+    samples: dict[str, list] = {name: [] for name in calls}
+    for round_ in range(-2, ROUNDS):
+        for name, call in calls.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(HEAD_START)
+            start.record()
+            call()
+            end.record()
+            if round_ >= 0:
+                samples[name].append((start, end))
+        torch.cuda.synchronize()
+    return {
+        name: statistics.median(start.elapsed_time(end) for start, end in events)
+        for name, events in samples.items()
+    }
+
+
+def peak_megabytes(call: Callable) -> float:
+    """Memory that a call takes at its peak, with what it returns."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def torchvision_deform_conv2d(x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    from torchvision.ops import deform_conv2d
+
+    return deform_conv2d(x, offset, weight, None, 1, 1, 1, mask)
+
+
+def benchmark_row(stage: str, batch: int, dtype: torch.dtype, channels_last: bool) -> dict:
+    from mmdcn.ops import deform_conv2d
+
+    channels, height, width = STAGES[stage]
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    def leaf(tensor: Tensor, type_: torch.dtype) -> Tensor:
+        return tensor.to(type_).contiguous(memory_format=memory_format).requires_grad_()
+
+    x = leaf(normal(batch, channels, height, width), dtype)
+    weight = leaf(normal(channels, channels, 3, 3) / (9 * channels) ** 0.5, dtype)
+    shift = 2 * normal(batch, 18, height, width)
+    modulation = normal(batch, 9, height, width).sigmoid()
+    offset, mask = leaf(shift, torch.float32), leaf(modulation, torch.float32)
+    # torchvision takes everything in one dtype.
+    tv_offset, tv_mask = leaf(shift, dtype), leaf(modulation, dtype)
+    grad_output = normal(batch, channels, height, width).to(dtype)
+    grad_output = grad_output.contiguous(memory_format=memory_format)
+
+    forwards = {
+        "mmdcn": (
+            lambda: deform_conv2d(x, offset, weight, None, 1, 1, 1, mask),
+            (x, offset, weight, mask),
+        ),
+        "conv2d": (lambda: F.conv2d(x, weight, None, 1, 1), (x, weight)),
+        "torchvision": (
+            lambda: torchvision_deform_conv2d(x, tv_offset, weight, tv_mask),
+            (x, tv_offset, weight, tv_mask),
+        ),
+    }
+    row = {
+        "stage": stage,
+        "batch": batch,
+        "dtype": dtype_name(dtype),
+        "layout": "channels_last" if channels_last else "contiguous",
+        "forward_ms": {},
+        "forward_backward_ms": {},
+        "forward_peak_mb": {},
+        "forward_backward_peak_mb": {},
+        "errors": {},
+    }
+    inference, training = {}, {}
+    for name, (forward, inputs) in forwards.items():
+
+        def infer(forward=forward):
+            with torch.no_grad():
+                return forward()
+
+        def train(forward=forward, inputs=inputs):
+            return torch.autograd.grad(forward(), inputs, grad_output)
+
+        try:
+            infer(), train()
+            row["forward_peak_mb"][name] = peak_megabytes(infer)
+            row["forward_backward_peak_mb"][name] = peak_megabytes(train)
+        except Exception as error:
+            row["errors"][name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            if name == "mmdcn":
+                raise
+            continue
+        inference[name], training[name] = infer, train
+    row["forward_ms"] = time_interleaved(inference)
+    row["forward_backward_ms"] = time_interleaved(training)
+    return row
+
+
+def benchmark(scratch: Path) -> dict:
+    # Dense convolution at its best, and in the same arithmetic as ours.
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False
+    deadline = time.monotonic() + SECTIONS["benchmark"] - 20
+    result = {"rows": [], "failures": [], "complete": True}
+    for batch in BATCHES:
+        for dtype in TIMED_DTYPES:
+            for channels_last in (False, True):
+                for stage in STAGES:
+                    if time.monotonic() > deadline:
+                        result["complete"] = False
+                        return result
+                    try:
+                        row = benchmark_row(stage, batch, dtype, channels_last)
+                        result["rows"].append(row)
+                        print(json.dumps(row), flush=True)
+                    except Exception:
+                        name = f"{stage}, batch {batch}, {dtype_name(dtype)}, {channels_last=}"
+                        result["failures"].append(f"{name}: {traceback.format_exc(limit=3)}")
+                    # What is measured survives whatever comes next.
+                    write(scratch / "benchmark.json", json.dumps(result))
+    return result
+
+
+# ---------------------------------------------------------------------- the report, in the parent
+
+
+def write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def table(header: list[str], rows: list[list]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+
+
+def benchmark_table(rows: list[dict]) -> list[str]:
+    def times(row: dict, key: str) -> list[str]:
+        ours, dense, torchvision = (
+            row[key].get(name) for name in ("mmdcn", "conv2d", "torchvision")
+        )
+        columns = ["—" if ms is None else f"{ms:.3f}" for ms in (ours, dense, torchvision)]
+        columns.append("—" if None in (ours, dense) else f"{ours / dense:.2f}")
+        columns.append("—" if None in (ours, torchvision) else f"{torchvision / ours:.2f}")
+        return columns
+
+    def peaks(row: dict) -> str:
+        peak = row["forward_backward_peak_mb"]
+        return " / ".join(
+            f"{peak[name]:.0f}" if name in peak else "—"
+            for name in ("mmdcn", "conv2d", "torchvision")
+        )
+
+    header = ["stage", "batch", "dtype", "layout"]
+    for direction in ("fwd", "fwd+bwd"):
+        header += [f"{direction} mmdcn", "conv2d", "torchvision", "× conv2d", "torchvision ÷ mmdcn"]
+    header.append("peak MB fwd+bwd, mmdcn / conv2d / torchvision")
+    return table(
+        header,
+        [
+            [row["stage"], row["batch"], row["dtype"], row["layout"]]
+            + times(row, "forward_ms")
+            + times(row, "forward_backward_ms")
+            + [peaks(row)]
+            for row in rows
+        ],
+    )
+
+
+def markdown(report: dict) -> str:
+    sections = report["sections"]
+    lines = ["# mmdcn on a GPU", ""]
+    facts = sections.get("environment", {}).get("result", {})
+    lines += table(["", ""], [[key, value] for key, value in facts.items()])
+    lines += ["", "## Checks", ""]
+    rows = []
+    for name, section in sections.items():
+        result = section.get("result", {})
+        keys = ("not_run", "summary", "passed", "failures", "skipped_tests", "complete", "error")
+        found = {**result, **section}
+        said = [
+            f"{key}: {found[key]}".replace("|", "/").replace("\n", " ")
+            for key in keys
+            if key in found and found[key] not in (None, [], 0)
+        ]
+        seconds = f"{section['seconds']:.0f} s"
+        rows.append([name, section["status"], seconds, "; ".join(said)[:1500]])
+    lines += table(["section", "status", "time", ""], rows)
+
+    agreement_rows = sections.get("agreement", {}).get("result", {}).get("rows", [])
+    if agreement_rows:
+        lines += ["", "## Largest errors, relative to the largest element", ""]
+        header = ["dtype", "result", "against the reference in float64", "against the CPU", "bound"]
+        lines += table(
+            header,
+            [
+                [row["dtype"], row["result"], f"{row['against_reference']:.1e}"]
+                + [f"{row['against_cpu']:.1e}", row["bound"]]
+                for row in agreement_rows
+            ],
+        )
+    benchmark_rows = sections.get("benchmark", {}).get("result", {}).get("rows", [])
+    if benchmark_rows:
+        lines += [
+            *("", "## Times in milliseconds", ""),
+            f"Medians of {ROUNDS} interleaved runs, by CUDA events, caches warm. 3×3, stride 1, "
+            "padding 1, R-50 at 800×1333, offsets ~ N(0, 2²), mask, no bias. Backward: every "
+            "gradient. conv2d is cuDNN's dense convolution, its algorithm chosen by timing, "
+            "without TF32.",
+            "",
+        ]
+        lines += benchmark_table(benchmark_rows)
+    return "\n".join(lines) + "\n"
+
+
+def run_section(name: str, seconds: float, scratch: Path, log: Path) -> dict:
+    result_file = scratch / f"{name}.json"
+    command = [sys.executable, __file__, "--section", name, "--result", str(result_file)]
+    started = time.monotonic()
+    error = None
+    with log.open("a") as stream:
+        stream.write(f"\n===== {name}\n")
+        stream.flush()
+        # A session of its own, so that whatever a section started ends with it.
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            if process.wait(seconds) != 0:
+                error = f"ended with {process.returncode}; see {log.name}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+            error = f"not done after {seconds:.0f} seconds"
+    section = {"seconds": time.monotonic() - started, "result": {}}
+    if result_file.is_file():
+        section["result"] = json.loads(result_file.read_text())
+    if error is None and not section["result"]:
+        error = f"gave no result; see {log.name}"
+    if error is not None:
+        section["error"] = error
+    failed = error is not None or section["result"].get("failures")
+    incomplete = not section["result"].get("complete", True)
+    not_run = "not_run" in section["result"]
+    section["status"] = (
+        "failed" if failed else "incomplete" if incomplete else "not run" if not_run else "passed"
+    )
+    return section
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder for the report")
+    parser.add_argument("--section", help="run one section in this process (used internally)")
+    parser.add_argument("--result", type=Path, help="where that section's result goes")
+    args = parser.parse_args()
+
+    if args.section:
+        section = globals()[args.section]
+        write(args.result, json.dumps(section(args.result.parent)))
+        return 0
+    if args.out is None:
+        parser.error("--out is needed")
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = args.out / "gpu_check.log"
+    log.unlink(missing_ok=True)
+    scratch = Path.cwd() / "results"
+    scratch.mkdir(exist_ok=True)
+    report = {"sections": {}}
+    deadline = time.monotonic() + TOTAL_SECONDS
+    for name, seconds in SECTIONS.items():
+        left = deadline - time.monotonic()
+        if left < 10:
+            section = {"status": "failed", "seconds": 0.0, "error": "no time was left"}
+        else:
+            print(f"gpu_check: {name} ...", end=" ", flush=True)
+            section = run_section(name, min(seconds, left), scratch, log)
+            print(f"{section['status']} ({section['seconds']:.0f} s)", flush=True)
+        report["sections"][name] = section
+        write(args.out / "gpu_check.json", json.dumps(report, indent=2) + "\n")
+        write(args.out / "gpu_check.md", markdown(report))
+    print()
+    print((args.out / "gpu_check.md").read_text())
+    failed = [n for n, s in report["sections"].items() if s["status"] in ("failed", "incomplete")]
+    if failed:
+        print(f"gpu_check: {', '.join(failed)} did not pass; see {log}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
