@@ -117,6 +117,7 @@ void deform_conv2d_backward_data(Precision precision, const DeformConv2dProblem&
                                  const void* grad_output, const void* input, const void* offset,
                                  const void* mask, const void* weight, void* grad_input,
                                  void* grad_offset, void* grad_mask, const Stream& stream) {
+  // One block, or nearly so, for each tile of pixels, tap and tile of channels.
   const int64_t blocks =
       tiles(problem.all_pixels, kTile) * problem.taps * tiles(problem.shape.channels, kTile);
   dispatch(precision, [&](auto scalar, auto acc) {

@@ -23,7 +23,7 @@ struct BackwardDataStorage {
   union {
     Operands operands;
     Tile<acc_t, kTile> grad_columns;  // [input channel][pixel]
-    PointGradient<acc_t> partial[256];
+    PointGradient<acc_t> partial[kItems];
   };
 };
 

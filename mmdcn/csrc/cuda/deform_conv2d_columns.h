@@ -1,9 +1,9 @@
 // What the passes of deformable convolution share on CUDA: output pixels, their sampling points,
 // and the staging of sampled columns and output gradients in shared memory.
 //
-// A "column" is one summand of an output element: column tap * channels_per_group + channel of a
-// group holds the input sampled for that tap in that channel. The matrix of all columns (what
-// im2col would write to memory) only ever exists as tiles in shared memory.
+// A "column" is one summand of an output element: column tap * group_channels + channel of a group
+// holds the input sampled for that tap in that channel. The matrix of all columns (what im2col
+// would write to memory) only ever exists as tiles in shared memory.
 #pragma once
 
 #include "../sampling.h"
@@ -122,12 +122,14 @@ struct SamplingPoint {
   }
 };
 
-// Division of kPixels pixels times some columns or channels over the threads of a block: each of
-// kItems work items keeps to one pixel and walks one part of the rest. Consecutive items lie side
-// by side in memory: neighbouring pixels, or neighbouring channels where channels are last.
+// Work items of a block that sample, shared out evenly over its threads: one each on the GPU.
+constexpr int kItems = 256;
+
+// Division of kPixels pixels times some columns or channels into work items: each keeps to one
+// pixel and walks one part of the rest. Consecutive items lie side by side in memory: neighbouring
+// pixels, or neighbouring channels where channels are last.
 template <typename Ctx, int kPixels>
 struct PixelItems {
-  static constexpr int kItems = 256;
   static constexpr int kParts = kItems / kPixels;
   static constexpr int kPerThread = kItems / Ctx::kThreads;
   static_assert(kParts * kPixels == kItems && kPerThread * Ctx::kThreads == kItems, "uneven");
