@@ -1,7 +1,9 @@
 """Mistakes in a config are found before anything is built, each with a message that names it."""
 
 import json
+import os
 import warnings
+from pathlib import Path
 
 import pytest
 from mmengine.config import Config, ConfigDict
@@ -9,6 +11,8 @@ from PIL import Image
 
 from mmdcn.engine import preflight
 from mmdcn.engine.preflight import ConfigError
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -84,7 +88,7 @@ def dataset_of(config):
 
 def test_a_right_config_passes(config):
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("error", message=".*wrong names")
         preflight.check(config, ("train", "val", "test"))
 
 
@@ -274,3 +278,25 @@ def test_what_will_not_run_is_not_checked(config):
 def test_a_config_of_something_else(config, key):
     config.pop(key)
     assert f"no such entry ({key})" in message_of(config)
+
+
+COCO = Path(os.environ.get("MMDCN_COCO", REPOSITORY.parent / "shared" / "data" / "coco"))
+
+
+@pytest.mark.skipif(not COCO.is_dir(), reason=f"no COCO subset in {COCO}")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py",
+        "dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py",
+        "dcnv2/faster-rcnn_r101-mdconv-c3-c5_fpn_1x_coco.py",
+        "dcnv2/mask-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py",
+    ],
+)
+def test_the_configs_find_coco_in_data_coco(name, tmp_path, monkeypatch):
+    config = Config.fromfile(REPOSITORY / "configs" / name)
+    monkeypatch.chdir(tmp_path)
+    assert "no folder 'data/coco/'" in message_of(config)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "coco").symlink_to(COCO)
+    preflight.check(config, ("train", "val", "test"))

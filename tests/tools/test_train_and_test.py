@@ -3,7 +3,9 @@
 import json
 import os
 import re
+from pathlib import Path
 
+import mmdet
 import pytest
 import torch
 from mmengine.fileio import load
@@ -118,6 +120,18 @@ def test_a_hostile_checkpoint_is_refused(project, trained, option):
     assert "Traceback" not in result.stdout
     assert not executed.exists()
     assert not list((project.root / "refused").rglob("*.pth"))
+
+
+def test_the_tools_of_mmdet_refuse_it_too(project, trained):
+    # Importing the package is enough, as the config does.
+    executed = project.root / "executed"
+    hostile = project.root / "hostile.pth"
+    torch.save({"state_dict": Call(os.system, f"touch {executed}")}, hostile)
+    tool = Path(mmdet.__file__).parent / ".mim" / "tools" / "test.py"
+    result = run_tool(tool, project.config, hostile, "--work-dir", "refused", cwd=project.root)
+    assert result.returncode == 1
+    assert "UnsafeCheckpointError: checkpoint" in result.stdout.splitlines()[-1]
+    assert not executed.exists()
 
 
 MISTAKES = {
