@@ -16,7 +16,7 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmdcn.engine import checkpoint
+from mmdcn.engine.checkpoint import UnsafeCheckpointError
 from mmdcn.engine.preflight import ConfigError
 
 __all__ = ["add_arguments", "build_runner", "load_config", "run"]
@@ -81,7 +81,7 @@ def on_cpu() -> bool:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the config's runner, with checkpoints loaded as plain data.
+    """Build the config's runner.
 
     A distributed run without an accelerator communicates through gloo: mmengine would set a CUDA
     device and wrap the model for one.
@@ -89,7 +89,6 @@ def build_runner(cfg: Config) -> Runner:
     Raises:
         ConfigError: the launcher needs an accelerator and there is none.
     """
-    checkpoint.install()
     if cfg.launcher != "none" and on_cpu():
         if cfg.launcher != "pytorch":
             raise ConfigError(
@@ -119,7 +118,7 @@ def run(main: Callable[[], None]) -> None:
     """Run a tool. A mistake in what it was given ends it with one message and exit status 1."""
     try:
         main()
-    except (ConfigError, checkpoint.UnsafeCheckpointError) as error:
+    except (ConfigError, UnsafeCheckpointError) as error:
         # Every process of a distributed run comes here; one message is enough.
         sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     finally:
