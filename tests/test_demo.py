@@ -14,7 +14,7 @@ pytest.importorskip("mmdet")
 
 from mmengine.config import Config
 
-from mmdcn.datasets.warped_shapes import Parameters
+from mmdcn.datasets.warped_shapes import CLASSES
 
 ROOT = Path(__file__).parents[1]
 MODELS = ("plain", "DCN", "DCNv2")
@@ -75,7 +75,7 @@ def test_report(interrupted_and_resumed):
     report = json.loads((work_dir / "report.json").read_text())
     assert tuple(report["models"]) == MODELS
     for result in report["models"].values():
-        for metric in ("AP", "AP50", "AP75", "APs", "APm", "APl"):
+        for metric in ("AP", "AP50", "APs", "APm", "APl"):
             assert -1 <= result[metric] <= 1
         assert result["iterations"] == 8
         assert 0 < result["seconds_per_iteration"] < 60
@@ -107,6 +107,13 @@ def test_a_finished_demo_is_quick(interrupted_and_resumed):
     output = _finish(_start(work_dir))
     assert "Iter(train)" not in output
     assert output.replace("\n", "").count("is up to date") == 4  # data and three models
+
+
+def test_configs_name_the_classes_of_the_data():
+    for config in (ROOT / "configs/demo").glob("*.py"):
+        cfg = Config.fromfile(config)
+        assert cfg.metainfo.classes == CLASSES
+        assert len(cfg.metainfo.palette) == cfg.model.roi_head.bbox_head.num_classes == len(CLASSES)
 
 
 # One model's folder
@@ -142,14 +149,17 @@ class _FakeRunner:
         _FakeRunner.trained += 1
 
     def test(self):
-        metrics = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
+        metrics = ("mAP", "mAP_50", "mAP_s", "mAP_m", "mAP_l")
         return {f"coco/bbox_{name}": 0.5 for name in metrics}
 
 
-def _train(demo, folder, iters=4, parameters=None):
+def _train(demo, folder, iters=4, data_seed=0):
+    data_dir = folder.with_name("data")
+    data_dir.mkdir(exist_ok=True)
+    (data_dir / "manifest.json").write_text(json.dumps({"seed": data_seed}))
     cfg = Config.fromfile(ROOT / "configs/demo/faster-rcnn_r50_fpn_demo.py")
-    cfg.train_cfg.max_iters = iters
-    return demo.train_and_test(cfg, parameters or Parameters(), Path("data"), folder)
+    demo.set_iterations(cfg, iters)
+    return demo.train_and_test(cfg, data_dir, folder)
 
 
 def test_a_finished_model_is_not_trained_again(demo, tmp_path):
@@ -159,7 +169,7 @@ def test_a_finished_model_is_not_trained_again(demo, tmp_path):
     assert _FakeRunner.trained == 1
 
 
-@pytest.mark.parametrize("change", [{"iters": 5}, {"parameters": Parameters(seed=1)}])
+@pytest.mark.parametrize("change", [{"iters": 5}, {"data_seed": 1}])
 def test_other_settings_start_anew(demo, tmp_path, change):
     _train(demo, tmp_path / "plain")
     (tmp_path / "plain" / "iter_4.pth").touch()
@@ -168,9 +178,21 @@ def test_other_settings_start_anew(demo, tmp_path, change):
     assert not (tmp_path / "plain" / "iter_4.pth").exists()
 
 
+def test_set_iterations_scales_the_whole_schedule(demo):
+    cfg = Config.fromfile(ROOT / "configs/demo/faster-rcnn_r50_fpn_demo.py")
+    begins = [s.begin for s in cfg.param_scheduler]
+    total = cfg.train_cfg.max_iters
+    demo.set_iterations(cfg, 2 * total)
+    assert cfg.train_cfg.max_iters == 2 * total
+    assert cfg.param_scheduler[-1].end == 2 * total
+    assert [s.begin for s in cfg.param_scheduler] == [2 * b for b in begins]
+
+
 def test_a_folder_of_something_else_is_left_alone(demo, tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
     with pytest.raises(SystemExit, match="was not made by this demo"):
-        _train(demo, tmp_path)
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+        _train(demo, folder)
+    assert (folder / "thesis.txt").read_text() == "years of work"
     assert _FakeRunner.trained == 0

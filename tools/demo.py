@@ -53,7 +53,6 @@ MODELS = {
 METRICS = {
     "AP": "bbox_mAP",
     "AP50": "bbox_mAP_50",
-    "AP75": "bbox_mAP_75",
     "APs": "bbox_mAP_s",
     "APm": "bbox_mAP_m",
     "APl": "bbox_mAP_l",
@@ -82,23 +81,32 @@ def parse_args() -> argparse.Namespace:
         default={},
         help="override settings of all three configs: key=value, as in tools/train.py",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.iters is not None and args.iters < 1:
+        parser.error(f"argument --iters: must be at least 1, got {args.iters}")
+    return args
 
 
 def main() -> None:
     args = parse_args()
     start = time.monotonic()
+    try:
+        parameters = warped_shapes.Parameters(
+            seed=args.seed,
+            train_images=args.train_images,
+            val_images=args.val_images,
+            strengths=(),
+        )
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     register_all_modules()
 
     console.rule("data")
-    parameters = warped_shapes.Parameters(
-        seed=args.seed,
-        train_images=args.train_images,
-        val_images=args.val_images,
-        strengths=(),
-    )
     data_dir = args.work_dir / "data"
-    written = warped_shapes.generate(data_dir, parameters, overwrite=True)
+    try:
+        written = warped_shapes.generate(data_dir, parameters, overwrite=True)
+    except FileExistsError as error:
+        sys.exit(f"error: {error}")
     console.print(f"{data_dir} {'written' if written else 'is up to date'}")
 
     results = {}
@@ -109,10 +117,9 @@ def main() -> None:
         cfg.merge_from_dict(args.cfg_options)
         cfg.randomness.seed = args.seed
         if args.iters is not None:
-            cfg.train_cfg.max_iters = args.iters
-            cfg.param_scheduler[0].total_steps = args.iters
+            set_iterations(cfg, args.iters)
         folder = args.work_dir / name
-        results[name] = train_and_test(cfg, parameters, data_dir, folder)
+        results[name] = train_and_test(cfg, data_dir, folder)
         detectors[name] = init_detector(cfg, find_latest_checkpoint(str(folder)), device="cpu")
 
     console.rule("report")
@@ -120,23 +127,18 @@ def main() -> None:
     save_figure(args.work_dir / "detections.png", detection_figure(detectors, scenes))
     deformable = {name: detectors[name] for name in detectors if name != "plain"}
     save_figure(args.work_dir / "sampling_points.png", sampling_figure(deformable, scenes))
-    report = {
-        "models": results,
-        "data": asdict(parameters),
-        "seconds": round(time.monotonic() - start, 1),
-    }
+    report = {"models": results, "data": asdict(parameters)}
     write(args.work_dir / "report.json", json.dumps(report, indent=2).encode())
     write(args.work_dir / "report.md", report_text(report).encode())
     print_results(results)
-    console.print(f"see {args.work_dir / 'report.md'} and the pictures beside it")
+    minutes = (time.monotonic() - start) / 60
+    console.print(f"{minutes:.1f} minutes; see {args.work_dir / 'report.md'} and its pictures")
 
 
 # Training
 
 
-def train_and_test(
-    cfg: Config, parameters: warped_shapes.Parameters, data_dir: Path, folder: Path
-) -> dict:
+def train_and_test(cfg: Config, data_dir: Path, folder: Path) -> dict:
     """Train and test one model in its folder, from where an earlier run stopped.
 
     A folder that was begun with other settings is emptied first.
@@ -146,7 +148,7 @@ def train_and_test(
     """
     settings = {
         "config": cfg.pretty_text,
-        "data": json.loads(json.dumps(asdict(parameters))),
+        "data": read_json(data_dir / warped_shapes.MANIFEST),
         "versions": versions(),
     }
     if folder.exists() and not (folder / SETTINGS).exists() and any(folder.iterdir()):
@@ -154,7 +156,7 @@ def train_and_test(
     if read_json(folder / SETTINGS) != settings:
         if folder.exists():
             console.print(f"{folder} was made with other settings: starting anew")
-            shutil.rmtree(folder)
+            discard(folder)
         folder.mkdir(parents=True)
         write(folder / SETTINGS, json.dumps(settings, indent=2).encode())
     result = read_json(folder / RESULT)
@@ -183,11 +185,21 @@ def train_and_test(
         "iterations": cfg.train_cfg.max_iters,
         "batch_size": cfg.train_dataloader.batch_size,
         "seconds_per_iteration": round(float(np.median(iteration_times)), 4),
+        "training_seconds": round(float(np.sum(iteration_times)), 1),
         "machine": machine(),
         "versions": versions(),
     }
     write(folder / RESULT, json.dumps(result, indent=2).encode())
     return result
+
+
+def set_iterations(cfg: Config, iterations: int) -> None:
+    """Shorten or stretch the whole schedule of a config."""
+    factor = iterations / cfg.train_cfg.max_iters
+    cfg.train_cfg.max_iters = iterations
+    for scheduler in cfg.param_scheduler:
+        scheduler.begin = round(scheduler.begin * factor)
+        scheduler.end = max(scheduler.begin + 1, round(scheduler.end * factor))
 
 
 def machine() -> str:
@@ -197,7 +209,7 @@ def machine() -> str:
     if cpuinfo.exists():
         lines = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = lines[0].partition(": ")[2] if lines else model
-    return f"{model}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads"
+    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def versions() -> dict[str, str]:
@@ -227,7 +239,7 @@ def load_scenes(data_dir: Path) -> list[DetDataSample]:
 
 
 def detection_figure(
-    detectors: dict[str, nn.Module], scenes: list[DetDataSample], count: int = 5
+    detectors: dict[str, nn.Module], scenes: list[DetDataSample], count: int = 4
 ) -> Figure:
     """Ground truth and what each model detects, for the fullest of the first scenes."""
     chosen = sorted(scenes[: 6 * count], key=lambda s: -len(s.gt_instances))[:count]
@@ -249,8 +261,7 @@ def sampling_figure(
     detectors: dict[str, nn.Module], scenes: list[DetDataSample], count: int = 6
 ) -> Figure:
     """What the last deformable layer of each model samples at the centres of large objects."""
-    height = 2.9 * len(detectors) + 0.4
-    figure = Figure(figsize=(2.8 * count, height), layout="constrained")
+    figure = Figure(figsize=(2.8 * count, 2.9 * len(detectors) + 0.4), layout="constrained")
     axes = figure.subplots(len(detectors), count, squeeze=False)
     colors = None
     for axes_row, (name, detector) in zip(axes, detectors.items()):
@@ -262,9 +273,13 @@ def sampling_figure(
             center = ((box[:2] + box[2:]) / 2).tolist()
             last_layer = list(recorded.values())[-1]
             points = points_in_image(last_layer, center, sample.batch_input_shape)
-            ax.imshow(image, extent=(0, image.shape[1], image.shape[0], 0))
-            ax.set(xticks=[], yticks=[], title=detector.dataset_meta["classes"][label])
+            height, width = image.shape[:2]
+            ax.imshow(image, extent=(0, width, height, 0))
             colors = draw_sampling_points(ax, points)
+            margin = 0.2 * width  # some points lie outside the image
+            ax.set(xlim=(-margin, width + margin), ylim=(height + margin, -margin))
+            ax.set(xticks=[], yticks=[], title=detector.dataset_meta["classes"][label])
+            ax.set_facecolor("0.4")
     figure.colorbar(colors, ax=axes, label="modulation", shrink=0.8)
     return figure
 
@@ -304,7 +319,7 @@ def report_text(report: dict) -> str:
 Tested on {data["val_images"]} images that no model has seen, by mmdet's CocoMetric. Each model
 trained from scratch on {data["train_images"]} images with the same schedule and the same seed
 ({data["seed"]}): {any_model["iterations"]} iterations of {any_model["batch_size"]} images.
-Time per iteration is the median, on {any_model["machine"]}; {versions}.
+Time per training iteration is the median, on {any_model["machine"]}; {versions}.
 
 ## Detections
 
@@ -326,7 +341,7 @@ their colour is the modulation.
 
 def table_rows(models: dict[str, dict]) -> list[list[str]]:
     """The header and one row per model."""
-    rows = [["model", *METRICS, "parameters", "training, ms / iteration"]]
+    rows = [["model", *METRICS, "params", "ms / iter"]]
     for name, result in models.items():
         # CocoMetric says -1 where there is no object of that size.
         metrics = [f"{result[m]:.3f}" if result[m] >= 0 else "–" for m in METRICS]
@@ -357,6 +372,14 @@ def save_figure(path: Path, figure: Figure) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     write(path, buffer.getvalue())
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder, gone from its place at once even if deleting it takes a while."""
+    stale = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(stale, ignore_errors=True)
+    folder.rename(stale)
+    shutil.rmtree(stale)
 
 
 def read_json(path: Path) -> dict | None:

@@ -3,9 +3,21 @@ _base_ = "mmdet::_base_/default_runtime.py"
 custom_imports = dict(imports=["mmdcn"], allow_failed_imports=False)
 
 data_root = "data/warped_shapes/"
-classes = ("disc", "triangle", "square", "star", "T", "H", "U")
+metainfo = dict(
+    classes=("disc", "triangle", "square", "star", "T", "H", "U"),
+    palette=[
+        (255, 60, 60),
+        (60, 220, 60),
+        (60, 140, 255),
+        (255, 225, 25),
+        (250, 130, 30),
+        (220, 90, 255),
+        (70, 240, 240),
+    ],
+)
 image_size = (192, 192)
 max_iters = 800
+warmup_iters = 100
 batch_size = 8
 
 norm_cfg = dict(type="BN", requires_grad=True)
@@ -61,7 +73,7 @@ model = dict(
             norm_cfg=norm_cfg,
             fc_out_channels=256,
             roi_feat_size=7,
-            num_classes=len(classes),
+            num_classes=7,
             bbox_coder=dict(type="DeltaXYWHBBoxCoder", target_stds=[0.1, 0.1, 0.2, 0.2]),
             reg_class_agnostic=True,
             loss_cls=dict(type="CrossEntropyLoss", loss_weight=1.0),
@@ -121,7 +133,7 @@ train_dataloader = dict(
         data_root=data_root,
         ann_file="annotations/train.json",
         data_prefix=dict(img="train/"),
-        metainfo=dict(classes=classes),
+        metainfo=metainfo,
         filter_cfg=dict(filter_empty_gt=True),
         pipeline=train_pipeline,
     ),
@@ -136,7 +148,7 @@ val_dataloader = dict(
         data_root=data_root,
         ann_file="annotations/val.json",
         data_prefix=dict(img="val/"),
-        metainfo=dict(classes=classes),
+        metainfo=metainfo,
         test_mode=True,
         pipeline=test_pipeline,
     ),
@@ -150,11 +162,15 @@ val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.05, fused=True),
     clip_grad=dict(max_norm=10, norm_type=2),
+    # Adam moves every parameter by the learning rate, however small its gradient: too fast for
+    # offsets, which soon leave the image.
+    paramwise_cfg=dict(dcn_offset_lr_mult=0.1),
 )
 param_scheduler = [
-    dict(type="OneCycleLR", eta_max=2e-3, total_steps=max_iters, pct_start=0.15, by_epoch=False)
+    dict(type="LinearLR", start_factor=0.04, by_epoch=False, begin=0, end=warmup_iters),
+    dict(type="CosineAnnealingLR", by_epoch=False, begin=warmup_iters, end=max_iters),
 ]
 default_hooks = dict(
     logger=dict(interval=20),

@@ -18,7 +18,7 @@ def draw_instances(
     instances: InstanceData,
     classes: Sequence[str],
     palette: Sequence[tuple[int, int, int]],
-    min_score: float = 0.3,
+    min_score: float = 0.4,
 ) -> np.ndarray:
     """Draw boxes with their classes and, where there are any, their scores.
 
@@ -57,7 +57,7 @@ def draw_instances(
 
 def image_grid(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str]) -> Figure:
     """Images in rows, one title above each column."""
-    figure = Figure(figsize=(3.2 * len(titles), 3.2 * len(rows) + 0.3), layout="constrained")
+    figure = Figure(figsize=(4.4 * len(titles), 4.4 * len(rows) + 0.3), layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for axes_row, images in zip(axes, rows):
         for ax, image in zip(axes_row, images):

@@ -34,7 +34,7 @@ def test_small_images_are_enlarged_and_boxes_with_them():
 
 def test_detections_of_low_score_are_left_out():
     boxes = [[10.0, 10.0, 60.0, 60.0], [80.0, 60.0, 150.0, 110.0]]
-    picture = _draw(bboxes=boxes, labels=[0, 1], scores=[0.29, 0.31])
+    picture = _draw(bboxes=boxes, labels=[0, 1], scores=[0.39, 0.41])
     assert _bluish(picture)
     assert not _reddish(picture)
 
