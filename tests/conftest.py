@@ -13,7 +13,7 @@ settings.register_profile(
     "default",
     deadline=None,
     derandomize=True,
-    max_examples=int(os.environ.get("MMDCN_EXAMPLES", 25)),
+    max_examples=int(os.environ.get("MMDCN_EXAMPLES", 60)),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("default")

@@ -60,6 +60,7 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& size, S
 // call the compiled operator directly.
 inline DeformConv2dShape deform_conv2d_shape(const Tensor& input, const Tensor& offset,
                                              const Tensor& weight,
+                                             const std::optional<Tensor>& bias,
                                              const std::vector<int64_t>& stride,
                                              const std::vector<int64_t>& padding,
                                              const std::vector<int64_t>& dilation,
@@ -91,11 +92,16 @@ inline DeformConv2dShape deform_conv2d_shape(const Tensor& input, const Tensor& 
   MMDCN_REQUIRE(offset.size(1) == 2 * shape.taps() * shape.deform_groups);
   MMDCN_REQUIRE(weight.scalar_type() == input.scalar_type());
   MMDCN_REQUIRE(offset.scalar_type() == coordinate_type(input.scalar_type()));
+  MMDCN_REQUIRE(offset.device() == input.device() && weight.device() == input.device());
+  if (bias.has_value()) {
+    MMDCN_REQUIRE(bias->dim() == 1 && bias->size(0) == shape.out_channels);
+    MMDCN_REQUIRE(bias->scalar_type() == input.scalar_type() && bias->device() == input.device());
+  }
   if (mask.has_value()) {
     MMDCN_REQUIRE(mask->dim() == 4 && mask->size(0) == shape.batch);
     MMDCN_REQUIRE(mask->size(1) == shape.taps() * shape.deform_groups);
     MMDCN_REQUIRE(mask->size(2) == shape.out_height && mask->size(3) == shape.out_width);
-    MMDCN_REQUIRE(mask->scalar_type() == offset.scalar_type());
+    MMDCN_REQUIRE(mask->scalar_type() == offset.scalar_type() && mask->device() == input.device());
   }
 #undef MMDCN_REQUIRE
   return shape;
@@ -107,9 +113,10 @@ inline void check_grad_output(const DeformConv2dShape& shape, const Tensor& grad
       grad_output.dim() == 4 && grad_output.size(0) == shape.batch &&
           grad_output.size(1) == shape.out_channels && grad_output.size(2) == shape.out_height &&
           grad_output.size(3) == shape.out_width &&
-          grad_output.scalar_type() == input.scalar_type() && output_mask.size() == 4,
-      "mmdcn::deform_conv2d_backward: grad_output must have the shape and dtype of the output, and "
-      "output_mask four elements");
+          grad_output.scalar_type() == input.scalar_type() &&
+          grad_output.device() == input.device() && output_mask.size() == 4,
+      "mmdcn::deform_conv2d_backward: grad_output must have the shape, dtype and device of the "
+      "output, and output_mask four elements");
 }
 
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) {

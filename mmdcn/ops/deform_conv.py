@@ -3,6 +3,8 @@
 The mathematics is in :mod:`mmdcn.ops.reference`; the kernels are in ``csrc/``.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,8 @@ def deform_conv2d(
 
     A sample with a coordinate that is not finite, or outside (-1, H) × (-1, W), contributes zero
     and has zero gradient. float16 and bfloat16 accumulate in float32. On the CPU the result is the
-    same, bit for bit, for any number of threads.
+    same, bit for bit, for any number of threads; on CUDA the gradient of the input is not, and
+    raises under ``torch.use_deterministic_algorithms(True)``.
 
     Args:
         input: features of shape (N, C, H, W); float32, float64, float16 or bfloat16. N may be 0.
@@ -258,11 +261,26 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(input, offset, weight, mask)
 
 
+def _alert_not_deterministic() -> None:
+    """What torch does for its own operators that add in no fixed order."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return
+    message = (
+        "the gradient of deform_conv2d with respect to its input is not deterministic on CUDA, and "
+        "torch.use_deterministic_algorithms(True) is set: set warn_only=True to accept that"
+    )
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=2)
+
+
 def _backward(ctx, grad_output):
     input, offset, weight, mask = ctx.saved_tensors
     wants_input, wants_offset, wants_weight, wants_bias, *_, wants_mask = ctx.needs_input_grad
     output_mask = [wants_input, wants_offset, wants_weight, wants_mask]
     gradients = [None] * 4
+    if wants_input and input.is_cuda:
+        _alert_not_deterministic()
     if any(output_mask):
         computed = torch.ops.mmdcn.deform_conv2d_backward(
             grad_output,

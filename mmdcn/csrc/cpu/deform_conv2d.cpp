@@ -251,9 +251,7 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& we
                      const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                      const std::optional<Tensor>& mask) {
   const DeformConv2dShape shape =
-      deform_conv2d_shape(input, offset, weight, stride, padding, dilation, mask);
-  STD_TORCH_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == shape.out_channels),
-                  "mmdcn::deform_conv2d: bias must have one element for each output channel");
+      deform_conv2d_shape(input, offset, weight, bias, stride, padding, dilation, mask);
   switch (input.scalar_type()) {
     case ScalarType::Double:
       return forward<double>(shape, input, offset, weight, bias, mask);
@@ -276,7 +274,7 @@ Gradients deform_conv2d_backward(const Tensor& grad_output, const Tensor& input,
                                  const std::optional<Tensor>& mask,
                                  const std::vector<bool>& output_mask) {
   const DeformConv2dShape shape =
-      deform_conv2d_shape(input, offset, weight, stride, padding, dilation, mask);
+      deform_conv2d_shape(input, offset, weight, std::nullopt, stride, padding, dilation, mask);
   check_grad_output(shape, grad_output, input, output_mask);
   switch (input.scalar_type()) {
     case ScalarType::Double:

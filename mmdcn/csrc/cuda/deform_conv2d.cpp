@@ -75,9 +75,7 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& we
                      const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                      const std::optional<Tensor>& mask) {
   const DeformConv2dShape shape =
-      deform_conv2d_shape(input, offset, weight, stride, padding, dilation, mask);
-  STD_TORCH_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == shape.out_channels),
-                  "mmdcn::deform_conv2d: bias must have one element for each output channel");
+      deform_conv2d_shape(input, offset, weight, bias, stride, padding, dilation, mask);
   const Precision precision = precision_of(input);
   const OnDevice device(input);
   const MemoryFormat format = layout_of(input);
@@ -103,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
     const std::vector<int64_t>& dilation, const std::optional<Tensor>& mask,
     const std::vector<bool>& output_mask) {
   const DeformConv2dShape shape =
-      deform_conv2d_shape(input, offset, weight, stride, padding, dilation, mask);
+      deform_conv2d_shape(input, offset, weight, std::nullopt, stride, padding, dilation, mask);
   check_grad_output(shape, grad_output, input, output_mask);
   const Precision precision = precision_of(input);
   const OnDevice device(input);
