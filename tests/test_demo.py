@@ -1,3 +1,4 @@
+import fcntl
 import importlib.util
 import json
 import os
@@ -114,6 +115,15 @@ def test_configs_name_the_classes_of_the_data():
         cfg = Config.fromfile(config)
         assert cfg.metainfo.classes == CLASSES
         assert len(cfg.metainfo.palette) == cfg.model.roi_head.bbox_head.num_classes == len(CLASSES)
+
+
+def test_two_demos_do_not_share_a_folder(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--work-dir", str(tmp_path)])
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="another demo is running in"):
+            demo.main()
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
 
 
 # One model's folder

@@ -6,6 +6,7 @@ interruption and it goes on from the last checkpoint.
 
 import argparse
 import copy
+import fcntl
 import io
 import json
 import os
@@ -99,6 +100,12 @@ def main() -> None:
         )
     except ValueError as error:
         sys.exit(f"error: {error}")
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    lock = (args.work_dir / ".lock").open("w")  # held until the process ends, however it ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"error: another demo is running in {args.work_dir}; choose another --work-dir")
     register_all_modules()
 
     console.rule("data")
