@@ -273,7 +273,7 @@ def sampling_figure(
     colors = None
     for axes_row, (name, detector) in zip(axes, detectors.items()):
         axes_row[0].set_ylabel(name)
-        for ax, (scene, box, label) in zip(axes_row, largest_objects(scenes, count)):
+        for ax, (scene, box, label) in zip(axes_row, large_objects(scenes, count)):
             image = read_rgb(scene.img_path)
             with record_sampling(detector) as recorded:
                 sample = inference_detector(detector, scene.img_path)
@@ -291,16 +291,20 @@ def sampling_figure(
     return figure
 
 
-def largest_objects(
-    scenes: list[DetDataSample], count: int
+def large_objects(
+    scenes: list[DetDataSample], count: int, max_side: float = 80.0
 ) -> list[tuple[DetDataSample, torch.Tensor, int]]:
-    """Scene, box and label of the largest objects of as many classes, in the order of labels."""
+    """Scene, box and label of the largest object of each class, in the order of labels.
+
+    Of those whose longest side is at most ``max_side`` pixels: less than half an image, so that
+    there is something around the object that the layer could sample.
+    """
     largest = {}
     for scene in scenes:
         for box, label in zip(scene.gt_instances.bboxes, scene.gt_instances.labels.tolist()):
-            area = float((box[2:] - box[:2]).prod())
-            if area > largest.get(label, (0,))[0]:
-                largest[label] = area, scene, box
+            size = box[2:] - box[:2]
+            if size.max() <= max_side and size.prod() > largest.get(label, (0,))[0]:
+                largest[label] = size.prod(), scene, box
     return [(scene, box, label) for label, (_, scene, box) in sorted(largest.items())][:count]
 
 
