@@ -10,6 +10,9 @@ TOOLBOX ?= openmmlab
 VENV ?= $(if $(filter openmmlab,$(TOOLBOX)),.venv,.venv-$(TOOLBOX))
 ARGS ?=
 
+# Idle OpenMP threads that spin for long slow down whoever else uses the cores.
+export GOMP_SPINCOUNT ?= 3000
+
 ENVIRONMENT := $(VENV)/.environment-$(TOOLBOX)
 INSTALLED := $(VENV)/.mmdcn-installed
 RUN := $(VENV)/bin/python

@@ -151,6 +151,16 @@ def exact(tensors: dict) -> dict:
     }
 
 
+def assert_samples_nothing(function, tensors: dict, **arguments) -> None:
+    """The output is the bias, and no gradient passes through the samples."""
+    results = run(function, tensors, **arguments)
+    bias = tensors["bias"].detach().view(1, -1, 1, 1)
+    assert torch.equal(results["output"], bias.expand_as(results["output"]))
+    for name in ("input", "offset", "weight", "mask"):
+        assert results[f"grad_{name}"].shape == tensors[name].shape
+        assert torch.count_nonzero(results[f"grad_{name}"]) == 0, name
+
+
 def compare_with_reference(problem: Problem, dtype: torch.dtype, device: str = "cpu") -> None:
     """Forward and every gradient against the reference in float64."""
     tensors = problem.tensors(dtype, device)
