@@ -43,17 +43,14 @@ CPU_CAPABILITIES = {
 
 def find_torch() -> Path:
     """The installed torch package, found without importing it."""
-    places = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
-    places += [*site.getsitepackages(), site.getusersitepackages()]
-    if "site-packages" not in (sysconfig.get_path("platlib") or ""):
-        places.append(os.path.join(sys.prefix, "lib", "site-packages"))
-    # Inside pip's isolated build environment sys.path is narrowed; these still name the real one.
-    for prefix in (sys.prefix, sys.base_prefix):
-        scheme = {"base": prefix, "platbase": prefix}
-        places.append(sysconfig.get_path("platlib", vars=scheme))
     spec = importlib.util.find_spec("torch")
-    if spec is not None and spec.origin is not None:
-        places.insert(0, str(Path(spec.origin).parent.parent))
+    places = [Path(spec.origin).parent.parent] if spec is not None and spec.origin else []
+    # Inside pip's isolated build environment sys.path is narrowed; these still name the real one,
+    # and what an environment may see beyond its own packages.
+    places += [sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
+    base = {"base": sys.base_prefix, "platbase": sys.base_prefix}
+    places += [sysconfig.get_path("platlib", vars=base)]
+    places += [*site.getsitepackages(), site.getusersitepackages()]
     for place in places:
         if (Path(place) / "torch" / "version.py").is_file():
             return Path(place) / "torch"
