@@ -246,24 +246,32 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
   return {grad_input, grad_offset, grad_weight, grad_mask};
 }
 
+// Calls `function` with a value of the type that the elements of `input` are stored in.
+template <typename F>
+auto with_element_type(const Tensor& input, const F& function) {
+  switch (input.scalar_type()) {
+    case ScalarType::Double:
+      return function(double{});
+    case ScalarType::Float:
+      return function(float{});
+    case ScalarType::Half:
+      return function(Half{});
+    case ScalarType::BFloat16:
+      return function(BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, "mmdcn::deform_conv2d: input must be a floating-point tensor");
+  }
+}
+
 Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& weight,
                      const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
                      const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                      const std::optional<Tensor>& mask) {
   const DeformConv2dShape shape =
       deform_conv2d_shape(input, offset, weight, bias, stride, padding, dilation, mask);
-  switch (input.scalar_type()) {
-    case ScalarType::Double:
-      return forward<double>(shape, input, offset, weight, bias, mask);
-    case ScalarType::Float:
-      return forward<float>(shape, input, offset, weight, bias, mask);
-    case ScalarType::Half:
-      return forward<Half>(shape, input, offset, weight, bias, mask);
-    case ScalarType::BFloat16:
-      return forward<BFloat16>(shape, input, offset, weight, bias, mask);
-    default:
-      STD_TORCH_CHECK(false, "mmdcn::deform_conv2d: input must be a floating-point tensor");
-  }
+  return with_element_type(input, [&](auto element) {
+    return forward<decltype(element)>(shape, input, offset, weight, bias, mask);
+  });
 }
 
 Gradients deform_conv2d_backward(const Tensor& grad_output, const Tensor& input,
@@ -276,18 +284,10 @@ Gradients deform_conv2d_backward(const Tensor& grad_output, const Tensor& input,
   const DeformConv2dShape shape =
       deform_conv2d_shape(input, offset, weight, std::nullopt, stride, padding, dilation, mask);
   check_grad_output(shape, grad_output, input, output_mask);
-  switch (input.scalar_type()) {
-    case ScalarType::Double:
-      return backward<double>(shape, grad_output, input, offset, weight, mask, output_mask);
-    case ScalarType::Float:
-      return backward<float>(shape, grad_output, input, offset, weight, mask, output_mask);
-    case ScalarType::Half:
-      return backward<Half>(shape, grad_output, input, offset, weight, mask, output_mask);
-    case ScalarType::BFloat16:
-      return backward<BFloat16>(shape, grad_output, input, offset, weight, mask, output_mask);
-    default:
-      STD_TORCH_CHECK(false, "mmdcn::deform_conv2d: input must be a floating-point tensor");
-  }
+  return with_element_type(input, [&](auto element) {
+    return backward<decltype(element)>(shape, grad_output, input, offset, weight, mask,
+                                       output_mask);
+  });
 }
 
 }  // namespace
