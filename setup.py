@@ -31,13 +31,15 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 CSRC = Path("mmdcn/csrc")
 OLDEST_TORCH = (2, 10)
+AVX512 = [
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    *("-mfma", "-mf16c", "-mprefer-vector-width=512"),
+]
 CPU_CAPABILITIES = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-        *("-mfma", "-mf16c", "-mprefer-vector-width=512"),
-    ],
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
 }
 
 

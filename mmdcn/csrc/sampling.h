@@ -33,6 +33,24 @@ struct GridAxis {
   }
 };
 
+// Whether a sample with this coordinate can contribute: it is finite and lies inside (-1, size). The
+// comparison is made in floating point and is false for NaN, so that no coordinate that an integer
+// cannot hold is ever converted to one.
+template <typename coord_t>
+MMDCN_HOST_DEVICE bool reaches(coord_t p, int64_t size) {
+  return p > coord_t(-1) && p < coord_t(size);
+}
+
+// floor(p) and what is left of p, for a coordinate that reaches.
+template <typename coord_t, typename index_t>
+MMDCN_HOST_DEVICE void split(coord_t p, index_t& low, coord_t& fraction) {
+  // Without a library call: truncation rounds towards zero, and p is above -1.
+  low = static_cast<index_t>(p + coord_t(1)) - 1;
+  // p + 1 may round up to the next integer, just below it; step back so that fraction >= 0.
+  low -= coord_t(low) > p ? 1 : 0;
+  fraction = p - coord_t(low);
+}
+
 // The corners of one sample: their flat positions in the feature map, their weights G(q, p), and
 // the derivatives of those weights with respect to each coordinate.
 template <typename coord_t, int R>
@@ -44,22 +62,21 @@ struct Corners {
   coord_t weight_gradient[R][kCount];  // dG(q, p) / dp_d, outermost dimension first; 0 likewise
 
   // Fills the corners of point p in a feature map of the given size. Returns false, with nothing
-  // filled, when the sample contributes nothing: a coordinate that is not finite or lies outside
-  // (-1, size). The comparison is made in floating point and is false for NaN, so that no
-  // coordinate that an integer cannot hold is ever converted to one.
+  // filled, when the sample contributes nothing.
   MMDCN_HOST_DEVICE bool locate(const coord_t (&p)[R], const int64_t (&size)[R]) {
     for (int d = 0; d < R; ++d) {
-      if (!(p[d] > coord_t(-1) && p[d] < coord_t(size[d]))) return false;
+      if (!reaches(p[d], size[d])) return false;
     }
     int64_t low[R];
     coord_t fraction[R];
-    for (int d = 0; d < R; ++d) {
-      // floor() of a value above -1, without a library call: truncation rounds towards zero.
-      low[d] = static_cast<int64_t>(p[d] + coord_t(1)) - 1;
-      // p + 1 may round up to the next integer, just below it; step back so that fraction >= 0.
-      if (coord_t(low[d]) > p[d]) --low[d];
-      fraction[d] = p[d] - coord_t(low[d]);
-    }
+    for (int d = 0; d < R; ++d) split(p[d], low[d], fraction[d]);
+    fill(low, fraction, size);
+    return true;
+  }
+
+  // Fills the corners of the point low + fraction.
+  MMDCN_HOST_DEVICE void fill(const int64_t (&low)[R], const coord_t (&fraction)[R],
+                              const int64_t (&size)[R]) {
     for (int q = 0; q < kCount; ++q) {
       bool exists = true;
       int64_t flat = 0;
@@ -86,7 +103,6 @@ struct Corners {
         weight_gradient[d][q] = exists ? slope : coord_t(0);
       }
     }
-    return true;
   }
 };
 

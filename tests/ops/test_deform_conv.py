@@ -432,7 +432,7 @@ for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
 """
 
 
-@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set(capability):
     done = _python(CHECK_CAPABILITY, MMDCN_CPU_CAPABILITY=capability)
     if "this machine has no" in done.stderr:
@@ -443,7 +443,7 @@ def test_every_instruction_set(capability):
 def test_unknown_instruction_set_is_refused():
     done = _python(CHECK_CAPABILITY, MMDCN_CPU_CAPABILITY="avx1024")
     assert done.returncode != 0
-    assert "expected portable, avx2 or avx512, got avx1024" in done.stderr
+    assert "expected portable, avx2, avx512 or avx512_bf16, got avx1024" in done.stderr
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess:

@@ -10,7 +10,7 @@
 namespace mmdcn {
 namespace {
 
-constexpr std::array<const char*, 3> kNames = {"portable", "avx2", "avx512"};
+constexpr std::array<const char*, 4> kNames = {"portable", "avx2", "avx512", "avx512_bf16"};
 
 Capability best_capability() {
 #ifdef __x86_64__
@@ -19,7 +19,8 @@ Capability best_capability() {
   }
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx512 ? Capability::kAvx512 : Capability::kAvx2;
+  if (!avx512) return Capability::kAvx2;
+  return __builtin_cpu_supports("avx512bf16") ? Capability::kAvx512Bf16 : Capability::kAvx512;
 #else
   return Capability::kPortable;
 #endif
@@ -35,7 +36,8 @@ Capability choose() {
                     wanted);
     return static_cast<Capability>(i);
   }
-  STD_TORCH_CHECK(false, "MMDCN_CPU_CAPABILITY: expected portable, avx2 or avx512, got ", wanted);
+  STD_TORCH_CHECK(
+      false, "MMDCN_CPU_CAPABILITY: expected portable, avx2, avx512 or avx512_bf16, got ", wanted);
 }
 
 std::string cpu_capability() { return kNames[static_cast<int>(capability())]; }

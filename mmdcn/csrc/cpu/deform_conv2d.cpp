@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdlib>
 #include <memory>
 #include <tuple>
@@ -14,18 +15,21 @@
 namespace mmdcn {
 namespace {
 
-// Output pixels that the backward pass works on between two barriers; bounds what blocks of
-// channels that share an offset group keep aside.
-constexpr int64_t kBackwardSpan = 21 * kBackwardTile;
+// Bytes of what blocks of channels that share an offset group keep aside, between two barriers of
+// the backward pass, and the tiles that lie between two barriers at most.
+constexpr int64_t kPartialBytes = 2 << 20;
+constexpr int64_t kSpanTiles = 24;
 
-template <typename T>
-DeformConv2dKernels<T> kernels() {
+// The kernels of the instruction set in use.
 #ifdef __x86_64__
-  if (capability() == Capability::kAvx512) return avx512::deform_conv2d_kernels<T>();
-  if (capability() == Capability::kAvx2) return avx2::deform_conv2d_kernels<T>();
+#define MMDCN_KERNEL(name, T)                                       \
+  (capability() == Capability::kAvx512Bf16 ? avx512_bf16::name<T>() \
+   : capability() == Capability::kAvx512   ? avx512::name<T>()      \
+   : capability() == Capability::kAvx2     ? avx2::name<T>()        \
+                                           : portable::name<T>())
+#else
+#define MMDCN_KERNEL(name, T) portable::name<T>()
 #endif
-  return portable::deform_conv2d_kernels<T>();
-}
 
 template <typename A>
 class Buffer {
@@ -44,18 +48,28 @@ class Buffer {
   std::unique_ptr<A, Free> data_;
 };
 
+// Layout of the images of a tensor that is contiguous in one of the two ways.
+ImageLayout image_layout(const Tensor& tensor) {
+  if (is_channels_last(tensor)) return {tensor.size(1), 1};
+  return {1, tensor.size(2) * tensor.size(3)};
+}
+
+// The tensor itself if it is contiguous in one of the two ways, or else a copy that is.
+Tensor features(const Tensor& tensor) {
+  return is_channels_last(tensor) ? tensor : torch::stable::contiguous(tensor);
+}
+
 template <typename T>
 Tensor forward(const DeformConv2dShape& shape, const Tensor& input, const Tensor& offset,
                const Tensor& weight, const std::optional<Tensor>& bias,
                const std::optional<Tensor>& mask) {
   using acc_t = accumulator_t<T>;
-  const MemoryFormat layout = layout_of(input);
   Tensor output =
       new_tensor(input, {shape.batch, shape.out_channels, shape.out_height, shape.out_width},
-                 input.scalar_type(), layout);
+                 input.scalar_type(), layout_of(input));
   if (output.numel() == 0) return output;
 
-  const Tensor features = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
+  const Tensor inputs = features(input);
   const Tensor offsets = torch::stable::contiguous(offset);
   const Tensor weights = torch::stable::contiguous(weight);
   std::optional<Tensor> masks, biases;
@@ -65,34 +79,24 @@ Tensor forward(const DeformConv2dShape& shape, const Tensor& input, const Tensor
         torch::stable::contiguous(torch::stable::to(*bias, coordinate_type(input.scalar_type())));
   }
 
-  const DeformConv2dKernels<T> kernel = kernels<T>();
-  const int64_t taps = shape.taps();
-  const int64_t in = shape.group_channels(), out = shape.group_out_channels();
-  const int64_t packed_size = kernel.packed_size(in, out);
-  const Buffer<acc_t> packed(shape.groups * taps * packed_size);
-  torch::stable::parallel_for(0, shape.groups * taps, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t group = unit / taps, tap = unit % taps;
-      kernel.pack(const_data<T>(weights) + group * out * in * taps + tap, taps, in * taps, in, out,
-                  packed.get() + unit * packed_size);
-    }
+  const ForwardKernel<T> kernel = MMDCN_KERNEL(deform_conv2d_forward, T);
+  const Buffer<std::byte> packed(kernel.packed_bytes(shape));
+  torch::stable::parallel_for(0, kernel.pack_units(shape), 1, [&](int64_t begin, int64_t end) {
+    kernel.pack_weight(shape, const_data<T>(weights), begin, end, packed.get());
   });
 
   ForwardTensors<T> tensors = {};
-  tensors.input = const_data<T>(features);
+  tensors.input = const_data<T>(inputs);
+  tensors.input_layout = image_layout(inputs);
   tensors.offset = const_data<acc_t>(offsets);
   tensors.mask = masks.has_value() ? const_data<acc_t>(*masks) : nullptr;
   tensors.weight = packed.get();
   tensors.bias = biases.has_value() ? const_data<acc_t>(*biases) : nullptr;
   tensors.output = data<T>(output);
-  const bool channels_last = layout == MemoryFormat::ChannelsLast;
-  tensors.output_pixel_stride = channels_last ? shape.out_channels : 1;
-  tensors.output_channel_stride = channels_last ? 1 : shape.pixels();
-
-  const int64_t tiles = (shape.pixels() + kForwardTile - 1) / kForwardTile;
-  torch::stable::parallel_for(0, shape.batch * tiles, 1, [&](int64_t begin, int64_t end) {
-    const Buffer<acc_t> scratch(kernel.forward_scratch(shape));
-    kernel.forward(shape, tensors, begin, end, scratch.get());
+  tensors.output_layout = image_layout(output);
+  torch::stable::parallel_for(0, kernel.tiles(shape), 1, [&](int64_t begin, int64_t end) {
+    const Buffer<std::byte> scratch(kernel.scratch_bytes(shape, tensors.input_layout));
+    kernel.run(shape, tensors, begin, end, scratch.get());
   });
   return output;
 }
@@ -112,35 +116,39 @@ std::vector<ChannelBlock> channel_blocks(const DeformConv2dShape& shape) {
   return blocks;
 }
 
-// Adds up, in the order of the blocks, the parts of offset groups that several blocks share.
+// Adds up, in the order of the blocks, the parts of offset groups that several blocks share, for
+// one tile.
 template <typename T>
 void add_partial(const DeformConv2dShape& shape, const BackwardTensors<T>& tensors,
-                 const std::vector<ChannelBlock>& blocks, int64_t d) {
+                 const std::vector<ChannelBlock>& blocks, const Tile<kBackwardTile>& tile,
+                 const accumulator_t<T>* partial) {
   using acc_t = accumulator_t<T>;
-  const int64_t part = shape.deform_group_channels(), taps = shape.taps(), pixels = shape.pixels();
-  const int64_t span = tensors.pixel_end - tensors.pixel_begin;
-  bool first = true;
-  for (size_t b = 0; b < blocks.size(); ++b) {
-    if (blocks[b].end <= d * part || blocks[b].begin >= (d + 1) * part) continue;
-    if (owns_deform_group(shape, blocks[b], d)) return;
-    const acc_t* source =
-        tensors.partial +
-        partial_index(shape, blocks[b], static_cast<int64_t>(b), d) * taps * 3 * span;
-    const auto accumulate = [&](acc_t* target, const acc_t* values) {
-      for (int64_t i = 0; i < span; ++i) target[i] = first ? values[i] : target[i] + values[i];
-    };
-    for (int64_t tap = 0; tap < taps; ++tap, source += 3 * span) {
-      const int64_t row = d * taps + tap;
-      if (tensors.grad_offset) {
-        acc_t* target = tensors.grad_offset + 2 * row * pixels + tensors.pixel_begin;
-        accumulate(target, source);
-        accumulate(target + pixels, source + span);
-      }
-      if (tensors.grad_mask) {
-        accumulate(tensors.grad_mask + row * pixels + tensors.pixel_begin, source + 2 * span);
+  const int64_t part = shape.deform_group_channels(), pixels = shape.pixels();
+  const auto add = [&](const acc_t* source, acc_t* target, bool first) {
+    for (int64_t r = 0; r < tile.runs; ++r) {
+      const auto& run = tile.run[r];
+      const acc_t* values = source + run.first;
+      acc_t* sums = target + run.pixel;
+      for (int64_t i = 0; i < run.count; ++i) sums[i] = first ? values[i] : sums[i] + values[i];
+    }
+  };
+  for (int64_t b = 0; b < static_cast<int64_t>(blocks.size()); ++b) {
+    const ChannelBlock& block = blocks[b];
+    for (int64_t d = block.begin / part; d * part < block.end; ++d) {
+      if (owns_deform_group(shape, block, d)) continue;
+      const bool first = d * part >= block.begin;
+      const acc_t* source = partial + partial_position(shape, block, b, d);
+      for (int64_t tap = 0; tap < shape.taps(); ++tap, source += 3 * kBackwardTile) {
+        const int64_t row = d * shape.taps() + tap;
+        if (tensors.grad_offset) {
+          add(source, tensors.grad_offset + 2 * row * pixels, first);
+          add(source + kBackwardTile, tensors.grad_offset + (2 * row + 1) * pixels, first);
+        }
+        if (tensors.grad_mask) {
+          add(source + 2 * kBackwardTile, tensors.grad_mask + row * pixels, first);
+        }
       }
     }
-    first = false;
   }
 }
 
@@ -151,98 +159,122 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
                    const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& mask,
                    const std::vector<bool>& wanted) {
   using acc_t = accumulator_t<T>;
-  const ScalarType type = input.scalar_type(), acc_type = coordinate_type(type);
-  const int64_t taps = shape.taps(), pixels = shape.pixels();
-  const int64_t in = shape.group_channels(), out = shape.group_out_channels();
-  const DeformConv2dKernels<T> kernel = kernels<T>();
-  const int64_t padded_out = kernel.padded(out);
-
-  const auto zeros = [&](bool present, const std::vector<int64_t>& size, MemoryFormat layout) {
-    Tensor tensor = new_tensor(input, present ? size : std::vector<int64_t>{0}, acc_type, layout);
-    torch::stable::zero_(tensor);
-    return tensor;
+  const bool wants_mask = wanted[3] && mask.has_value();
+  const auto gradient_of = [&](const Tensor& tensor, bool present, MemoryFormat layout) {
+    return new_tensor(input, present ? sizes_of(tensor) : std::vector<int64_t>{0},
+                      tensor.scalar_type(), present ? layout : MemoryFormat::Contiguous);
   };
-  const bool want_mask = wanted[3] && mask.has_value();
-  Tensor grad_input = zeros(wanted[0], sizes_of(input),
-                            wanted[0] ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  Tensor grad_offset = zeros(wanted[1], sizes_of(offset), MemoryFormat::Contiguous);
-  Tensor grad_weight =
-      zeros(wanted[2], {shape.groups, in * taps, padded_out}, MemoryFormat::Contiguous);
-  Tensor grad_mask = zeros(want_mask, want_mask ? sizes_of(*mask) : std::vector<int64_t>{0},
-                           MemoryFormat::Contiguous);
-
-  if (grad_output.numel() > 0) {
-    const Tensor gradients = torch::stable::contiguous(grad_output, MemoryFormat::ChannelsLast);
-    const Tensor features = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
-    const Tensor offsets = torch::stable::contiguous(offset);
-    const Tensor weights = torch::stable::contiguous(weight);
-    std::optional<Tensor> masks;
-    if (mask.has_value()) masks = torch::stable::contiguous(*mask);
-
-    std::vector<ChannelBlock> blocks = channel_blocks(shape);
-    const int64_t block_count = static_cast<int64_t>(blocks.size());
-    int64_t packed_total = 0, widest = 0;
-    bool shared = false;
-    for (ChannelBlock& block : blocks) {
-      block.weight_begin = packed_total;
-      packed_total += taps * kernel.packed_size(out, block.end - block.begin);
-      widest = std::max(widest, block.end - block.begin);
-      const int64_t part = shape.deform_group_channels();
-      shared = shared || block.begin % part != 0 || block.end % part != 0;
+  constexpr MemoryFormat planes = MemoryFormat::Contiguous;
+  Tensor grad_input = gradient_of(input, wanted[0], layout_of(input));
+  Tensor grad_offset = gradient_of(offset, wanted[1], planes);
+  Tensor grad_weight = gradient_of(weight, wanted[2], planes);
+  Tensor grad_mask = gradient_of(mask.value_or(offset), wants_mask, planes);
+  // It is added to. All of the others are written once, where there is any output.
+  torch::stable::zero_(grad_input);
+  if (grad_output.numel() == 0) {
+    for (Tensor* gradient : {&grad_offset, &grad_weight, &grad_mask}) {
+      torch::stable::zero_(*gradient);
     }
-    const Buffer<acc_t> packed(packed_total);
-    torch::stable::parallel_for(0, block_count * taps, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const ChannelBlock& block = blocks[unit / taps];
-        const int64_t tap = unit % taps, columns = block.end - block.begin;
-        const T* source = const_data<T>(weights) + block.group * out * in * taps +
-                          (block.begin - block.group * in) * taps + tap;
-        kernel.pack(source, in * taps, taps, out, columns,
-                    packed.get() + block.weight_begin + tap * kernel.packed_size(out, columns));
+    return {grad_input, grad_offset, grad_weight, grad_mask};
+  }
+
+  const Tensor gradients = features(grad_output), inputs = features(input);
+  const Tensor offsets = torch::stable::contiguous(offset);
+  const Tensor weights = torch::stable::contiguous(weight);
+  std::optional<Tensor> masks;
+  if (mask.has_value()) masks = torch::stable::contiguous(*mask);
+
+  const BackwardKernel<T> kernel = MMDCN_KERNEL(deform_conv2d_backward, T);
+  const int64_t taps = shape.taps(), pixels = shape.pixels();
+  const int64_t part = shape.deform_group_channels();
+  std::vector<ChannelBlock> blocks = channel_blocks(shape);
+  const int64_t block_count = static_cast<int64_t>(blocks.size());
+  int64_t packed_total = 0, widest = 0;
+  bool shared = false;
+  for (ChannelBlock& block : blocks) {
+    block.packed_begin = packed_total;
+    packed_total += kernel.packed_size(shape, block);
+    widest = std::max(widest, block.end - block.begin);
+    shared = shared || block.begin % part != 0 || block.end % part != 0;
+  }
+  shared = shared && (wanted[1] || wants_mask);
+  const int64_t sums_size = shape.channels * taps * kernel.padded_out_channels(shape);
+  const Buffer<acc_t> packed(packed_total), weight_sums(wanted[2] ? sums_size : 0);
+  torch::stable::parallel_for(0, block_count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      kernel.pack_weight(shape, const_data<T>(weights), blocks[b],
+                         packed.get() + blocks[b].packed_begin);
+      if (!wanted[2]) continue;
+      const int64_t row = taps * kernel.padded_out_channels(shape);
+      std::fill(weight_sums.get() + blocks[b].begin * row, weight_sums.get() + blocks[b].end * row,
+                acc_t(0));
+    }
+  });
+
+  BackwardTensors<T> tensors = {};
+  tensors.output_layout = image_layout(gradients);
+  tensors.input_layout = image_layout(inputs);
+  tensors.weight = packed.get();
+  tensors.grad_weight = wanted[2] ? weight_sums.get() : nullptr;
+  tensors.partial_tile = shared ? 2 * block_count * partial_size(shape) : 0;
+  const int64_t tiles = kernel.tiles(shape);
+  int64_t span = std::min(tiles, kSpanTiles);
+  if (shared) {
+    const int64_t tile_bytes = tensors.partial_tile * static_cast<int64_t>(sizeof(acc_t));
+    span = std::min(tiles, std::clamp<int64_t>(kPartialBytes / tile_bytes, 1, kSpanTiles));
+  }
+  const Buffer<acc_t> partial(span * tensors.partial_tile);
+  tensors.partial = shared ? partial.get() : nullptr;
+  const auto set_image = [&](int64_t image) {
+    const int64_t points = image * shape.deform_groups * taps * pixels;
+    const int64_t area = image * shape.height * shape.width * shape.channels;
+    tensors.grad_output = const_data<T>(gradients) + image * pixels * shape.out_channels;
+    tensors.input = const_data<T>(inputs) + area;
+    tensors.offset = const_data<acc_t>(offsets) + 2 * points;
+    tensors.mask = masks.has_value() ? const_data<acc_t>(*masks) + points : nullptr;
+    tensors.grad_input = wanted[0] ? data<T>(grad_input) + area : nullptr;
+    tensors.grad_offset = wanted[1] ? data<acc_t>(grad_offset) + 2 * points : nullptr;
+    tensors.grad_mask = wants_mask ? data<acc_t>(grad_mask) + points : nullptr;
+  };
+  set_image(0);
+  const int64_t window_bytes = (kernel.window_bytes(shape, tensors, widest) + 63) / 64 * 64;
+  const Buffer<std::byte> window_memory(block_count * window_bytes);
+  std::vector<BlockWindows<T>> windows(block_count);
+  const int64_t scratch_bytes = kernel.scratch_bytes(shape, widest);
+
+  for (int64_t image = 0; image < shape.batch; ++image) {
+    set_image(image);
+    for (int64_t first = 0; first < tiles; first += span) {
+      const int64_t last = std::min(first + span, tiles);
+      torch::stable::parallel_for(0, block_count, 1, [&](int64_t begin, int64_t end) {
+        const Buffer<std::byte> scratch(scratch_bytes);
+        for (int64_t b = begin; b < end; ++b) {
+          if (first == 0) {
+            kernel.open(shape, tensors, blocks[b], window_memory.get() + b * window_bytes,
+                        windows[b]);
+          }
+          kernel.run(shape, tensors, blocks.data(), b, first, last, windows[b], scratch.get());
+          if (last == tiles) kernel.close(shape, tensors, blocks[b], windows[b]);
+        }
+      });
+      if (!shared) continue;
+      torch::stable::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
+        Tile<kBackwardTile> tile;
+        for (int64_t index = begin; index < end; ++index) {
+          kernel.tile_at(shape, index, tile);
+          add_partial(shape, tensors, blocks, tile,
+                      partial.get() + (index - first) * tensors.partial_tile);
+        }
+      });
+    }
+  }
+  if (wanted[2]) {
+    torch::stable::parallel_for(0, block_count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        kernel.unpack_grad_weight(shape, weight_sums.get(), blocks[b], data<T>(grad_weight));
       }
     });
-    const bool shifts = wanted[1] || want_mask;
-    const int64_t span = std::min(pixels, kBackwardSpan);
-    const Buffer<acc_t> partial(shared && shifts ? block_count * 2 * taps * 3 * span : 0);
-
-    for (int64_t image = 0; image < shape.batch; ++image) {
-      const int64_t samples = image * shape.deform_groups * taps * pixels;
-      const int64_t area = image * shape.height * shape.width * shape.channels;
-      BackwardTensors<T> tensors = {};
-      tensors.grad_output = const_data<T>(gradients) + image * pixels * shape.out_channels;
-      tensors.input = const_data<T>(features) + area;
-      tensors.offset = const_data<acc_t>(offsets) + 2 * samples;
-      tensors.mask = masks.has_value() ? const_data<acc_t>(*masks) + samples : nullptr;
-      tensors.weight = packed.get();
-      tensors.grad_input = wanted[0] ? data<acc_t>(grad_input) + area : nullptr;
-      tensors.grad_offset = wanted[1] ? data<acc_t>(grad_offset) + 2 * samples : nullptr;
-      tensors.grad_mask = want_mask ? data<acc_t>(grad_mask) + samples : nullptr;
-      tensors.grad_weight = wanted[2] ? data<acc_t>(grad_weight) : nullptr;
-      tensors.partial = partial.get();
-      for (int64_t first = 0; first < pixels; first += span) {
-        tensors.pixel_begin = first;
-        tensors.pixel_end = std::min(first + span, pixels);
-        torch::stable::parallel_for(0, block_count, 1, [&](int64_t begin, int64_t end) {
-          const Buffer<acc_t> scratch(kernel.backward_scratch(shape, widest));
-          for (int64_t b = begin; b < end; ++b) {
-            kernel.backward(shape, tensors, blocks.data(), b, scratch.get());
-          }
-        });
-        if (!shared || !shifts) continue;
-        torch::stable::parallel_for(0, shape.deform_groups, 1, [&](int64_t begin, int64_t end) {
-          for (int64_t d = begin; d < end; ++d) add_partial(shape, tensors, blocks, d);
-        });
-      }
-    }
   }
-
-  if (wanted[0]) grad_input = torch::stable::contiguous(grad_input, layout_of(input));
-  grad_input = torch::stable::to(grad_input, type);
-  if (wanted[2]) {
-    grad_weight = torch::stable::transpose(torch::stable::narrow(grad_weight, 2, 0, out), 1, 2);
-    grad_weight = torch::stable::reshape(torch::stable::contiguous(grad_weight), sizes_of(weight));
-  }
-  grad_weight = torch::stable::to(grad_weight, type);
   return {grad_input, grad_offset, grad_weight, grad_mask};
 }
 

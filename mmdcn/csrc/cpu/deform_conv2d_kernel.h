@@ -2,6 +2,7 @@
 // instruction set; deform_conv2d.cpp chooses one, owns all memory and runs the threads.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "../deform_conv2d_shape.h"
@@ -9,21 +10,89 @@
 
 namespace mmdcn {
 
-// Output pixels that a tile of the forward pass, and of the backward pass, holds.
-constexpr int64_t kForwardTile = 48;
-constexpr int64_t kBackwardTile = 96;
+// Output pixels that a tile of the forward pass, and of the backward pass, holds at most.
+constexpr int kForwardTile = 48;
+constexpr int kBackwardTile = 96;
 
-// Tensors of the forward pass. Features are channels-last in `input`; `output` may be either way.
+// Where the elements of one image lie: channels in planes, or pixel by pixel.
+struct ImageLayout {
+  int64_t pixel_stride, channel_stride;
+
+  MMDCN_HOST_DEVICE bool channels_last() const { return channel_stride == 1; }
+};
+
+// Output pixels of one strip, in row-major order, as runs of pixels that are neighbours in memory.
+template <int kMost>
+struct Tile {
+  struct Run {
+    int64_t first, count, pixel;  // place in the tile, length, and place in the image
+  };
+  int64_t count, runs;
+  Run run[kMost];
+  int64_t y[kMost], x[kMost];
+};
+
+// How images whose channels lie in planes are worked through: in vertical strips of the output, by
+// tiles of pixels from top to bottom, with `rows` rows of at most `columns` pixels of the input
+// kept as channels-last rows around the tile at work.
+struct WindowPlan {
+  int64_t strip_width, strips;  // of the output
+  int64_t rows, columns;        // of the input; 0 where no window is needed
+};
+
+// A rolling window on the rows of one image, as channels-last pixels: row y lies in slot number
+// y mod capacity. Over the whole of a channels-last image, it rolls nowhere.
+template <typename S>
+struct Rows {
+  S* data;
+  int64_t pixel_stride, row_stride, capacity;
+  int64_t begin, end;   // rows that are there
+  int64_t left, right;  // columns that are there
+  int64_t origin;       // the largest multiple of capacity up to begin
+
+  MMDCN_HOST_DEVICE bool has(int64_t y, int64_t x) const {
+    return y >= begin && y < end && x >= left && x < right;
+  }
+  // Row y, which must be there, from column `left` on.
+  MMDCN_HOST_DEVICE S* row(int64_t y) const {
+    const int64_t slot = y - origin;
+    return data + (slot < capacity ? slot : slot - capacity) * row_stride;
+  }
+  MMDCN_HOST_DEVICE void set_rows(int64_t first, int64_t last) {
+    begin = first;
+    end = last;
+    origin = first - first % capacity;
+  }
+};
+
+// Tensors of the forward pass.
 template <typename T>
 struct ForwardTensors {
   using acc_t = accumulator_t<T>;
-  const T* input;       // (N, H, W, C)
-  const acc_t* offset;  // (N, deform_groups, taps, 2, Ho, Wo)
-  const acc_t* mask;    // (N, deform_groups, taps, Ho, Wo), or null
-  const acc_t* weight;  // packed: (groups, taps), each C/groups × Co/groups in panels
-  const acc_t* bias;    // (Co), or null
-  T* output;            // (N, Co, Ho, Wo) with the strides below inside an image
-  int64_t output_pixel_stride, output_channel_stride;
+  const T* input;  // (N, C, H, W) in the layout below
+  ImageLayout input_layout;
+  const acc_t* offset;      // (N, deform_groups, taps, 2, Ho, Wo)
+  const acc_t* mask;        // (N, deform_groups, taps, Ho, Wo), or null
+  const std::byte* weight;  // as pack_weight made it
+  const acc_t* bias;        // (Co), or null
+  T* output;                // (N, Co, Ho, Wo) in the layout below
+  ImageLayout output_layout;
+};
+
+template <typename T>
+struct ForwardKernel {
+  using acc_t = accumulator_t<T>;
+  // Units of packing, all to be packed before the first call of `run`; each writes its own part of
+  // packed_bytes.
+  int64_t (*pack_units)(const DeformConv2dShape&);
+  int64_t (*packed_bytes)(const DeformConv2dShape&);
+  void (*pack_weight)(const DeformConv2dShape&, const T* weight, int64_t begin, int64_t end,
+                      std::byte* packed);
+  // Tiles of all images, and bytes of scratch memory that one thread needs.
+  int64_t (*tiles)(const DeformConv2dShape&);
+  int64_t (*scratch_bytes)(const DeformConv2dShape&, ImageLayout input);
+  void (*run)(const DeformConv2dShape&, const ForwardTensors<T>&, int64_t begin, int64_t end,
+              std::byte* scratch);
 };
 
 // A range of channels, inside one group, whose gradients one thread computes alone. The gradients
@@ -32,43 +101,61 @@ struct ForwardTensors {
 // blocks, so that the result does not depend on the number of threads.
 struct ChannelBlock {
   int64_t group, begin, end;
-  int64_t weight_begin;  // position of this block's packed weights
+  int64_t packed_begin;  // position of this block's packed weights
 };
 
 // Tensors of the backward pass for one image; null where a gradient is not asked for.
 template <typename T>
 struct BackwardTensors {
   using acc_t = accumulator_t<T>;
-  const T* grad_output;  // (Ho, Wo, Co)
-  const T* input;        // (H, W, C)
-  const acc_t* offset;   // (deform_groups, taps, 2, Ho, Wo)
-  const acc_t* mask;     // (deform_groups, taps, Ho, Wo), or null
-  const acc_t* weight;   // packed: for each block and tap, Co/groups × its channels in panels
-  acc_t* grad_input;     // (H, W, C), added to
-  acc_t* grad_offset;    // (deform_groups, taps, 2, Ho, Wo)
-  acc_t* grad_mask;      // (deform_groups, taps, Ho, Wo)
-  acc_t* grad_weight;    // (C, taps, padded Co/groups), added to
-  acc_t* partial;        // (blocks, 2, taps, 3, pixel_end - pixel_begin)
-  int64_t pixel_begin, pixel_end;
+  const T* grad_output;  // (Co, Ho, Wo)
+  ImageLayout output_layout;
+  const T* input;  // (C, H, W)
+  ImageLayout input_layout;
+  const acc_t* offset;  // (deform_groups, taps, 2, Ho, Wo)
+  const acc_t* mask;    // (deform_groups, taps, Ho, Wo), or null
+  const acc_t* weight;  // packed: for each block and tap, Co/groups × its channels in panels
+  T* grad_input;        // (C, H, W) in the input's layout, added to
+  acc_t* grad_offset;   // (deform_groups, taps, 2, Ho, Wo)
+  acc_t* grad_mask;     // (deform_groups, taps, Ho, Wo)
+  acc_t* grad_weight;   // (C, taps, padded Co/groups), added to
+  acc_t* partial;       // (tiles, partial_tile), see partial_position; null where all is owned
+  int64_t partial_tile;
+};
+
+// What a block of channels keeps from tile to tile of one image.
+template <typename T>
+struct BlockWindows {
+  Rows<accumulator_t<T>> input, grad_input;
 };
 
 template <typename T>
-struct DeformConv2dKernels {
+struct BackwardKernel {
   using acc_t = accumulator_t<T>;
-  // Columns padded to whole registers, and the size of a packed matrix, in elements.
-  int64_t (*padded)(int64_t columns);
-  int64_t (*packed_size)(int64_t depth, int64_t columns);
-  void (*pack)(const T* source, int64_t row_stride, int64_t column_stride, int64_t depth,
-               int64_t columns, acc_t* target);
-  // Elements of scratch memory that one thread needs.
-  int64_t (*forward_scratch)(const DeformConv2dShape&);
-  int64_t (*backward_scratch)(const DeformConv2dShape&, int64_t block_channels);
-  // Computes tiles [begin, end) of all images.
-  void (*forward)(const DeformConv2dShape&, const ForwardTensors<T>&, int64_t begin, int64_t end,
-                  acc_t* scratch);
-  // Computes what one block of channels contributes for the pixels of `tensors`.
-  void (*backward)(const DeformConv2dShape&, const BackwardTensors<T>&, const ChannelBlock*,
-                   int64_t block_index, acc_t* scratch);
+  // Elements of a block's packed weights.
+  int64_t (*packed_size)(const DeformConv2dShape&, const ChannelBlock&);
+  void (*pack_weight)(const DeformConv2dShape&, const T* weight, const ChannelBlock&,
+                      acc_t* packed);
+  int64_t (*tiles)(const DeformConv2dShape&);  // of one image
+  void (*tile_at)(const DeformConv2dShape&, int64_t index, Tile<kBackwardTile>&);
+  // Memory that one thread needs, and that one block's windows need.
+  int64_t (*scratch_bytes)(const DeformConv2dShape&, int64_t block_channels);
+  int64_t (*window_bytes)(const DeformConv2dShape&, const BackwardTensors<T>&,
+                          int64_t block_channels);
+  // For each block and image: `open`, then `run` for all tiles in ascending order, some at a time,
+  // then `close`. `run` computes what the block contributes for these tiles.
+  void (*open)(const DeformConv2dShape&, const BackwardTensors<T>&, const ChannelBlock&,
+               std::byte* memory, BlockWindows<T>&);
+  void (*run)(const DeformConv2dShape&, const BackwardTensors<T>&, const ChannelBlock* blocks,
+              int64_t block_index, int64_t begin_tile, int64_t end_tile, BlockWindows<T>&,
+              std::byte* scratch);
+  void (*close)(const DeformConv2dShape&, const BackwardTensors<T>&, const ChannelBlock&,
+                BlockWindows<T>&);
+  // grad_weight (Co, C/groups, taps), for one block, from the form in which it was added up: rows
+  // of this many elements for each channel and tap.
+  int64_t (*padded_out_channels)(const DeformConv2dShape&);
+  void (*unpack_grad_weight)(const DeformConv2dShape&, const acc_t* sums, const ChannelBlock&,
+                             T* grad_weight);
 };
 
 // Whether the channels of offset group d all lie in one block.
@@ -78,21 +165,30 @@ MMDCN_HOST_DEVICE bool owns_deform_group(const DeformConv2dShape& shape, const C
          (d + 1) * shape.deform_group_channels() <= block.end;
 }
 
-// Where block number `b` keeps its part of offset group d in `partial`: it shares at most two, the
-// one that begins before it or at its beginning, and the one that ends after it.
-MMDCN_HOST_DEVICE int64_t partial_index(const DeformConv2dShape& shape, const ChannelBlock& block,
-                                        int64_t b, int64_t d) {
-  return 2 * b + (d * shape.deform_group_channels() > block.begin ? 1 : 0);
+// Elements that a block keeps aside in `partial` for a tile and one offset group.
+MMDCN_HOST_DEVICE int64_t partial_size(const DeformConv2dShape& shape) {
+  return shape.taps() * 3 * kBackwardTile;
 }
 
-#define MMDCN_DECLARE_KERNELS(capability)         \
-  namespace capability {                          \
-  template <typename T>                           \
-  DeformConv2dKernels<T> deform_conv2d_kernels(); \
+// Where, within a tile's part of `partial`, block number `b` keeps its part of offset group d: as
+// (taps, 3, pixels). A block shares at most two groups, the one that begins before it or at its
+// beginning, and the one that ends after it.
+MMDCN_HOST_DEVICE int64_t partial_position(const DeformConv2dShape& shape,
+                                           const ChannelBlock& block, int64_t b, int64_t d) {
+  return (2 * b + (d * shape.deform_group_channels() > block.begin ? 1 : 0)) * partial_size(shape);
+}
+
+#define MMDCN_DECLARE_KERNELS(capability)     \
+  namespace capability {                      \
+  template <typename T>                       \
+  ForwardKernel<T> deform_conv2d_forward();   \
+  template <typename T>                       \
+  BackwardKernel<T> deform_conv2d_backward(); \
   }
 MMDCN_DECLARE_KERNELS(portable)
 MMDCN_DECLARE_KERNELS(avx2)
 MMDCN_DECLARE_KERNELS(avx512)
+MMDCN_DECLARE_KERNELS(avx512_bf16)
 #undef MMDCN_DECLARE_KERNELS
 
 }  // namespace mmdcn

@@ -23,8 +23,7 @@ inline int64_t padded(int64_t columns) {
   return (columns + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }
 
-// A right-hand side of `depth` rows: element (k, j) of panel number q is data[q·panel_stride +
-// k·row_stride + j].
+// A right-hand side: element (k, j) of panel number q is data[q·panel_stride + k·row_stride + j].
 template <typename A>
 struct Panels {
   const A* data;
@@ -38,7 +37,7 @@ inline Panels<A> row_major(const A* data, int64_t row_stride) {
   return {data, kPanelWidth<A>, row_stride};
 }
 
-// Panels that `pack` wrote one after the other.
+// Panels of `depth` rows, one after the other.
 template <typename A>
 inline Panels<A> packed(const A* data, int64_t depth) {
   return {data, depth * kPanelWidth<A>, kPanelWidth<A>};
@@ -49,38 +48,71 @@ inline int64_t packed_size(int64_t depth, int64_t columns) {
   return (columns + kPanelWidth<A> - 1) / kPanelWidth<A> * kPanelWidth<A> * depth;
 }
 
-// Writes a depth × columns matrix as panels, zero beyond its last column.
-template <typename T, typename A>
-inline void pack(const T* source, int64_t row_stride, int64_t column_stride, int64_t depth,
-                 int64_t columns, A* target) {
-  for (int64_t first = 0; first < columns; first += kPanelWidth<A>) {
-    for (int64_t k = 0; k < depth; ++k) {
-      for (int64_t j = first; j < first + kPanelWidth<A>; ++j) {
-        *target++ = j < columns ? load(source + k * row_stride + j * column_stride) : A(0);
-      }
-    }
+// Whether C is added to, or overwritten.
+enum class Into { kAdd, kSet };
+
+// What a left-hand side is: element (i, k) is data[i·stride + k], or data[k·stride + i].
+enum class Order { kRows, kColumns };
+
+// One step of the depth for a register block. Elements are multiplied one by one.
+template <int Rows, int Registers, Order order, typename A>
+inline void multiply_step(int64_t k, const A* a, int64_t a_stride, const A* b, int64_t b_row,
+                          register_t<A> (&sum)[Rows][Registers]) {
+  register_t<A> right[Registers];
+#pragma GCC unroll 2
+  for (int j = 0; j < Registers; ++j) right[j] = load_register(b + k * b_row + j * kLanes<A>);
+#pragma GCC unroll 12
+  for (int i = 0; i < Rows; ++i) {
+    const A left = order == Order::kRows ? a[i * a_stride + k] : a[k * a_stride + i];
+#pragma GCC unroll 2
+    for (int j = 0; j < Registers; ++j) sum[i][j] += left * right[j];
   }
 }
 
+#ifdef __AVX512BF16__
+// The same for pairs of bfloat16 along the depth: step k takes elements 2k and 2k + 1 of a row of
+// A, and of B a row that holds the pair of each column.
+template <int Rows, int Registers, Order order>
+inline void multiply_pairs(int64_t k, const BFloat16* a, int64_t a_stride, const BFloat16* b,
+                           int64_t b_row, register_t<float> (&sum)[Rows][Registers]) {
+  static_assert(order == Order::kRows, "pairs lie in rows");
+  __m512bh right[Registers];
+#pragma GCC unroll 2
+  for (int j = 0; j < Registers; ++j) {
+    right[j] = (__m512bh)load_bytes<__m512i>(b + 2 * (k * b_row + j * kLanes<float>));
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < Rows; ++i) {
+    const __m512bh left =
+        (__m512bh)_mm512_set1_epi32(load_bytes<int32_t>(a + i * a_stride + 2 * k));
+#pragma GCC unroll 2
+    for (int j = 0; j < Registers; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left, right[j]);
+  }
+}
+#endif
+
 // One register block: Rows × Registers registers of C stay put while A and B stream by.
-template <int Rows, int Registers, typename A>
-inline void multiply_block(int64_t depth, const A* a, int64_t a_row, int64_t a_column, const A* b,
-                           int64_t b_row, A* c, int64_t c_row) {
+template <int Rows, int Registers, Order order, Into into, typename L, typename A>
+inline void multiply_block(int64_t steps, const L* a, int64_t a_stride, const L* b, int64_t b_row,
+                           A* c, int64_t c_row) {
   register_t<A> sum[Rows][Registers];
 #pragma GCC unroll 12
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 2
-    for (int j = 0; j < Registers; ++j) sum[i][j] = load_register(c + i * c_row + j * kLanes<A>);
+    for (int j = 0; j < Registers; ++j) {
+      sum[i][j] =
+          into == Into::kAdd ? load_register(c + i * c_row + j * kLanes<A>) : register_t<A>{};
+    }
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    register_t<A> right[Registers];
-#pragma GCC unroll 2
-    for (int j = 0; j < Registers; ++j) right[j] = load_register(b + k * b_row + j * kLanes<A>);
-#pragma GCC unroll 12
-    for (int i = 0; i < Rows; ++i) {
-      const A left = a[i * a_row + k * a_column];
-#pragma GCC unroll 2
-      for (int j = 0; j < Registers; ++j) sum[i][j] += left * right[j];
+  for (int64_t k = 0; k < steps; ++k) {
+#ifdef __AVX512BF16__
+    if constexpr (std::is_same_v<L, BFloat16>) {
+      multiply_pairs<Rows, Registers, order>(k, a, a_stride, b, b_row, sum);
+      continue;
+    } else
+#endif
+    {
+      multiply_step<Rows, Registers, order>(k, a, a_stride, b, b_row, sum);
     }
   }
 #pragma GCC unroll 12
@@ -91,35 +123,35 @@ inline void multiply_block(int64_t depth, const A* a, int64_t a_row, int64_t a_c
 }
 
 // The rows left over after whole register blocks: at most `Rows` of them.
-template <int Rows, int Registers, typename A>
-inline void multiply_rows(int64_t rows, int64_t depth, const A* a, int64_t a_row, int64_t a_column,
-                          const A* b, int64_t b_row, A* c, int64_t c_row) {
+template <int Rows, int Registers, Order order, Into into, typename L, typename A>
+inline void multiply_rows(int64_t rows, int64_t steps, const L* a, int64_t a_stride, const L* b,
+                          int64_t b_row, A* c, int64_t c_row) {
   if (rows == Rows) {
-    multiply_block<Rows, Registers>(depth, a, a_row, a_column, b, b_row, c, c_row);
+    multiply_block<Rows, Registers, order, into>(steps, a, a_stride, b, b_row, c, c_row);
   } else if constexpr (Rows > 1) {
-    multiply_rows<Rows - 1, Registers>(rows, depth, a, a_row, a_column, b, b_row, c, c_row);
+    multiply_rows<Rows - 1, Registers, order, into>(rows, steps, a, a_stride, b, b_row, c, c_row);
   }
 }
 
-// C (rows × columns) += A (rows × depth) · B (depth × columns). Element (i, k) of A is
-// a[i·a_row + k·a_column], so that A may be transposed; rows of C are c_row apart and padded to
-// whole registers.
-template <typename A>
-inline void multiply(int64_t rows, int64_t columns, int64_t depth, const A* a, int64_t a_row,
-                     int64_t a_column, Panels<A> b, A* c, int64_t c_row) {
+// C (rows × columns) += or = A (rows × depth) · B (depth × columns). Rows of C are c_row apart and
+// padded to whole registers. For bfloat16, `steps` counts pairs along the depth; otherwise
+// elements.
+template <Order order, Into into, typename L, typename A>
+inline void multiply(int64_t rows, int64_t columns, int64_t steps, const L* a, int64_t a_stride,
+                     Panels<L> b, A* c, int64_t c_row) {
   for (int64_t first = 0, q = 0; first < columns; first += kPanelWidth<A>, ++q) {
-    const A* panel = b.data + q * b.panel_stride;
+    const L* panel = b.data + q * b.panel_stride;
     const bool wide = columns - first > kLanes<A>;
     for (int64_t i = 0; i < rows; i += kBlockRows) {
       const int64_t some = rows - i < kBlockRows ? rows - i : kBlockRows;
-      const A* a_block = a + i * a_row;
+      const L* a_block = order == Order::kRows ? a + i * a_stride : a + i;
       A* c_block = c + i * c_row + first;
       if (wide) {
-        multiply_rows<kBlockRows, 2>(some, depth, a_block, a_row, a_column, panel, b.row_stride,
-                                     c_block, c_row);
+        multiply_rows<kBlockRows, 2, order, into>(some, steps, a_block, a_stride, panel,
+                                                  b.row_stride, c_block, c_row);
       } else {
-        multiply_rows<kBlockRows, 1>(some, depth, a_block, a_row, a_column, panel, b.row_stride,
-                                     c_block, c_row);
+        multiply_rows<kBlockRows, 1, order, into>(some, steps, a_block, a_stride, panel,
+                                                  b.row_stride, c_block, c_row);
       }
     }
   }

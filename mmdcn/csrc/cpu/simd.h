@@ -5,6 +5,12 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 namespace mmdcn {
 
@@ -65,47 +71,21 @@ inline To bit_cast(From value) {
   return load_bytes<To>(&value);
 }
 
-// IEEE half to single. The exponent of a half is rebiased by a multiplication, which also
-// normalises the subnormal ones; infinities and NaNs get the exponent that marks them in a single.
-// U is uint32_t or a vector of it, F float or a vector of it.
-template <typename F, typename U>
-inline F single_from_half(U half) {
-  const U magnitude = (half & 0x7fffu) << 13;
-  const U finite = bit_cast<U>(bit_cast<F>(magnitude) * 0x1p112f);
-  const U special = magnitude | 0x7f800000u;
-  return bit_cast<F>(((half & 0x7c00u) == 0x7c00u ? special : finite) | (half & 0x8000u) << 16);
-}
+// ------------------------------------------------------------------------------ one element
 
 inline double load(const double* source) { return *source; }
 inline float load(const float* source) { return *source; }
 inline float load(const BFloat16* source) {
   return bit_cast<float>(static_cast<uint32_t>(source->bits) << 16);
 }
+// The exponent of a half is rebiased by a multiplication, which also normalises the subnormal ones;
+// infinities and NaNs get the exponent that marks them in a single.
 inline float load(const Half* source) {
-  return single_from_half<float>(static_cast<uint32_t>(source->bits));
-}
-
-inline register_t<double> load_register(const double* source) {
-  return load_bytes<register_t<double>>(source);
-}
-inline register_t<float> load_register(const float* source) {
-  return load_bytes<register_t<float>>(source);
-}
-inline vector_t<uint32_t, kLanes<float>> widen(const uint16_t* source) {
-  using Narrow = vector_t<uint16_t, kLanes<float>>;
-  using Wide = vector_t<uint32_t, kLanes<float>>;
-  return __builtin_convertvector(load_bytes<Narrow>(source), Wide);
-}
-inline register_t<float> load_register(const BFloat16* source) {
-  return bit_cast<register_t<float>>(widen(&source->bits) << 16);
-}
-inline register_t<float> load_register(const Half* source) {
-  return single_from_half<register_t<float>>(widen(&source->bits));
-}
-
-template <typename A>
-inline void store_register(A* target, register_t<A> value) {
-  std::memcpy(target, &value, sizeof(value));
+  const uint32_t half = source->bits;
+  const uint32_t magnitude = (half & 0x7fffu) << 13;
+  const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
+  const uint32_t special = magnitude | 0x7f800000u;
+  return bit_cast<float>(((half & 0x7c00u) == 0x7c00u ? special : finite) | (half & 0x8000u) << 16);
 }
 
 // Rounding to nearest, ties to even.
@@ -135,6 +115,123 @@ inline void store(Half* target, float value) {
     half = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
   }
   target->bits = static_cast<uint16_t>(sign | half);
+}
+
+// ------------------------------------------------------------------------------ one register
+
+inline register_t<double> load_register(const double* source) {
+  return load_bytes<register_t<double>>(source);
+}
+inline register_t<float> load_register(const float* source) {
+  return load_bytes<register_t<float>>(source);
+}
+inline register_t<float> load_register(const BFloat16* source) {
+  using Narrow = vector_t<uint16_t, kLanes<float>>;
+  using Wide = vector_t<uint32_t, kLanes<float>>;
+  return bit_cast<register_t<float>>(__builtin_convertvector(load_bytes<Narrow>(source), Wide)
+                                     << 16);
+}
+inline register_t<float> load_register(const Half* source) {
+#if defined(__AVX512F__)
+  // Masked, as GCC 12 warns of an undefined value inside the plain one.
+  return _mm512_maskz_cvtph_ps(0xffff, load_bytes<__m256i>(source));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(load_bytes<__m128i>(source));
+#else
+  register_t<float> value;
+  for (int lane = 0; lane < kLanes<float>; ++lane) value[lane] = load(source + lane);
+  return value;
+#endif
+}
+
+inline void store_register(double* target, register_t<double> value) {
+  std::memcpy(target, &value, sizeof(value));
+}
+inline void store_register(float* target, register_t<float> value) {
+  std::memcpy(target, &value, sizeof(value));
+}
+inline void store_register(BFloat16* target, register_t<float> value) {
+#ifdef __AVX512BF16__
+  const __m256bh narrow = _mm512_cvtneps_pbh(value);
+#else
+  using Narrow = vector_t<uint16_t, kLanes<float>>;
+  using Wide = vector_t<uint32_t, kLanes<float>>;
+  const Wide bits = bit_cast<Wide>(value);
+  const Wide rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Wide nan = bit_cast<Wide>(value != value);  // all ones where it is
+  const Narrow narrow =
+      __builtin_convertvector((rounded & ~nan) | ((bits >> 16 | 0x40) & nan), Narrow);
+#endif
+  std::memcpy(target, &narrow, sizeof(narrow));
+}
+inline void store_register(Half* target, register_t<float> value) {
+#if defined(__AVX512F__)
+  const __m256i narrow =
+      _mm512_maskz_cvtps_ph(0xffff, value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(target, &narrow, sizeof(narrow));
+#elif defined(__F16C__)
+  const __m128i narrow = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(target, &narrow, sizeof(narrow));
+#else
+  for (int lane = 0; lane < kLanes<float>; ++lane) store(target + lane, value[lane]);
+#endif
+}
+
+// ------------------------------------------------------------------------------ transposition
+
+// The elements of two registers in turns: those of their lower halves, or of their upper ones.
+template <int Upper, typename V, int... I>
+inline V interleave(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int lanes = sizeof...(I);
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, (I % 2 * lanes + Upper * lanes / 2 + I / 2)...);
+#else
+  using Index = std::conditional_t<sizeof(V) / lanes == 8, int64_t, int32_t>;
+  return __builtin_shuffle(a, b,
+                           vector_t<Index, lanes>{(I % 2 * lanes + Upper * lanes / 2 + I / 2)...});
+#endif
+}
+
+// The sums of the elements of four registers, always added in the same order.
+template <typename A>
+inline void sums_of(const register_t<A> (&values)[4], A (&sums)[4]) {
+  constexpr int lanes = kLanes<A>;
+  using Lanes = std::make_integer_sequence<int, lanes>;
+  // Halves of two registers are added side by side, then those of two such pairs.
+  const auto fold = [](register_t<A> a, register_t<A> b) {
+    return interleave<0>(a, b, Lanes{}) + interleave<1>(a, b, Lanes{});
+  };
+  const register_t<A> even = fold(values[0], values[1]), odd = fold(values[2], values[3]);
+  if constexpr (lanes == 2) {
+    for (int i = 0; i < 2; ++i) sums[i] = even[i], sums[2 + i] = odd[i];
+  } else {
+    A part[lanes];
+    store_register(part, fold(even, odd));
+    for (int i = 0; i < 4; ++i) {
+      const int lane = (i & 1) << 1 | i >> 1;
+      sums[i] = part[lane];
+      for (int j = lane + 4; j < lanes; j += 4) sums[i] += part[j];
+    }
+  }
+}
+
+// Transposes a square of registers. Each round moves the highest bit of every column index to the
+// lowest place of the row index, and the other way round.
+template <typename A>
+inline void transpose_square(register_t<A> (&rows)[kLanes<A>]) {
+  constexpr int lanes = kLanes<A>;
+  using Lanes = std::make_integer_sequence<int, lanes>;
+#pragma GCC unroll 4
+  for (int round = 1; round < lanes; round *= 2) {
+    register_t<A> mixed[lanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < lanes / 2; ++i) {
+      mixed[2 * i] = interleave<0>(rows[i], rows[i + lanes / 2], Lanes{});
+      mixed[2 * i + 1] = interleave<1>(rows[i], rows[i + lanes / 2], Lanes{});
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) rows[i] = mixed[i];
+  }
 }
 
 }  // namespace

@@ -1,0 +1,574 @@
+// The CPU backward kernel of deform_conv2d. Compiled once for each instruction set, with
+// MMDCN_CPU_CAPABILITY naming the namespace.
+//
+// For a block of channels, by tiles of output pixels and one tap at a time:
+//   grad_columns = grad_output · Wᵀ            the gradient of W(pn)'s left neighbour, X(p)·Δm
+//   grad_input(q)  += G(q, p) Δm grad_columns
+//   grad_offset     = Δm Σ_c grad_columns Σ_q dG(q, p)/dp X(q)
+//   grad_mask       =    Σ_c grad_columns Σ_q G(q, p) X(q)
+//   grad_weight    += columnsᵀ · grad_output, with the columns sampled again
+#include "deform_conv2d_samples.h"
+#include "matmul.h"
+
+namespace mmdcn {
+namespace MMDCN_CPU_CAPABILITY {
+namespace {
+
+using BackwardTile = Tile<kBackwardTile>;
+template <typename A>
+using BackwardSamples = Samples<A, kBackwardTile>;
+
+template <typename T, typename A = accumulator_t<T>>
+int64_t packed_size_of_tap(const DeformConv2dShape& shape, const ChannelBlock& block) {
+  return packed_size<A>(shape.group_out_channels(), block.end - block.begin);
+}
+
+template <typename T, typename A = accumulator_t<T>>
+int64_t packed_block_size(const DeformConv2dShape& shape, const ChannelBlock& block) {
+  return shape.taps() * packed_size_of_tap<T>(shape, block);
+}
+
+// packed: for each tap, Co/groups × the block's channels in panels.
+template <typename T, typename A = accumulator_t<T>>
+void pack_weight(const DeformConv2dShape& shape, const T* weight, const ChannelBlock& block,
+                 A* packed) {
+  constexpr int64_t lanes = kLanes<A>, width = kPanelWidth<A>;
+  const int64_t taps = shape.taps(), in = shape.group_channels(), out = shape.group_out_channels();
+  const int64_t channels = block.end - block.begin;
+  const int64_t tap_size = packed_size_of_tap<T>(shape, block);
+  const T* source = weight + (block.group * out * in + block.begin - block.group * in) * taps;
+  if (channels % width != 0) fill_zero(packed, taps * tap_size);
+  for (int64_t o = 0; o < out; o += lanes) {
+    const int64_t count = std::min(lanes, out - o);
+    for_weight_chunks(channels, taps, [&](int64_t c, int64_t some, int64_t t, int64_t some_taps) {
+      A rows[kWeightChunk * kWeightChunk * lanes];
+      load_weight_rows(source + o * in * taps, in * taps, count, taps, c, some, t, some_taps, rows);
+      for (int64_t tap = 0; tap < some_taps; ++tap) {
+        A* target = packed + (t + tap) * tap_size + o * width;
+        for (int64_t k = 0; k < some; k += width) {
+          const int64_t panel = (c + k) / width * width;
+          transpose<A>(rows + (k * some_taps + tap) * lanes, some_taps * lanes,
+                       std::min(width, some - k), count, target + panel * out + c + k - panel,
+                       width);
+        }
+      }
+    });
+  }
+}
+
+// ------------------------------------------------------------------------------ samples
+
+// What one sample takes and gives, for channels of one block and offset group. Pointers of what is
+// not asked for are null.
+template <typename S, typename A>
+struct Scatter {
+  const S* corner[4];
+  A* grad_corner[4];
+  A weight[4];  // G(q, p) Δm
+  const A* grad_column;
+  A* column;
+};
+
+// Adds to the gradient of the input, recomputes the column, and gives in `dots`
+// Σ_c grad_column[c] X(q)[c] for each corner q.
+template <bool wants_input, bool wants_column, bool wants_dots, typename S, typename A>
+inline void scatter(const Scatter<S, A>& sample, int64_t count, A (&dots)[4]) {
+  const A* grad_column = sample.grad_column;
+  A* column = sample.column;
+  register_t<A> sums[4] = {};
+  int64_t c = 0;
+  for (; c + kLanes<A> <= count; c += kLanes<A>) {
+    const register_t<A> gradient = load_register(grad_column + c);
+    register_t<A> blended = {};
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      if constexpr (wants_column || wants_dots) {
+        const register_t<A> value = load_register(sample.corner[q] + c);
+        if constexpr (wants_column) blended += sample.weight[q] * value;
+        if constexpr (wants_dots) sums[q] += value * gradient;
+      }
+      if constexpr (wants_input) {
+        A* target = sample.grad_corner[q] + c;
+        store_register(target, load_register(target) + sample.weight[q] * gradient);
+      }
+    }
+    if constexpr (wants_column) store_register(column + c, blended);
+  }
+  if constexpr (wants_dots) sums_of<A>(sums, dots);
+  for (; c < count; ++c) {
+    A blended = 0;
+    for (int q = 0; q < 4; ++q) {
+      const A value = load(sample.corner[q] + c);
+      blended += sample.weight[q] * value;
+      dots[q] += value * grad_column[c];
+      if constexpr (wants_input) sample.grad_corner[q][c] += sample.weight[q] * grad_column[c];
+    }
+    if constexpr (wants_column) column[c] = blended;
+  }
+}
+
+// The gradients of y, x and the modulation, from the dots of the corners and their weights.
+template <typename A>
+inline void point_gradients(const A (&dots)[4], A fraction_y, A fraction_x, A modulation,
+                            A (&gradient)[3]) {
+  const A low_y = A(1) - fraction_y, low_x = A(1) - fraction_x;
+  const A upper = low_x * dots[0] + fraction_x * dots[1];
+  const A lower = low_x * dots[2] + fraction_x * dots[3];
+  gradient[0] = modulation * (lower - upper);
+  gradient[1] = modulation * (low_y * (dots[1] - dots[0]) + fraction_y * (dots[3] - dots[2]));
+  gradient[2] = low_y * upper + fraction_y * lower;
+}
+
+template <typename T, typename A = accumulator_t<T>>
+struct Scratch {
+  BackwardTile* tile;
+  BackwardSamples<A>* samples;
+  A* grad_tile;     // pixels × Co/groups
+  A* grad_columns;  // pixels × channels of the block
+  A* columns;       // likewise
+  A* gradients;     // 3 × pixels: of y, x and the modulation
+  A* strays;        // 4 × channels: corners that no window shows
+  A* grad_strays;   // 4 × channels: what goes to them, and to corners that do not exist
+
+  Scratch(const DeformConv2dShape& shape, int64_t channels, Arena& arena)
+      : tile(arena.take<BackwardTile>(1)), samples(arena.take<BackwardSamples<A>>(1)) {
+    grad_tile = arena.take<A>(kBackwardTile * grad_tile_stride(shape));
+    grad_columns = arena.take<A>(kBackwardTile * row_stride<A>(channels));
+    columns = arena.take<A>(kBackwardTile * row_stride<A>(channels));
+    gradients = arena.take<A>(3 * kBackwardTile);
+    strays = arena.take<A>(4 * channels);
+    grad_strays = arena.take<A>(4 * channels);
+  }
+  static int64_t grad_tile_stride(const DeformConv2dShape& shape) {
+    return row_stride<A>(padded<A>(shape.group_out_channels()));
+  }
+};
+
+// One block's call of the kernel.
+template <typename T, typename A = accumulator_t<T>>
+struct Pass {
+  const DeformConv2dShape& shape;
+  const BackwardTensors<T>& tensors;
+  const ChannelBlock& block;
+  BlockWindows<T>& windows;
+  Scratch<T> scratch;
+  bool wants_points;
+
+  int64_t channels() const { return block.end - block.begin; }
+  int64_t plane() const { return shape.height * shape.width; }
+  const T* planes() const {
+    return tensors.input + block.begin * tensors.input_layout.channel_stride;
+  }
+  T* grad_planes() const {
+    return tensors.grad_input + block.begin * tensors.input_layout.channel_stride;
+  }
+
+  // Sample number i, for `count` channels of the block from its channel number `channel` on, where
+  // it lies at the border of the image or beyond a window on it. Returns false where it contributes
+  // nothing.
+  template <bool wants_input, bool wants_column, bool wants_dots, typename S>
+  __attribute__((noinline)) bool stray(int64_t i, const Rows<S>& rows, const Rows<A>& grad_rows,
+                                       int64_t row_channel, int64_t channel, int64_t count,
+                                       Scatter<S, A>& sample, A (&dots)[4]) {
+    Corners<A, 2> corners;
+    if (!corners_of(shape, *scratch.samples, i, corners)) {
+      if (wants_column) fill_zero(sample.column, count);
+      return false;
+    }
+    bool far[4] = {};
+    for (int q = 0; q < 4; ++q) {
+      const int64_t y = scratch.samples->low_y[i] + (q >> 1);
+      const int64_t x = scratch.samples->low_x[i] + (q & 1);
+      const bool exists = corners.position[q] >= 0;
+      sample.weight[q] = scratch.samples->modulation[i] * corners.weight[q];
+      auto* values = reinterpret_cast<std::remove_const_t<S>*>(scratch.strays) + q * count;
+      sample.corner[q] = values;
+      if (!exists) {
+        fill_zero(values, count);
+      } else if (rows.has(y, x)) {
+        sample.corner[q] =
+            rows.row(y) + (x - rows.left) * rows.pixel_stride + row_channel + channel;
+      } else if constexpr (std::is_same_v<S, A>) {
+        // Rows of S other than A are those of a whole image: nothing is missing from them.
+        const T* source = planes() + channel * plane() + corners.position[q];
+        for (int64_t c = 0; c < count; ++c) values[c] = load(source + c * plane());
+      }
+      if (!wants_input) continue;
+      sample.grad_corner[q] = scratch.grad_strays + q * count;
+      if (exists && grad_rows.has(y, x)) {
+        sample.grad_corner[q] =
+            grad_rows.row(y) + (x - grad_rows.left) * grad_rows.pixel_stride + channel;
+      } else {
+        fill_zero(sample.grad_corner[q], count);
+        far[q] = exists;
+      }
+    }
+    scatter<wants_input, wants_column, wants_dots>(sample, count, dots);
+    for (int q = 0; q < 4; ++q) {
+      if (!far[q]) continue;
+      T* target = grad_planes() + channel * plane() + corners.position[q];
+      for (int64_t c = 0; c < count; ++c) {
+        store(target + c * plane(), load(target + c * plane()) + sample.grad_corner[q][c]);
+      }
+    }
+    return true;
+  }
+
+  // The samples of a tile, for one offset group's channels [begin, end) of the block. `row_channel`
+  // is where the block's channels begin in `rows`.
+  template <bool wants_input, bool wants_column, bool wants_dots, typename S>
+  void scatter_rows(const Rows<S>& rows, const Rows<A>& grad_rows, int64_t row_channel,
+                    int64_t begin, int64_t end) {
+    const BackwardSamples<A>& samples = *scratch.samples;
+    const int64_t stride = row_stride<A>(channels()), count = end - begin;
+    for (int64_t i = 0; i < scratch.tile->count; ++i) {
+      A dots[4] = {}, gradient[3] = {};
+      bool contributes = true;
+      const A modulation = samples.modulation[i];
+      const A fraction_y = samples.fraction_y[i], fraction_x = samples.fraction_x[i];
+      Scatter<S, A> sample;
+      sample.grad_column = scratch.grad_columns + i * stride + begin;
+      sample.column = scratch.columns + i * stride + begin;
+      CornerRows<S> corners;
+      CornerRows<A> grad_corners;
+      if (corners_in(rows, samples.low_y[i], samples.low_x[i], corners) &&
+          (!wants_input ||
+           corners_in(grad_rows, samples.low_y[i], samples.low_x[i], grad_corners))) {
+        const A high_y = modulation * fraction_y, low_y = modulation * (A(1) - fraction_y);
+        const A weight[4] = {low_y * (A(1) - fraction_x), low_y * fraction_x,
+                             high_y * (A(1) - fraction_x), high_y * fraction_x};
+        for (int q = 0; q < 4; ++q) {
+          sample.corner[q] = corners.corner[q] + row_channel + begin;
+          if (wants_input) sample.grad_corner[q] = grad_corners.corner[q] + begin;
+          sample.weight[q] = weight[q];
+        }
+        scatter<wants_input, wants_column, wants_dots>(sample, count, dots);
+      } else {
+        contributes = stray<wants_input, wants_column, wants_dots>(i, rows, grad_rows, row_channel,
+                                                                   begin, count, sample, dots);
+      }
+      if constexpr (wants_dots) {
+        if (contributes) point_gradients(dots, fraction_y, fraction_x, modulation, gradient);
+        for (int k = 0; k < 3; ++k) scratch.gradients[k * kBackwardTile + i] = gradient[k];
+      }
+    }
+  }
+
+  // The same for offset groups of few channels, straight from and to the planes.
+  void scatter_planes(int64_t begin, int64_t end) {
+    const BackwardSamples<A>& samples = *scratch.samples;
+    const int64_t count = scratch.tile->count, stride = row_stride<A>(channels());
+    const ImageLayout layout = tensors.input_layout;
+    const bool in_window = windows.grad_input.capacity > 0;
+    const int64_t grad_pixel = in_window ? windows.grad_input.pixel_stride : layout.pixel_stride;
+    const int64_t grad_channel = in_window ? 1 : layout.channel_stride;
+    A* grad_base = nullptr;
+    if (tensors.grad_input) {
+      if constexpr (std::is_same_v<T, A>) grad_base = grad_planes();
+      if (in_window) grad_base = windows.grad_input.data;
+    }
+    int64_t position[4][kBackwardTile];
+    A weight[4][kBackwardTile];
+    set_planar_corners(shape, samples, count, 1, position, weight);
+    fill_zero(scratch.gradients, 3 * kBackwardTile);
+    for (int64_t c = begin; c < end; ++c) {
+      const T* source = planes() + c * layout.channel_stride;
+      A* target = grad_base + c * grad_channel;
+      for (int64_t i = 0; i < count; ++i) {
+        A* column = scratch.columns + i * stride + c;
+        if (samples.low_y[i] == samples.kNowhere) {
+          *column = 0;
+          continue;
+        }
+        const A grad = scratch.grad_columns[i * stride + c];
+        A dots[4], value[4], blended = 0;
+        for (int q = 0; q < 4; ++q) {
+          value[q] = load(source + position[q][i] * layout.pixel_stride);
+          blended += weight[q][i] * value[q];
+        }
+        *column = blended;
+        if (grad_base) {
+          for (int q = 0; q < 4; ++q) {
+            target[position[q][i] * grad_pixel] += weight[q][i] * grad;
+          }
+        }
+        if (!wants_points) continue;
+        // A corner that does not exist has the position of another.
+        const bool top = samples.low_y[i] >= 0, bottom = samples.low_y[i] + 1 < shape.height;
+        const bool left = samples.low_x[i] >= 0, right = samples.low_x[i] + 1 < shape.width;
+        dots[0] = top && left ? value[0] * grad : A(0);
+        dots[1] = top && right ? value[1] * grad : A(0);
+        dots[2] = bottom && left ? value[2] * grad : A(0);
+        dots[3] = bottom && right ? value[3] * grad : A(0);
+        A gradient[3];
+        point_gradients(dots, samples.fraction_y[i], samples.fraction_x[i], samples.modulation[i],
+                        gradient);
+        for (int k = 0; k < 3; ++k) scratch.gradients[k * kBackwardTile + i] += gradient[k];
+      }
+    }
+  }
+
+  template <bool wants_input, bool wants_column, bool wants_dots>
+  void scatter_with(int64_t begin, int64_t end) {
+    if (tensors.input_layout.channels_last()) {
+      const Rows<const T> rows = whole_image(shape, tensors.input);
+      if constexpr (std::is_same_v<T, A>) {
+        // The gradient's image is laid out as the input's is, and added to in place.
+        Rows<A> grad_rows = {};
+        if (wants_input) {
+          grad_rows = {grad_planes(), rows.pixel_stride, rows.row_stride, rows.capacity, rows.begin,
+                       rows.end,      rows.left,         rows.right,      rows.origin};
+        }
+        return scatter_rows<wants_input, wants_column, wants_dots>(rows, grad_rows, block.begin,
+                                                                   begin, end);
+      }
+      return scatter_rows<wants_input, wants_column, wants_dots>(rows, windows.grad_input,
+                                                                 block.begin, begin, end);
+    }
+    scatter_rows<wants_input, wants_column, wants_dots>(windows.input, windows.grad_input, 0, begin,
+                                                        end);
+  }
+
+  void scatter_samples(int64_t begin, int64_t end) {
+    if (is_planar(shape)) return scatter_planes(begin, end);
+    const bool column = tensors.grad_weight;
+    if (tensors.grad_input && wants_points) {
+      column ? scatter_with<true, true, true>(begin, end)
+             : scatter_with<true, false, true>(begin, end);
+    } else if (tensors.grad_input) {
+      column ? scatter_with<true, true, false>(begin, end)
+             : scatter_with<true, false, false>(begin, end);
+    } else if (wants_points) {
+      column ? scatter_with<false, true, true>(begin, end)
+             : scatter_with<false, false, true>(begin, end);
+    } else {
+      scatter_with<false, true, false>(begin, end);
+    }
+  }
+
+  // Where the gradients of the tile's points go: to the tensors, or aside.
+  void store_points(int64_t d, int64_t tap, A* aside) {
+    const int64_t row = d * shape.taps() + tap, pixels = shape.pixels();
+    A* targets[3] = {};
+    if (tensors.grad_offset) {
+      targets[0] = tensors.grad_offset + 2 * row * pixels;
+      targets[1] = targets[0] + pixels;
+    }
+    if (tensors.grad_mask) targets[2] = tensors.grad_mask + row * pixels;
+    for (int k = 0; k < 3; ++k) {
+      const A* source = scratch.gradients + k * kBackwardTile;
+      if (aside) {
+        std::copy(source, source + scratch.tile->count, aside + k * kBackwardTile);
+        continue;
+      }
+      if (targets[k] == nullptr) continue;
+      for (int64_t r = 0; r < scratch.tile->runs; ++r) {
+        const auto& run = scratch.tile->run[r];
+        std::copy(source + run.first, source + run.first + run.count, targets[k] + run.pixel);
+      }
+    }
+  }
+
+  void load_grad_tile() {
+    const ImageLayout layout = tensors.output_layout;
+    const int64_t out = shape.group_out_channels(), stride = scratch.grad_tile_stride(shape);
+    const T* gradients = tensors.grad_output + block.group * out * layout.channel_stride;
+    for (int64_t r = 0; r < scratch.tile->runs; ++r) {
+      const auto& run = scratch.tile->run[r];
+      const T* source = gradients + run.pixel * layout.pixel_stride;
+      A* target = scratch.grad_tile + run.first * stride;
+      if (!layout.channels_last()) {
+        transpose<A>(source, layout.channel_stride, out, run.count, target, stride);
+        continue;
+      }
+      for (int64_t i = 0; i < run.count; ++i) {
+        copy_row<A>(source + i * layout.pixel_stride, out, target + i * stride);
+      }
+    }
+    for (int64_t i = 0; i < scratch.tile->count; ++i) {
+      fill_zero(scratch.grad_tile + i * stride + out, padded<A>(out) - out);
+    }
+  }
+
+  // `partial` is this block's, for this tile.
+  void tap(int64_t tap, int64_t block_index, A* partial) {
+    const int64_t out = shape.group_out_channels(), count = scratch.tile->count;
+    const int64_t out_stride = scratch.grad_tile_stride(shape), stride = row_stride<A>(channels());
+    const A* weight =
+        tensors.weight + block.packed_begin + tap * packed_size_of_tap<T>(shape, block);
+    multiply<Order::kRows, Into::kSet>(count, channels(), out, scratch.grad_tile, out_stride,
+                                       packed(weight, out), scratch.grad_columns, stride);
+    const int64_t part = shape.deform_group_channels();
+    for (int64_t d = block.begin / part; d * part < block.end; ++d) {
+      const int64_t begin = std::max(d * part, block.begin) - block.begin;
+      const int64_t end = std::min((d + 1) * part, block.end) - block.begin;
+      locate_samples(shape, *scratch.tile, tensors.offset, tensors.mask, d, tap, *scratch.samples);
+      scatter_samples(begin, end);
+      if (!wants_points) continue;
+      A* aside = nullptr;
+      if (!owns_deform_group(shape, block, d)) {
+        aside = partial + partial_position(shape, block, block_index, d) + tap * 3 * kBackwardTile;
+      }
+      store_points(d, tap, aside);
+    }
+    if (tensors.grad_weight) {
+      multiply<Order::kColumns, Into::kAdd>(
+          channels(), out, count, scratch.columns, stride,
+          row_major<A>(scratch.grad_tile, out_stride),
+          tensors.grad_weight + (block.begin * shape.taps() + tap) * padded<A>(out),
+          shape.taps() * padded<A>(out));
+    }
+  }
+};
+
+// ------------------------------------------------------------------------------ the pass
+
+// Windows that a block needs: on the input where its channels lie in planes, and on its gradient
+// where that cannot be added to in place. A gradient that is stored in 16 bits is kept whole, as it
+// must not be rounded before all is added.
+template <typename T, typename A = accumulator_t<T>>
+struct WindowSizes {
+  int64_t input_rows = 0, grad_rows = 0, grad_columns = 0;
+
+  WindowSizes(const DeformConv2dShape& shape, const BackwardTensors<T>& tensors,
+              const WindowPlan& plan) {
+    const bool planes = !tensors.input_layout.channels_last();
+    if (planes && !is_planar(shape)) input_rows = plan.rows;
+    if (tensors.grad_input == nullptr) return;
+    if (!std::is_same_v<T, A>) {
+      grad_rows = shape.height;
+      grad_columns = shape.width;
+    } else if (planes && !is_planar(shape)) {
+      grad_rows = plan.rows;
+      grad_columns = plan.columns;
+    }
+  }
+};
+
+template <typename A>
+inline WindowPlan plan_backward(const DeformConv2dShape& shape) {
+  return is_planar(shape) ? no_windows(shape)
+                          : plan_windows<A>(shape, shape.channels, kBackwardTile);
+}
+
+template <typename T, typename A = accumulator_t<T>>
+int64_t tiles(const DeformConv2dShape& shape) {
+  return tiles_of_image(shape, plan_backward<A>(shape), kBackwardTile);
+}
+
+template <typename T, typename A = accumulator_t<T>>
+void tile_at(const DeformConv2dShape& shape, int64_t index, BackwardTile& tile) {
+  set_tile(shape, plan_backward<A>(shape), index, tile);
+}
+
+template <typename T, typename A = accumulator_t<T>>
+int64_t window_bytes(const DeformConv2dShape& shape, const BackwardTensors<T>& tensors,
+                     int64_t channels) {
+  const WindowPlan plan = plan_backward<A>(shape);
+  const WindowSizes<T> sizes(shape, tensors, plan);
+  return (window_size<A>(channels, sizes.input_rows, plan.columns) +
+          window_size<A>(channels, sizes.grad_rows, sizes.grad_columns)) *
+         sizeof(A);
+}
+
+template <typename T, typename A = accumulator_t<T>>
+void open(const DeformConv2dShape& shape, const BackwardTensors<T>& tensors,
+          const ChannelBlock& block, std::byte* memory, BlockWindows<T>& windows) {
+  const WindowPlan plan = plan_backward<A>(shape);
+  const WindowSizes<T> sizes(shape, tensors, plan);
+  const int64_t channels = block.end - block.begin;
+  A* input = reinterpret_cast<A*>(memory);
+  A* gradient = input + window_size<A>(channels, sizes.input_rows, plan.columns);
+  windows.input = empty_window(input, channels, sizes.input_rows, plan.columns);
+  windows.grad_input = empty_window(gradient, channels, sizes.grad_rows, sizes.grad_columns);
+  if (sizes.grad_rows == shape.height && sizes.grad_columns == shape.width) {
+    windows.grad_input.right = shape.width;
+    windows.grad_input.set_rows(0, shape.height);
+    fill_zero(gradient, window_size<A>(channels, sizes.grad_rows, sizes.grad_columns));
+  }
+}
+
+template <typename T, typename A = accumulator_t<T>>
+void close(const DeformConv2dShape& shape, const BackwardTensors<T>& tensors,
+           const ChannelBlock& block, BlockWindows<T>& windows) {
+  const Rows<A>& window = windows.grad_input;
+  if (tensors.grad_input == nullptr || window.capacity == 0) return;
+  flush_gradient(shape, window, window.begin, window.end,
+                 tensors.grad_input + block.begin * tensors.input_layout.channel_stride,
+                 tensors.input_layout, block.end - block.begin);
+}
+
+template <typename T, typename A = accumulator_t<T>>
+int64_t scratch_bytes(const DeformConv2dShape& shape, int64_t block_channels) {
+  Arena arena(nullptr);
+  Scratch<T>(shape, block_channels, arena);
+  return arena.used();
+}
+
+template <typename T, typename A = accumulator_t<T>>
+void run(const DeformConv2dShape& shape, const BackwardTensors<T>& tensors,
+         const ChannelBlock* blocks, int64_t block_index, int64_t begin, int64_t end,
+         BlockWindows<T>& windows, std::byte* memory) {
+  const ChannelBlock& block = blocks[block_index];
+  const WindowPlan plan = plan_backward<A>(shape);
+  Arena arena(memory);
+  Pass<T> pass = {shape,
+                  tensors,
+                  block,
+                  windows,
+                  Scratch<T>(shape, block.end - block.begin, arena),
+                  tensors.grad_offset != nullptr || tensors.grad_mask != nullptr};
+  const bool rolls = windows.grad_input.capacity > 0 && windows.grad_input.capacity < shape.height;
+  const bool strips = plan.columns < shape.width;
+  for (int64_t index = begin; index < end; ++index) {
+    set_tile(shape, plan, index, *pass.scratch.tile);
+    if (windows.input.capacity > 0) {
+      roll_input(
+          shape,
+          range_around(shape, *pass.scratch.tile, plan, windows.input.capacity, plan.columns),
+          pass.planes(), pass.channels(), windows.input);
+    }
+    if (std::is_same_v<T, A> && windows.grad_input.capacity > 0 && (rolls || strips)) {
+      roll_gradient(
+          shape,
+          range_around(shape, *pass.scratch.tile, plan, windows.grad_input.capacity, plan.columns),
+          pass.grad_planes(), tensors.input_layout, pass.channels(), windows.grad_input);
+    }
+    pass.load_grad_tile();
+    A* partial = tensors.partial;
+    if (partial) partial += (index - begin) * tensors.partial_tile;
+    for (int64_t tap = 0; tap < shape.taps(); ++tap) pass.tap(tap, block_index, partial);
+  }
+}
+
+template <typename T, typename A = accumulator_t<T>>
+int64_t padded_out_channels(const DeformConv2dShape& shape) {
+  return padded<A>(shape.group_out_channels());
+}
+
+template <typename T, typename A = accumulator_t<T>>
+void unpack_grad_weight(const DeformConv2dShape& shape, const A* sums, const ChannelBlock& block,
+                        T* grad_weight) {
+  const int64_t in = shape.group_channels(), out = shape.group_out_channels();
+  const int64_t row = padded<A>(out), taps = shape.taps();
+  transpose<A>(sums + block.begin * taps * row, row, (block.end - block.begin) * taps, out,
+               grad_weight + (block.group * out * in + block.begin - block.group * in) * taps,
+               in * taps);
+}
+
+}  // namespace
+
+template <typename T>
+BackwardKernel<T> deform_conv2d_backward() {
+  return {packed_block_size<T>, pack_weight<T>, tiles<T>, tile_at<T>, scratch_bytes<T>,
+          window_bytes<T>,      open<T>,        run<T>,   close<T>,   padded_out_channels<T>,
+          unpack_grad_weight<T>};
+}
+
+template BackwardKernel<double> deform_conv2d_backward<double>();
+template BackwardKernel<float> deform_conv2d_backward<float>();
+template BackwardKernel<Half> deform_conv2d_backward<Half>();
+template BackwardKernel<BFloat16> deform_conv2d_backward<BFloat16>();
+
+}  // namespace MMDCN_CPU_CAPABILITY
+}  // namespace mmdcn

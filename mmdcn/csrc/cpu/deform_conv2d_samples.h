@@ -1,0 +1,332 @@
+// What the forward and the backward kernels of deform_conv2d share: tiles of output pixels, the
+// windows on images around them, and where the samples of a tile lie.
+#pragma once
+
+#include <algorithm>
+
+#include "deform_conv2d_kernel.h"
+#include "transpose.h"
+
+namespace mmdcn {
+namespace {
+
+// Up to so many channels of an offset group are sampled one by one, straight from the planes.
+constexpr int64_t kPlanarChannels = 4;
+
+// A window may reach so far beyond the regular grid, and takes about so many bytes at most.
+constexpr int64_t kMargin = 8;
+constexpr int64_t kWindowBytes = 2 << 20;
+
+inline bool is_planar(const DeformConv2dShape& shape) {
+  return shape.deform_group_channels() <= kPlanarChannels;
+}
+
+// Memory handed out piece by piece, at the borders of cache lines.
+class Arena {
+ public:
+  explicit Arena(std::byte* memory) : memory_(memory) {}
+
+  template <typename E>
+  E* take(int64_t count) {
+    E* piece = reinterpret_cast<E*>(memory_ + used_);
+    used_ += (count * static_cast<int64_t>(sizeof(E)) + 63) / 64 * 64;
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  std::byte* memory_;
+  int64_t used_ = 0;
+};
+
+// Rows of channels lie this far apart in scratch memory: an odd number of cache lines, so that the
+// rows of a register block do not compete for the same cache set.
+template <typename E>
+inline int64_t row_stride(int64_t channels) {
+  const int64_t line = 64 / static_cast<int64_t>(sizeof(E));
+  return ((channels + line - 1) / line | 1) * line;
+}
+
+template <typename E>
+inline void fill_zero(E* target, int64_t count) {
+  std::memset(target, 0, count * sizeof(E));
+}
+
+// Copies a row, converting; one of the two is of the accumulator's type A.
+template <typename A, typename S, typename T>
+inline void copy_row(const S* source, int64_t count, T* target) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= count; i += kLanes<A>) {
+    store_register(target + i, load_register(source + i));
+  }
+  for (; i < count; ++i) store(target + i, load(source + i));
+}
+
+// ------------------------------------------------------------------------------ tiles
+
+inline int64_t tiles_of_strip(const DeformConv2dShape& shape, int64_t width, int64_t most) {
+  return (shape.out_height * width + most - 1) / most;
+}
+
+inline int64_t tiles_of_image(const DeformConv2dShape& shape, const WindowPlan& plan,
+                              int64_t most) {
+  const int64_t last = shape.out_width - (plan.strips - 1) * plan.strip_width;
+  return (plan.strips - 1) * tiles_of_strip(shape, plan.strip_width, most) +
+         tiles_of_strip(shape, last, most);
+}
+
+template <int kMost>
+inline void set_tile(const DeformConv2dShape& shape, const WindowPlan& plan, int64_t index,
+                     Tile<kMost>& tile) {
+  const int64_t per_strip = tiles_of_strip(shape, plan.strip_width, kMost);
+  const int64_t strip = std::min(index / per_strip, plan.strips - 1);
+  const int64_t left = strip * plan.strip_width;
+  const int64_t width = std::min(plan.strip_width, shape.out_width - left);
+  const int64_t start = (index - strip * per_strip) * kMost;
+  tile.count = std::min<int64_t>(kMost, width * shape.out_height - start);
+  tile.runs = 0;
+  int64_t y = start / width, x = left + start % width;
+  for (int64_t i = 0; i < tile.count; ++i) {
+    tile.y[i] = y;
+    tile.x[i] = x;
+    const int64_t pixel = y * shape.out_width + x;
+    if (i == 0 || tile.run[tile.runs - 1].pixel + tile.run[tile.runs - 1].count != pixel) {
+      tile.run[tile.runs++] = {i, 0, pixel};
+    }
+    ++tile.run[tile.runs - 1].count;
+    if (++x == left + width) {
+      x = left;
+      ++y;
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------ windows
+
+// Rows of the input that the regular grid of output rows [first, last] reads, corners included.
+inline int64_t grid_extent(const GridAxis& axis, int64_t kernel, int64_t outputs) {
+  return (outputs - 1) * axis.stride + (kernel - 1) * axis.dilation + 2;
+}
+
+// The plan for windows of `channels` channels of type A.
+template <typename A>
+inline WindowPlan plan_windows(const DeformConv2dShape& shape, int64_t channels, int64_t most) {
+  WindowPlan plan = {};
+  for (plan.strips = 1;; ++plan.strips) {
+    plan.strip_width = (shape.out_width + plan.strips - 1) / plan.strips;
+    const int64_t tile_rows = std::min(shape.out_height, (most - 2) / plan.strip_width + 2);
+    const int64_t rows = grid_extent(shape.y, shape.kernel_height, tile_rows);
+    const int64_t columns = grid_extent(shape.x, shape.kernel_width, plan.strip_width);
+    plan.columns = std::min(shape.width, plan.strips == 1 ? shape.width : columns + 2 * kMargin);
+    const int64_t fitting =
+        kWindowBytes / (plan.columns * channels * static_cast<int64_t>(sizeof(A)));
+    const int64_t wanted = std::min(shape.height, rows + 2 * kMargin);
+    if (fitting < wanted && plan.strip_width > 32) continue;
+    // Without room for more than the grid itself, what lies off it is read from the planes.
+    plan.rows = std::clamp(fitting, std::min(shape.height, rows), wanted);
+    break;
+  }
+  plan.strips = (shape.out_width + plan.strip_width - 1) / plan.strip_width;
+  return plan;
+}
+
+// One strip and no window.
+inline WindowPlan no_windows(const DeformConv2dShape& shape) { return {shape.out_width, 1, 0, 0}; }
+
+struct WindowRange {
+  int64_t begin, end, left, right;
+};
+
+// The part of the input that the window should show around a tile, for windows of `capacity` rows
+// and at most `columns` columns.
+template <int kMost>
+inline WindowRange range_around(const DeformConv2dShape& shape, const Tile<kMost>& tile,
+                                const WindowPlan& plan, int64_t capacity, int64_t columns) {
+  const int64_t top = shape.y.base(tile.y[0], 0);
+  const int64_t bottom = shape.y.base(tile.y[tile.count - 1], shape.kernel_height - 1) + 2;
+  WindowRange range = {};
+  range.begin = std::clamp<int64_t>((top + bottom - capacity) / 2, 0, shape.height - capacity);
+  range.end = range.begin + capacity;
+  const int64_t strip = tile.x[0] / plan.strip_width * plan.strip_width;
+  range.left = std::clamp<int64_t>(shape.x.base(strip, 0) - kMargin, 0, shape.width - columns);
+  range.right = range.left + columns;
+  return range;
+}
+
+template <typename A>
+inline Rows<A> empty_window(A* data, int64_t channels, int64_t capacity, int64_t columns) {
+  const int64_t pixel = (channels + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+  return {data, pixel, pixel * columns, capacity, 0, 0, 0, 0, 0};
+}
+
+template <typename A>
+inline int64_t window_size(int64_t channels, int64_t capacity, int64_t columns) {
+  return (channels + kLanes<A> - 1) / kLanes<A> * kLanes<A> * capacity * columns;
+}
+
+// All of a channels-last image.
+template <typename T>
+inline Rows<const T> whole_image(const DeformConv2dShape& shape, const T* image) {
+  return {image,
+          shape.channels,
+          shape.width * shape.channels,
+          shape.height,
+          0,
+          shape.height,
+          0,
+          shape.width,
+          0};
+}
+
+// Shows rows of an image whose channels lie in planes, of which the window holds `channels`.
+template <typename T, typename A>
+inline void roll_input(const DeformConv2dShape& shape, const WindowRange& range, const T* planes,
+                       int64_t channels, Rows<A>& window) {
+  const bool elsewhere = range.left != window.left || range.right != window.right ||
+                         range.begin < window.begin || range.begin > window.end;
+  const int64_t first = elsewhere ? range.begin : window.end;
+  window.left = range.left;
+  window.right = range.right;
+  window.set_rows(range.begin, range.end);
+  for (int64_t y = first; y < range.end; ++y) {
+    transpose<A>(planes + y * shape.width + range.left, shape.height * shape.width, channels,
+                 range.right - range.left, window.row(y), window.pixel_stride);
+  }
+}
+
+// Adds rows of the gradient to that of the image.
+template <typename T, typename A>
+inline void flush_gradient(const DeformConv2dShape& shape, const Rows<A>& window, int64_t begin,
+                           int64_t end, T* image, ImageLayout layout, int64_t channels) {
+  const int64_t columns = window.right - window.left;
+  for (int64_t y = begin; y < end; ++y) {
+    const A* row = window.row(y);
+    T* target = image + (y * shape.width + window.left) * layout.pixel_stride;
+    if (!layout.channels_last()) {
+      transpose<A, true>(row, window.pixel_stride, columns, channels, target,
+                         layout.channel_stride);
+      continue;
+    }
+    // Only windows that hold all of the image are of a channels-last one: each pixel comes once.
+    for (int64_t x = 0; x < columns; ++x) {
+      copy_row<A>(row + x * window.pixel_stride, channels, target + x * layout.pixel_stride);
+    }
+  }
+}
+
+// Moves the window on the gradient: what leaves it is added to the image, what enters is zero.
+template <typename T, typename A>
+inline void roll_gradient(const DeformConv2dShape& shape, const WindowRange& range, T* image,
+                          ImageLayout layout, int64_t channels, Rows<A>& window) {
+  const bool elsewhere = range.left != window.left || range.right != window.right ||
+                         range.begin < window.begin || range.begin > window.end;
+  flush_gradient(shape, window, window.begin, elsewhere ? window.end : range.begin, image, layout,
+                 channels);
+  const int64_t first = elsewhere ? range.begin : window.end;
+  window.left = range.left;
+  window.right = range.right;
+  window.set_rows(range.begin, range.end);
+  for (int64_t y = first; y < range.end; ++y) fill_zero(window.row(y), window.row_stride);
+}
+
+// ------------------------------------------------------------------------------ samples
+
+// The samples of a tile for one tap and one offset group, one array for each quantity.
+template <typename A, int kMost>
+struct Samples {
+  static constexpr int64_t kNowhere = INT64_MIN;
+
+  int64_t low_y[kMost], low_x[kMost];  // floor of the coordinates; kNowhere: contributes nothing
+  A fraction_y[kMost], fraction_x[kMost];
+  A modulation[kMost];
+};
+
+// `offset` and `mask` are those of the image.
+template <typename A, int kMost>
+inline void locate_samples(const DeformConv2dShape& shape, const Tile<kMost>& tile, const A* offset,
+                           const A* mask, int64_t d, int64_t tap, Samples<A, kMost>& samples) {
+  const int64_t row = d * shape.taps() + tap, pixels = shape.pixels();
+  const A* offset_y = offset + 2 * row * pixels;
+  const A* offset_x = offset_y + pixels;
+  const A* modulation = mask ? mask + row * pixels : nullptr;
+  const int64_t tap_y = shape.y.base(0, tap / shape.kernel_width);
+  const int64_t tap_x = shape.x.base(0, tap % shape.kernel_width);
+  const int64_t height = shape.height, width = shape.width;
+  for (int64_t r = 0; r < tile.runs; ++r) {
+    const int64_t first = tile.run[r].first, count = tile.run[r].count, pixel = tile.run[r].pixel;
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t i = first + j;
+      const A p_y = A(tile.y[i] * shape.y.stride + tap_y) + offset_y[pixel + j];
+      const A p_x = A(tile.x[i] * shape.x.stride + tap_x) + offset_x[pixel + j];
+      const bool there = reaches(p_y, height) & reaches(p_x, width);
+      int64_t low_y, low_x;
+      split(there ? p_y : A(0), low_y, samples.fraction_y[i]);
+      split(there ? p_x : A(0), low_x, samples.fraction_x[i]);
+      samples.low_y[i] = there ? low_y : samples.kNowhere;
+      samples.low_x[i] = low_x;
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      samples.modulation[first + j] = modulation ? modulation[pixel + j] : A(1);
+    }
+  }
+}
+
+// The four corners of sample number i as Corners has them; false where it contributes nothing.
+template <typename A, int kMost>
+inline bool corners_of(const DeformConv2dShape& shape, const Samples<A, kMost>& samples, int64_t i,
+                       Corners<A, 2>& corners) {
+  if (samples.low_y[i] == samples.kNowhere) return false;
+  const int64_t low[2] = {samples.low_y[i], samples.low_x[i]};
+  const A fraction[2] = {samples.fraction_y[i], samples.fraction_x[i]};
+  const int64_t size[2] = {shape.height, shape.width};
+  corners.fill(low, fraction, size);
+  return true;
+}
+
+// The corners of a tile's samples for reading channel by channel: positions, in elements of a plane
+// whose pixels are pixel_stride apart, and weights with the modulation. A corner that does not
+// exist weighs 0, at the position of one that does.
+template <typename A, int kMost>
+inline void set_planar_corners(const DeformConv2dShape& shape, const Samples<A, kMost>& samples,
+                               int64_t count, int64_t pixel_stride, int64_t (&position)[4][kMost],
+                               A (&weight)[4][kMost]) {
+  const int64_t bottom = shape.height - 1, right = shape.width - 1;
+  const int64_t row = shape.width * pixel_stride;
+  for (int64_t i = 0; i < count; ++i) {
+    const bool there = samples.low_y[i] != samples.kNowhere;
+    const int64_t low_y = there ? samples.low_y[i] : 0, low_x = samples.low_x[i];
+    const A modulation = samples.modulation[i], fraction_y = samples.fraction_y[i];
+    const A y_weight[2] = {low_y >= 0 ? modulation * (A(1) - fraction_y) : A(0),
+                           low_y < bottom ? modulation * fraction_y : A(0)};
+    const A x_weight[2] = {low_x >= 0 ? A(1) - samples.fraction_x[i] : A(0),
+                           low_x < right ? samples.fraction_x[i] : A(0)};
+    const int64_t y[2] = {(low_y >= 0 ? low_y : 0) * row,
+                          (low_y < bottom ? low_y + 1 : bottom) * row};
+    const int64_t x[2] = {(low_x >= 0 ? low_x : 0) * pixel_stride,
+                          (low_x < right ? low_x + 1 : right) * pixel_stride};
+    for (int q = 0; q < 4; ++q) {
+      position[q][i] = y[q >> 1] + x[q & 1];
+      weight[q][i] = y_weight[q >> 1] * x_weight[q & 1];
+    }
+  }
+}
+
+// Pointers to the channels of the four corners of a sample, in the order of Corners.
+template <typename S>
+struct CornerRows {
+  S* corner[4];
+};
+
+// All four corners where the window has them.
+template <typename S>
+inline bool corners_in(const Rows<S>& rows, int64_t low_y, int64_t low_x, CornerRows<S>& corners) {
+  if (!rows.has(low_y, low_x) || !rows.has(low_y + 1, low_x + 1)) return false;
+  const int64_t x = (low_x - rows.left) * rows.pixel_stride;
+  S* upper = rows.row(low_y) + x;
+  S* lower = rows.row(low_y + 1) + x;
+  corners = {{upper, upper + rows.pixel_stride, lower, lower + rows.pixel_stride}};
+  return true;
+}
+
+}  // namespace
+}  // namespace mmdcn

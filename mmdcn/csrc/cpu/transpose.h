@@ -1,0 +1,84 @@
+// Matrices transposed by squares of registers: between images whose channels lie in planes and rows
+// of channels, and between torch's weights and those that the kernels multiply with.
+#pragma once
+
+#include "simd.h"
+
+namespace mmdcn {
+namespace {
+
+// target[j·target_stride + i] = source[i·source_stride + j], or += where `add`, for i < rows and
+// j < columns. A is the accumulator's type, which at least one of the two matrices is of.
+template <typename A, bool add = false, typename S, typename T>
+inline void transpose(const S* source, int64_t source_stride, int64_t rows, int64_t columns,
+                      T* target, int64_t target_stride) {
+  constexpr int64_t lanes = kLanes<A>;
+  const auto one_by_one = [&](int64_t first_row, int64_t first_column) {
+    for (int64_t j = first_column; j < columns; ++j) {
+      for (int64_t i = first_row; i < rows; ++i) {
+        const A value = load(source + i * source_stride + j);
+        T* place = target + j * target_stride + i;
+        store(place, add ? A(load(place)) + value : value);
+      }
+    }
+  };
+  if (rows < lanes || columns < lanes) return one_by_one(0, 0);
+
+  // The last squares overlap those before them, where writing twice does no harm.
+  const int64_t whole_rows = add ? rows / lanes * lanes : rows;
+  const int64_t whole_columns = add ? columns / lanes * lanes : columns;
+  for (int64_t row = 0; row < whole_rows; row += lanes) {
+    const int64_t i = row + lanes <= rows ? row : rows - lanes;
+    for (int64_t column = 0; column < whole_columns; column += lanes) {
+      const int64_t j = column + lanes <= columns ? column : columns - lanes;
+      register_t<A> square[lanes];
+#pragma GCC unroll 16
+      for (int k = 0; k < lanes; ++k) {
+        square[k] = load_register(source + (i + k) * source_stride + j);
+      }
+      transpose_square<A>(square);
+#pragma GCC unroll 16
+      for (int k = 0; k < lanes; ++k) {
+        T* place = target + (j + k) * target_stride + i;
+        store_register(place, add ? load_register(place) + square[k] : square[k]);
+      }
+    }
+  }
+  if (whole_rows < rows) one_by_one(whole_rows, 0);
+  rows = whole_rows;
+  if (whole_columns < columns) one_by_one(0, whole_columns);
+}
+
+// Weights are repacked by chunks of so many channels and taps.
+constexpr int64_t kWeightChunk = 16;
+
+// Calls `function(c, channels, t, taps)` for each chunk of a weight's channels and taps.
+template <typename F>
+inline void for_weight_chunks(int64_t channels, int64_t taps, const F& function) {
+  for (int64_t c = 0; c < channels; c += kWeightChunk) {
+    const int64_t some = channels - c < kWeightChunk ? channels - c : kWeightChunk;
+    for (int64_t t = 0; t < taps; t += kWeightChunk) {
+      function(c, some, t, taps - t < kWeightChunk ? taps - t : kWeightChunk);
+    }
+  }
+}
+
+// Weights of `channels` input channels and `taps` taps, from (c, t) on, as rows of up to a register
+// of output channels: rows[(k · taps + tap) · lanes + o], which must be zero where o >= count. In
+// `weight` output channels are out_stride apart and the all_taps of an input channel lie together.
+template <typename T, typename A>
+inline void load_weight_rows(const T* weight, int64_t out_stride, int64_t count, int64_t all_taps,
+                             int64_t c, int64_t channels, int64_t t, int64_t taps, A* rows) {
+  const T* source = weight + c * all_taps + t;
+  if (taps == all_taps) {
+    transpose<A>(source, out_stride, count, channels * taps, rows, kLanes<A>);
+    return;
+  }
+  for (int64_t k = 0; k < channels; ++k) {
+    transpose<A>(source + k * all_taps, out_stride, count, taps, rows + k * taps * kLanes<A>,
+                 kLanes<A>);
+  }
+}
+
+}  // namespace
+}  // namespace mmdcn
