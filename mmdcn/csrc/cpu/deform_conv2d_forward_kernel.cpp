@@ -1,10 +1,11 @@
 // The CPU forward kernel of deform_conv2d, equations (2)-(4) of the design. Compiled once for each
 // instruction set, with MMDCN_CPU_CAPABILITY naming the namespace.
 //
-// For a tile of output pixels and one tap at a time, the input is sampled into `columns`
-// (pixels × C), and multiplied by that tap's packed weights into the tile of the output, all of it
-// in the second-level cache. Channels are sampled as vectors, from channels-last rows; where an
-// offset group has few channels, one by one, over the pixels of the tile.
+// For a tile of output pixels and some taps at a time, the input is sampled into `columns`
+// (pixels × taps × C), and multiplied by the taps' packed weights into the tile of the output, all
+// of it in the second-level cache. Channels are sampled as vectors, from channels-last rows, and in
+// between the steps of the multiplication of the taps before, which hides most of what it costs;
+// where an offset group has few channels, one by one, over the pixels of the tile.
 #include "deform_conv2d_samples.h"
 #include "matmul.h"
 
@@ -100,78 +101,177 @@ void pack_weight(const DeformConv2dShape& shape, const T* weight, int64_t begin,
 
 // ------------------------------------------------------------------------------ sampling
 
-// column[c] = Σ_q weight[q] corner[q][c] for `count` channels.
+// column[c] = Σ_q weight[q] corner[q][c] for a register of channels.
+template <typename S, typename A, typename L>
+inline void blend_register(const S* const (&corner)[4], const A (&weight)[4], int64_t c,
+                           L* column) {
+  store_register(column + c, weight[0] * load_register(corner[0] + c) +
+                                 weight[1] * load_register(corner[1] + c) +
+                                 weight[2] * load_register(corner[2] + c) +
+                                 weight[3] * load_register(corner[3] + c));
+}
+
+// The same for `count` channels.
 template <typename S, typename A, typename L>
 inline void blend(const S* const (&corner)[4], const A (&weight)[4], int64_t count, L* column) {
-  const S *c0 = corner[0], *c1 = corner[1], *c2 = corner[2], *c3 = corner[3];
   int64_t c = 0;
-  for (; c + kLanes<A> <= count; c += kLanes<A>) {
-    store_register(column + c,
-                   weight[0] * load_register(c0 + c) + weight[1] * load_register(c1 + c) +
-                       weight[2] * load_register(c2 + c) + weight[3] * load_register(c3 + c));
-  }
+  for (; c + kLanes<A> <= count; c += kLanes<A>) blend_register(corner, weight, c, column);
   for (; c < count; ++c) {
-    store(column + c, weight[0] * load(c0 + c) + weight[1] * load(c1 + c) +
-                          weight[2] * load(c2 + c) + weight[3] * load(c3 + c));
+    store(column + c, weight[0] * load(corner[0] + c) + weight[1] * load(corner[1] + c) +
+                          weight[2] * load(corner[2] + c) + weight[3] * load(corner[3] + c));
   }
 }
 
-// A sample at the border of the image, or beyond the window on it: corners that do not exist are
-// left out, and those that the window does not show are read from `planes`. `strays` has room for
-// the channels of four corners.
-template <typename T, typename S, typename A, typename L>
+// The samples of a tile for one tap and offset group, ready to be blended.
+template <typename A>
+struct Blends {
+  CornerAddresses<kForwardTile> at;  // at.missing: the column is there already
+  A weight[4][kForwardTile];
+};
+
+// Blends the columns of some taps piece by piece: for each pixel of the tile a row, of the channels
+// of all offset groups for each tap.
+template <typename S, typename A, typename L>
+class Blending {
+ public:
+  static constexpr bool kAny = true;
+  static constexpr int64_t kPiece = 4 * kLanes<A>;  // channels
+  static constexpr int64_t kNever = INT64_C(1) << 62;
+
+  int64_t wait = kNever;
+
+  // `blends` has those of each tap and offset group. The work is to be spread over so many steps of
+  // a multiplication.
+  void start(const DeformConv2dShape& shape, const Blends<A>* blends, int64_t taps, int64_t pixels,
+             L* columns, int64_t stride, int64_t tap_stride, int64_t steps) {
+    blends_ = blends;
+    end_ = blends + taps * shape.deform_groups;
+    deform_groups_ = shape.deform_groups;
+    part_ = shape.deform_group_channels();
+    pixels_ = pixels;
+    tap_columns_ = column_ = columns;
+    stride_ = stride;
+    tap_stride_ = tap_stride;
+    d_ = i_ = c_ = 0;
+    const int64_t pieces = (end_ - blends_) * pixels * ((part_ + kPiece - 1) / kPiece);
+    pace_ = std::max<int64_t>(steps / pieces, 1);
+    wait = pace_;
+    prefetch();
+  }
+
+  __attribute__((always_inline)) void work() {
+    wait = pace_;
+    const Blends<A>& blends = *blends_;
+    const int64_t i = i_, c = c_;
+    if (!blends.at.missing[i]) {
+      const S* corner[4];
+      A weight[4];
+      for (int q = 0; q < 4; ++q) {
+        corner[q] = reinterpret_cast<const S*>(blends.at.corner[q][i]) + c;
+        weight[q] = blends.weight[q][i];
+      }
+      if (part_ - c >= kPiece) {
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < kPiece; k += kLanes<A>) {
+          blend_register(corner, weight, k, column_ + c);
+        }
+      } else {
+        blend(corner, weight, part_ - c, column_ + c);
+      }
+    }
+    c_ += kPiece;
+    if (c_ >= part_) {
+      c_ = 0;
+      column_ += stride_;
+      if (++i_ == pixels_) {
+        i_ = 0;
+        if (++blends_ == end_) {
+          wait = kNever;
+          return;
+        }
+        if (++d_ == deform_groups_) {
+          d_ = 0;
+          tap_columns_ += tap_stride_;
+        }
+        column_ = tap_columns_ + d_ * part_;
+      }
+    }
+    prefetch();
+  }
+
+  void finish() {
+    while (blends_ != end_) work();
+  }
+
+ private:
+  // Asks for what the next piece will read, which then has time to come from a far cache.
+  __attribute__((always_inline)) void prefetch() {
+    constexpr int64_t line = 64 / sizeof(S);
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      const S* corner = reinterpret_cast<const S*>(blends_->at.corner[q][i_]) + c_;
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < kPiece; k += line) __builtin_prefetch(corner + k);
+    }
+  }
+
+  const Blends<A>* blends_ = nullptr;
+  const Blends<A>* end_ = nullptr;
+  int64_t deform_groups_, part_, pixels_;
+  L* tap_columns_;  // of the tap at work
+  L* column_;       // of the pixel and offset group at work
+  int64_t stride_, tap_stride_, pace_;
+  int64_t d_, i_, c_;  // the next piece: offset group, pixel, channel in the group
+};
+
+// A sample that needs pixels beyond the window: those come from `planes`, where the offset group's
+// channels begin. `strays` has room for the channels of four corners.
+template <typename T, typename A, typename L>
 __attribute__((noinline)) void blend_stray(const DeformConv2dShape& shape,
                                            const ForwardSamples<A>& samples, int64_t i,
-                                           const Rows<S>& rows, int64_t channel, const T* planes,
-                                           int64_t count, std::remove_const_t<S>* strays,
-                                           L* column) {
+                                           const Rows<A>& rows, int64_t channel, const T* planes,
+                                           A* strays, L* column) {
+  const int64_t count = shape.deform_group_channels(), plane = shape.height * shape.width;
   Corners<A, 2> corners;
   if (!corners_of(shape, samples, i, corners)) return fill_zero(column, count);
-  const S* corner[4];
+  const A* corner[4];
   A weight[4];
   for (int q = 0; q < 4; ++q) {
     const int64_t y = samples.low_y[i] + (q >> 1), x = samples.low_x[i] + (q & 1);
     weight[q] = samples.modulation[i] * corners.weight[q];
-    std::remove_const_t<S>* stray = strays + q * count;
+    A* stray = strays + q * count;
     corner[q] = stray;
     if (corners.position[q] < 0) {
       fill_zero(stray, count);
     } else if (rows.has(y, x)) {
       corner[q] = rows.row(y) + (x - rows.left) * rows.pixel_stride + channel;
-    } else if constexpr (std::is_same_v<S, A>) {
-      // Rows of S other than A are those of a whole image: nothing is missing from them.
+    } else {
       const T* source = planes + corners.position[q];
-      for (int64_t c = 0; c < count; ++c) stray[c] = load(source + c * shape.height * shape.width);
+      for (int64_t c = 0; c < count; ++c) stray[c] = load(source + c * plane);
     }
   }
   blend(corner, weight, count, column);
 }
 
-// The columns of one tap: for each pixel of the tile, a row of the channels of all offset groups.
+// Makes the samples of one tap ready. `zeros` are the channels of corners that do not exist.
 template <typename T, typename S, typename A, typename L>
-inline void sample_rows(const DeformConv2dShape& shape, const ForwardTile& tile, const A* offset,
-                        const A* mask, int64_t tap, const Rows<S>& rows, const T* planes,
-                        ForwardSamples<A>& samples, std::remove_const_t<S>* strays, L* columns,
-                        int64_t stride) {
+inline void prepare_blends(const DeformConv2dShape& shape, const ForwardTile& tile, const A* offset,
+                           const A* mask, int64_t tap, const Rows<S>& rows, const T* planes,
+                           ForwardSamples<A>& samples, std::remove_const_t<S>* zeros, A* strays,
+                           Blends<A>* blends, L* columns, int64_t stride) {
   const int64_t part = shape.deform_group_channels();
-  for (int64_t d = 0; d < shape.deform_groups; ++d) {
+  for (int64_t d = 0; d < shape.deform_groups; ++d, ++blends) {
     locate_samples(shape, tile, offset, mask, d, tap, samples);
-    const int64_t channel = d * part;
-    for (int64_t i = 0; i < tile.count; ++i) {
-      L* column = columns + i * stride + channel;
-      CornerRows<S> corners;
-      if (!corners_in(rows, samples.low_y[i], samples.low_x[i], corners)) {
-        blend_stray(shape, samples, i, rows, channel, planes + channel * shape.height * shape.width,
-                    part, strays, column);
-        continue;
+    set_corners<S>(shape, rows, d * part, samples, tile.count, zeros, 0, blends->at);
+    set_weights(samples, tile.count, blends->weight);
+    // Only from a window can anything be missing.
+    if constexpr (std::is_same_v<S, A>) {
+      for (int64_t i = 0; i < tile.count; ++i) {
+        if (!blends->at.missing[i]) continue;
+        blend_stray(shape, samples, i, rows, d * part,
+                    planes + d * part * shape.height * shape.width, strays,
+                    columns + i * stride + d * part);
       }
-      const A high_y = samples.modulation[i] * samples.fraction_y[i];
-      const A low_y = samples.modulation[i] * (A(1) - samples.fraction_y[i]);
-      const A high_x = samples.fraction_x[i], low_x = A(1) - high_x;
-      const A weight[4] = {low_y * low_x, low_y * high_x, high_y * low_x, high_y * high_x};
-      const S* const corner[4] = {corners.corner[0] + channel, corners.corner[1] + channel,
-                                  corners.corner[2] + channel, corners.corner[3] + channel};
-      blend(corner, weight, part, column);
     }
   }
 }
@@ -204,28 +304,6 @@ inline void sample_planes(const DeformConv2dShape& shape, const ForwardTile& til
 
 // ------------------------------------------------------------------------------ the pass
 
-// Scratch memory of one thread.
-template <typename T, typename A = accumulator_t<T>>
-struct Scratch {
-  ForwardTile* tile;
-  ForwardSamples<A>* samples;
-  A* sums;             // pixels × groups × padded out channels
-  std::byte* columns;  // see column_bytes
-  A* strays;
-  A* window;
-
-  Scratch(const DeformConv2dShape& shape, ImageLayout layout, const WindowPlan& plan, Arena& arena)
-      : tile(arena.take<ForwardTile>(1)), samples(arena.take<ForwardSamples<A>>(1)) {
-    sums = arena.take<A>(kForwardTile * shape.groups * padded<A>(shape.group_out_channels()));
-    columns = arena.take<std::byte>(is_planar(shape)
-                                        ? kForwardTile * shape.channels * sizeof(A)
-                                        : kForwardTile * row_stride<A>(shape.channels) * sizeof(A));
-    strays = arena.take<A>(4 * shape.deform_group_channels());
-    window = arena.take<A>(
-        layout.channels_last() ? 0 : window_size<A>(shape.channels, plan.rows, plan.columns));
-  }
-};
-
 template <typename A>
 inline WindowPlan plan_forward(const DeformConv2dShape& shape) {
   // The same for both layouts, so that the number of tiles is.
@@ -238,26 +316,80 @@ int64_t tiles(const DeformConv2dShape& shape) {
   return shape.batch * tiles_of_image(shape, plan_forward<A>(shape), kForwardTile);
 }
 
-template <typename T, typename A = accumulator_t<T>>
-int64_t scratch_bytes(const DeformConv2dShape& shape, ImageLayout layout) {
-  Arena arena(nullptr);
-  Scratch<T>(shape, layout, plan_forward<A>(shape), arena);
-  return arena.used();
+// Taps that are sampled and multiplied together: the deeper a product, the less often its result is
+// loaded and stored; but columns must stay in the second-level cache.
+inline int64_t taps_together(const DeformConv2dShape& shape) {
+  constexpr int64_t deepest = 512;
+  const int64_t most = std::clamp<int64_t>(deepest / shape.channels, 1, shape.taps());
+  const int64_t parts = (shape.taps() + most - 1) / most;
+  return (shape.taps() + parts - 1) / parts;
 }
 
-// tile += columns · weights of one tap.
-template <Order order, typename L, typename A>
-inline void multiply_tap(const DeformConv2dShape& shape, int64_t count, const L* columns,
-                         int64_t stride, const std::byte* weight, int64_t group_bytes, A* sums) {
-  constexpr bool paired = !std::is_same_v<L, A>;
+// Scratch memory of one thread. S is what corners are read as, L what columns are kept as.
+template <typename S, typename L, typename A>
+struct Scratch {
+  ForwardTile* tiles;  // two: at work, and the next
+  ForwardSamples<A>* samples;
+  A* sums;        // pixels × groups × padded out channels
+  L* columns[2];  // pixels × taps × channels; at work, and the next
+  int64_t stride, tap_stride;
+  Blends<A>* blends;  // of each tap and offset group
+  S* zeros;
+  A* strays;
+  A* window;
+
+  Scratch(const DeformConv2dShape& shape, const WindowPlan& plan, bool has_window, Arena& arena)
+      : tiles(arena.take<ForwardTile>(2)), samples(arena.take<ForwardSamples<A>>(1)) {
+    const int64_t taps = taps_together(shape), part = shape.deform_group_channels();
+    sums = arena.take<A>(kForwardTile * shape.groups * padded<A>(shape.group_out_channels()));
+    tap_stride = 2 * pairs(shape.channels);
+    stride = row_stride<L>(taps * tap_stride);
+    for (L*& half : columns) half = arena.take<L>(kForwardTile * stride);
+    blends = arena.take<Blends<A>>(taps * shape.deform_groups);
+    zeros = arena.take<S>(part);
+    strays = arena.take<A>(4 * part);
+    window =
+        arena.take<A>(has_window ? window_size<A>(shape.channels, plan.rows, plan.columns) : 0);
+  }
+};
+
+// The same for sampling from planes.
+template <typename A>
+struct PlanarScratch {
+  ForwardTile* tile;
+  ForwardSamples<A>* samples;
+  A* sums;     // pixels × groups × padded out channels
+  A* columns;  // channels × pixels
+
+  PlanarScratch(const DeformConv2dShape& shape, Arena& arena)
+      : tile(arena.take<ForwardTile>(1)), samples(arena.take<ForwardSamples<A>>(1)) {
+    sums = arena.take<A>(kForwardTile * shape.groups * padded<A>(shape.group_out_channels()));
+    columns = arena.take<A>(shape.channels * kForwardTile);
+  }
+};
+
+// The product of one group's columns of `taps` taps with their weights.
+template <typename T, typename L, typename A = accumulator_t<T>>
+inline Depth depth_of(const DeformConv2dShape& shape, int64_t taps, int64_t tap_stride) {
+  const int64_t in = shape.group_channels();
+  return {std::is_same_v<L, A> ? in : pairs(in), taps, tap_stride,
+          tap_bytes<T>(shape) / static_cast<int64_t>(sizeof(L))};
+}
+
+// tile += columns · weights, for all groups, in whose steps `work` is done.
+template <typename T, Order order, typename L, typename A, typename Work>
+inline void multiply_taps(const DeformConv2dShape& shape, int64_t pixels, const Depth& depth,
+                          const L* columns, int64_t stride, const std::byte* weight, A* sums,
+                          Work& work) {
   const int64_t in = shape.group_channels(), out = shape.group_out_channels();
-  const int64_t steps = paired ? pairs(in) : in;
+  const int64_t row = kPanelWidth<A> * (std::is_same_v<L, A> ? 1 : 2);
   for (int64_t g = 0; g < shape.groups; ++g) {
-    const L* values = reinterpret_cast<const L*>(weight + g * group_bytes);
-    const Panels<L> panels = {values, steps * kPanelWidth<A> * (paired ? 2 : 1), kPanelWidth<A>};
+    const std::byte* values = weight + g * shape.taps() * tap_bytes<T>(shape);
+    const Panels<L> panels = {reinterpret_cast<const L*>(values), depth.steps * row,
+                              kPanelWidth<A>};
     multiply<order, Into::kAdd>(
-        count, out, steps, columns + (order == Order::kRows ? g * in : g * in * stride), stride,
-        panels, sums + g * padded<A>(out), shape.groups * padded<A>(out));
+        pixels, out, depth, columns + (order == Order::kRows ? g * in : g * in * stride), stride,
+        panels, sums + g * padded<A>(out), shape.groups * padded<A>(out), work);
   }
 }
 
@@ -294,85 +426,165 @@ inline void store_tile(const DeformConv2dShape& shape, const ForwardTile& tile, 
   }
 }
 
+// Tensors of one image.
 template <typename T, typename A = accumulator_t<T>>
-void run(const DeformConv2dShape& shape, const ForwardTensors<T>& tensors, int64_t begin,
-         int64_t end, std::byte* memory) {
+struct Image {
+  const T* input;
+  const A* offset;
+  const A* mask;
+  T* output;
+
+  Image(const DeformConv2dShape& shape, const ForwardTensors<T>& tensors, int64_t number) {
+    const int64_t points = number * shape.deform_groups * shape.taps() * shape.pixels();
+    input = tensors.input + number * shape.channels * shape.height * shape.width;
+    offset = tensors.offset + 2 * points;
+    mask = tensors.mask ? tensors.mask + points : nullptr;
+    output = tensors.output + number * shape.out_channels * shape.pixels();
+  }
+};
+
+// Sampling from the planes.
+template <typename T, typename A = accumulator_t<T>>
+inline void run_planes(const DeformConv2dShape& shape, const ForwardTensors<T>& tensors,
+                       int64_t begin, int64_t end, std::byte* memory) {
   const WindowPlan plan = plan_forward<A>(shape);
   const int64_t per_image = tiles_of_image(shape, plan, kForwardTile);
-  const int64_t group_bytes = shape.taps() * tap_bytes<T>(shape);
+  const Depth depth = depth_of<T, A>(shape, 1, 0);
+  Arena arena(memory);
+  const PlanarScratch<A> scratch(shape, arena);
+  ForwardTile& tile = *scratch.tile;
+  NoWork none;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const Image<T> image(shape, tensors, unit / per_image);
+    set_tile(shape, plan, unit % per_image, tile);
+    start_tile(shape, tensors, tile.count, scratch.sums);
+    for (int64_t tap = 0; tap < shape.taps(); ++tap) {
+      sample_planes(shape, tile, image.offset, image.mask, tap, image.input, tensors.input_layout,
+                    *scratch.samples, scratch.columns);
+      multiply_taps<T, Order::kColumns>(shape, tile.count, depth, scratch.columns, kForwardTile,
+                                        tensors.weight + tap * tap_bytes<T>(shape), scratch.sums,
+                                        none);
+    }
+    store_tile(shape, tile, scratch.sums, image.output, tensors.output_layout);
+  }
+}
+
+// Sampling rows of channels: of the image itself, as S = T, or of a window on it, as S = A.
+template <typename T, typename S, typename L, typename A = accumulator_t<T>>
+inline void run_rows(const DeformConv2dShape& shape, const ForwardTensors<T>& tensors,
+                     int64_t begin, int64_t end, std::byte* memory) {
+  const WindowPlan plan = plan_forward<A>(shape);
+  const int64_t per_image = tiles_of_image(shape, plan, kForwardTile);
+  const int64_t taps = shape.taps(), together = taps_together(shape);
+  const int64_t parts = (taps + together - 1) / together;
   const bool direct = tensors.input_layout.channels_last();
   Arena arena(memory);
-  const Scratch<T> scratch(shape, tensors.input_layout, plan, arena);
-  ForwardTile& tile = *scratch.tile;
-
-  // Calls `tap_columns(columns, stride, tap)` and multiplies, for each tap, with columns of the
-  // type of the first argument.
-  const auto each_tap = [&](auto* columns, int64_t stride, auto order, const auto& tap_columns) {
-    for (int64_t tap = 0; tap < shape.taps(); ++tap) {
-      tap_columns(columns, stride, tap);
-      multiply_tap<decltype(order)::value>(shape, tile.count, columns, stride,
-                                           tensors.weight + tap * tap_bytes<T>(shape), group_bytes,
-                                           scratch.sums);
-    }
-  };
-  using RowOrder = std::integral_constant<Order, Order::kRows>;
-  using ColumnOrder = std::integral_constant<Order, Order::kColumns>;
-
+  const Scratch<S, L, A> scratch(shape, plan, !direct, arena);
   Rows<A> window = {};
-  int64_t image = -1;
-  for (int64_t unit = begin; unit < end; ++unit) {
-    if (unit / per_image != image) {
-      image = unit / per_image;
-      window = empty_window(scratch.window, shape.channels, plan.rows, plan.columns);
-    }
-    set_tile(shape, plan, unit % per_image, tile);
-    const T* input = tensors.input + image * shape.channels * shape.height * shape.width;
-    const int64_t points = image * shape.deform_groups * shape.taps() * shape.pixels();
-    const A* offset = tensors.offset + 2 * points;
-    const A* mask = tensors.mask ? tensors.mask + points : nullptr;
-    start_tile(shape, tensors, tile.count, scratch.sums);
+  Blending<S, A, L> blending;
+  fill_zero(scratch.zeros, shape.deform_group_channels());
+  if constexpr (!std::is_same_v<L, A>) {
+    // Between taps, where the number of channels is odd, lies the second half of the last pair.
+    for (L* half : scratch.columns) fill_zero(half, kForwardTile * scratch.stride);
+  }
 
-    const auto from_planes = [&](A* columns, int64_t, int64_t tap) {
-      sample_planes(shape, tile, offset, mask, tap, input, tensors.input_layout, *scratch.samples,
-                    columns);
-    };
-    const auto from_rows = [&](auto* columns, int64_t stride, int64_t tap) {
-      if (direct) {
-        sample_rows(shape, tile, offset, mask, tap, whole_image(shape, input), input,
-                    *scratch.samples, reinterpret_cast<T*>(scratch.strays), columns, stride);
-      } else {
-        sample_rows(shape, tile, offset, mask, tap, window, input, *scratch.samples, scratch.strays,
-                    columns, stride);
-      }
-    };
-    if (is_planar(shape)) {
-      each_tap(reinterpret_cast<A*>(scratch.columns), kForwardTile, ColumnOrder{}, from_planes);
-    } else {
+  // The taps of a tile are worked through in parts; parts of all tiles form one sequence, in which
+  // the columns of a part are blended while the part before is multiplied.
+  const auto columns_of = [&](int64_t unit, int64_t part) {
+    return scratch.columns[(unit * parts + part) % 2];
+  };
+  const auto taps_of = [&](int64_t part) { return std::min(together, taps - part * together); };
+  const auto prepare = [&](int64_t unit, int64_t part, int64_t steps) {
+    ForwardTile& tile = scratch.tiles[unit % 2];
+    const Image<T> image(shape, tensors, unit / per_image);
+    if (part == 0) {
+      set_tile(shape, plan, unit % per_image, tile);
       if (!direct) {
-        roll_input(shape, range_around(shape, tile, plan, plan.rows, plan.columns), input,
+        if (unit == begin || unit % per_image == 0) {
+          window = empty_window(scratch.window, shape.channels, plan.rows, plan.columns);
+        }
+        roll_input(shape, range_around(shape, tile, plan, plan.rows, plan.columns), image.input,
                    shape.channels, window);
       }
-#ifdef __AVX512BF16__
-      if constexpr (std::is_same_v<T, BFloat16>) {
-        if (in_pairs<T>(shape)) {
-          BFloat16* columns = reinterpret_cast<BFloat16*>(scratch.columns);
-          const int64_t stride = row_stride<BFloat16>(2 * pairs(shape.channels));
-          // The second half of the last pair, where the number of channels is odd.
-          for (int64_t i = 0; i < tile.count; ++i) columns[i * stride + shape.channels] = {0};
-          each_tap(columns, stride, RowOrder{}, from_rows);
-          store_tile(shape, tile, scratch.sums,
-                     tensors.output + image * shape.out_channels * shape.pixels(),
-                     tensors.output_layout);
-          continue;
-        }
-      }
-#endif
-      each_tap(reinterpret_cast<A*>(scratch.columns), row_stride<A>(shape.channels), RowOrder{},
-               from_rows);
     }
-    store_tile(shape, tile, scratch.sums,
-               tensors.output + image * shape.out_channels * shape.pixels(), tensors.output_layout);
+    const auto ready = [&](const auto& rows) {
+      L* columns = columns_of(unit, part);
+      for (int64_t t = 0; t < taps_of(part); ++t) {
+        prepare_blends(shape, tile, image.offset, image.mask, part * together + t, rows,
+                       image.input, *scratch.samples, scratch.zeros, scratch.strays,
+                       scratch.blends + t * shape.deform_groups, columns + t * scratch.tap_stride,
+                       scratch.stride);
+      }
+      blending.start(shape, scratch.blends, taps_of(part), tile.count, columns, scratch.stride,
+                     scratch.tap_stride, steps);
+    };
+    if constexpr (std::is_same_v<S, A>) {
+      if (!direct) return ready(window);
+    }
+    if constexpr (std::is_same_v<S, T>) ready(whole_image(shape, image.input));
+  };
+
+  prepare(begin, 0, 0);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const ForwardTile& tile = scratch.tiles[unit % 2];
+    start_tile(shape, tensors, tile.count, scratch.sums);
+    for (int64_t part = 0; part < parts; ++part) {
+      const Depth depth = depth_of<T, L>(shape, taps_of(part), scratch.tap_stride);
+      const int64_t steps =
+          shape.groups * whole_steps<A>(tile.count, shape.group_out_channels(), depth);
+      blending.finish();
+      if (part + 1 < parts) {
+        prepare(unit, part + 1, steps);
+      } else if (unit + 1 < end) {
+        prepare(unit + 1, 0, steps);
+      }
+      multiply_taps<T, Order::kRows>(
+          shape, tile.count, depth, columns_of(unit, part), scratch.stride,
+          tensors.weight + part * together * tap_bytes<T>(shape), scratch.sums, blending);
+    }
+    store_tile(shape, tile, scratch.sums, Image<T>(shape, tensors, unit / per_image).output,
+               tensors.output_layout);
   }
+}
+
+// Calls `function` with values of the types S and L that a call of the kernel works with.
+template <typename T, typename F>
+inline void with_types(const DeformConv2dShape& shape, ImageLayout layout, const F& function) {
+  using A = accumulator_t<T>;
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (in_pairs<T>(shape)) {
+      return layout.channels_last() ? function(T{}, T{}) : function(A{}, T{});
+    }
+  }
+#else
+  (void)shape;
+#endif
+  layout.channels_last() ? function(T{}, A{}) : function(A{}, A{});
+}
+
+template <typename T, typename A = accumulator_t<T>>
+int64_t scratch_bytes(const DeformConv2dShape& shape, ImageLayout layout) {
+  Arena arena(nullptr);
+  if (is_planar(shape)) {
+    PlanarScratch<A>(shape, arena);
+  } else {
+    with_types<T>(shape, layout, [&](auto s, auto l) {
+      Scratch<decltype(s), decltype(l), A>(shape, plan_forward<A>(shape), !layout.channels_last(),
+                                           arena);
+    });
+  }
+  return arena.used();
+}
+
+template <typename T>
+void run(const DeformConv2dShape& shape, const ForwardTensors<T>& tensors, int64_t begin,
+         int64_t end, std::byte* scratch) {
+  if (begin == end) return;
+  if (is_planar(shape)) return run_planes(shape, tensors, begin, end, scratch);
+  with_types<T>(shape, tensors.input_layout, [&](auto s, auto l) {
+    run_rows<T, decltype(s), decltype(l)>(shape, tensors, begin, end, scratch);
+  });
 }
 
 }  // namespace

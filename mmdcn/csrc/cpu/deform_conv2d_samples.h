@@ -234,11 +234,11 @@ inline void roll_gradient(const DeformConv2dShape& shape, const WindowRange& ran
 // The samples of a tile for one tap and one offset group, one array for each quantity.
 template <typename A, int kMost>
 struct Samples {
-  static constexpr int64_t kNowhere = INT64_MIN;
+  static constexpr int64_t kNowhere = -2;  // neither this row nor the next exists
 
   int64_t low_y[kMost], low_x[kMost];  // floor of the coordinates; kNowhere: contributes nothing
   A fraction_y[kMost], fraction_x[kMost];
-  A modulation[kMost];
+  A modulation[kMost];  // 0 for what contributes nothing
 };
 
 // `offset` and `mask` are those of the image.
@@ -248,30 +248,91 @@ inline void locate_samples(const DeformConv2dShape& shape, const Tile<kMost>& ti
   const int64_t row = d * shape.taps() + tap, pixels = shape.pixels();
   const A* offset_y = offset + 2 * row * pixels;
   const A* offset_x = offset_y + pixels;
-  const A* modulation = mask ? mask + row * pixels : nullptr;
   const int64_t tap_y = shape.y.base(0, tap / shape.kernel_width);
   const int64_t tap_x = shape.x.base(0, tap % shape.kernel_width);
   const int64_t height = shape.height, width = shape.width;
+  const int64_t stride_y = shape.y.stride, stride_x = shape.x.stride;
   for (int64_t r = 0; r < tile.runs; ++r) {
     const int64_t first = tile.run[r].first, count = tile.run[r].count, pixel = tile.run[r].pixel;
     for (int64_t j = 0; j < count; ++j) {
+      samples.modulation[first + j] = mask ? mask[row * pixels + pixel + j] : A(1);
+    }
+#pragma GCC ivdep
+    for (int64_t j = 0; j < count; ++j) {
       const int64_t i = first + j;
-      const A p_y = A(tile.y[i] * shape.y.stride + tap_y) + offset_y[pixel + j];
-      const A p_x = A(tile.x[i] * shape.x.stride + tap_x) + offset_x[pixel + j];
+      const A p_y = A(tile.y[i] * stride_y + tap_y) + offset_y[pixel + j];
+      const A p_x = A(tile.x[i] * stride_x + tap_x) + offset_x[pixel + j];
       const bool there = reaches(p_y, height) & reaches(p_x, width);
       int64_t low_y, low_x;
       split(there ? p_y : A(0), low_y, samples.fraction_y[i]);
       split(there ? p_x : A(0), low_x, samples.fraction_x[i]);
       samples.low_y[i] = there ? low_y : samples.kNowhere;
       samples.low_x[i] = low_x;
-    }
-    for (int64_t j = 0; j < count; ++j) {
-      samples.modulation[first + j] = modulation ? modulation[pixel + j] : A(1);
+      samples.modulation[i] = there ? samples.modulation[i] : A(0);
     }
   }
 }
 
-// The four corners of sample number i as Corners has them; false where it contributes nothing.
+// Where the channels of the corners of a tile's samples lie, in the order of Corners.
+template <int kMost>
+struct CornerAddresses {
+  uintptr_t corner[4][kMost];
+  int64_t missing[kMost];  // whether a corner exists that the rows do not show
+};
+
+// Addresses in `rows`, `channel` channels further on. Where a corner does not exist, corner number
+// q is at `nowhere` + q · nowhere_stride.
+template <typename S, typename A, int kMost>
+inline void set_corners(const DeformConv2dShape& shape, const Rows<S>& rows, int64_t channel,
+                        const Samples<A, kMost>& samples, int64_t count, const S* nowhere,
+                        int64_t nowhere_stride, CornerAddresses<kMost>& addresses) {
+  const uint64_t height = shape.height, width = shape.width;
+  const int64_t begin = rows.begin, left = rows.left, capacity = rows.capacity;
+  const uint64_t shown_rows = rows.end - begin, shown_columns = rows.right - left;
+  const int64_t origin = rows.origin, row_stride = rows.row_stride,
+                pixel_stride = rows.pixel_stride;
+  const uintptr_t base = reinterpret_cast<uintptr_t>(rows.data + channel);
+  const uintptr_t none = reinterpret_cast<uintptr_t>(nowhere);
+  const uintptr_t step = nowhere_stride * sizeof(S);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t y0 = samples.low_y[i], x0 = samples.low_x[i];
+    const int64_t y1 = y0 + 1, x1 = x0 + 1;
+    // A single comparison, as negative numbers become large ones.
+    const bool top = uint64_t(y0) < height, bottom = uint64_t(y1) < height;
+    const bool first = uint64_t(x0) < width, last = uint64_t(x1) < width;
+    addresses.missing[i] = (top & (uint64_t(y0 - begin) >= shown_rows)) |
+                           (bottom & (uint64_t(y1 - begin) >= shown_rows)) |
+                           (first & (uint64_t(x0 - left) >= shown_columns)) |
+                           (last & (uint64_t(x1 - left) >= shown_columns));
+    const int64_t upper = y0 - origin - (y0 - origin >= capacity ? capacity : 0);
+    const int64_t lower = y1 - origin - (y1 - origin >= capacity ? capacity : 0);
+    const uintptr_t x = base + (x0 - left) * pixel_stride * sizeof(S);
+    const uintptr_t upper_left = x + upper * row_stride * sizeof(S);
+    const uintptr_t lower_left = x + lower * row_stride * sizeof(S);
+    const uintptr_t right = pixel_stride * sizeof(S);
+    addresses.corner[0][i] = top & first ? upper_left : none;
+    addresses.corner[1][i] = top & last ? upper_left + right : none + step;
+    addresses.corner[2][i] = bottom & first ? lower_left : none + 2 * step;
+    addresses.corner[3][i] = bottom & last ? lower_left + right : none + 3 * step;
+  }
+}
+
+// The weights of the corners, with the modulation.
+template <typename A, int kMost>
+inline void set_weights(const Samples<A, kMost>& samples, int64_t count, A (&weight)[4][kMost]) {
+  for (int64_t i = 0; i < count; ++i) {
+    const A high_y = samples.modulation[i] * samples.fraction_y[i];
+    const A low_y = samples.modulation[i] * (A(1) - samples.fraction_y[i]);
+    const A high_x = samples.fraction_x[i], low_x = A(1) - high_x;
+    weight[0][i] = low_y * low_x;
+    weight[1][i] = low_y * high_x;
+    weight[2][i] = high_y * low_x;
+    weight[3][i] = high_y * high_x;
+  }
+}
+
+// The corners of sample number i as Corners has them; false where it contributes nothing.
 template <typename A, int kMost>
 inline bool corners_of(const DeformConv2dShape& shape, const Samples<A, kMost>& samples, int64_t i,
                        Corners<A, 2>& corners) {
@@ -293,8 +354,8 @@ inline void set_planar_corners(const DeformConv2dShape& shape, const Samples<A, 
   const int64_t bottom = shape.height - 1, right = shape.width - 1;
   const int64_t row = shape.width * pixel_stride;
   for (int64_t i = 0; i < count; ++i) {
-    const bool there = samples.low_y[i] != samples.kNowhere;
-    const int64_t low_y = there ? samples.low_y[i] : 0, low_x = samples.low_x[i];
+    const int64_t low_y = samples.low_y[i] == samples.kNowhere ? 0 : samples.low_y[i];
+    const int64_t low_x = samples.low_x[i];
     const A modulation = samples.modulation[i], fraction_y = samples.fraction_y[i];
     const A y_weight[2] = {low_y >= 0 ? modulation * (A(1) - fraction_y) : A(0),
                            low_y < bottom ? modulation * fraction_y : A(0)};
@@ -309,23 +370,6 @@ inline void set_planar_corners(const DeformConv2dShape& shape, const Samples<A, 
       weight[q][i] = y_weight[q >> 1] * x_weight[q & 1];
     }
   }
-}
-
-// Pointers to the channels of the four corners of a sample, in the order of Corners.
-template <typename S>
-struct CornerRows {
-  S* corner[4];
-};
-
-// All four corners where the window has them.
-template <typename S>
-inline bool corners_in(const Rows<S>& rows, int64_t low_y, int64_t low_x, CornerRows<S>& corners) {
-  if (!rows.has(low_y, low_x) || !rows.has(low_y + 1, low_x + 1)) return false;
-  const int64_t x = (low_x - rows.left) * rows.pixel_stride;
-  S* upper = rows.row(low_y) + x;
-  S* lower = rows.row(low_y + 1) + x;
-  corners = {{upper, upper + rows.pixel_stride, lower, lower + rows.pixel_stride}};
-  return true;
 }
 
 }  // namespace

@@ -91,10 +91,39 @@ inline void multiply_pairs(int64_t k, const BFloat16* a, int64_t a_stride, const
 }
 #endif
 
-// One register block: Rows × Registers registers of C stay put while A and B stream by.
-template <int Rows, int Registers, Order order, Into into, typename L, typename A>
-inline void multiply_block(int64_t steps, const L* a, int64_t a_stride, const L* b, int64_t b_row,
-                           A* c, int64_t c_row) {
+// One step of the depth, of whatever kind the elements ask for.
+template <int Rows, int Registers, Order order, typename L, typename A>
+inline void multiply_once(int64_t k, const L* a, int64_t a_stride, const L* b, int64_t b_row,
+                          A (&sum)[Rows][Registers]) {
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<L, BFloat16>) {
+    multiply_pairs<Rows, Registers, order>(k, a, a_stride, b, b_row, sum);
+    return;
+  } else
+#endif
+    multiply_step<Rows, Registers, order>(k, a, a_stride, b, b_row, sum);
+}
+
+// Other work that is done in pieces between the steps of a multiplication: multiplying keeps the
+// arithmetic units busy and little else, so that loads and stores in between cost next to nothing.
+// `wait` counts the steps until the next piece, and work() does it and sets `wait` anew.
+struct NoWork {
+  static constexpr bool kAny = false;
+};
+
+// The depth of a product, in parts of so many steps that lie apart in A and in B. For bfloat16, a
+// step is a pair of elements; otherwise it is one.
+struct Depth {
+  int64_t steps, parts, a_part, b_part;
+};
+
+// One register block: Rows × Registers registers of C stay put while A and B stream by. Not
+// inlined, so that all registers are its own.
+template <int Rows, int Registers, Order order, Into into, typename L, typename A, typename Work>
+__attribute__((noinline)) void multiply_block(const Depth& depth, const L* a, int64_t a_stride,
+                                              const L* b, int64_t b_row, A* c, int64_t c_row,
+                                              Work& work) {
+  const int64_t steps = depth.steps;
   register_t<A> sum[Rows][Registers];
 #pragma GCC unroll 12
   for (int i = 0; i < Rows; ++i) {
@@ -104,16 +133,21 @@ inline void multiply_block(int64_t steps, const L* a, int64_t a_stride, const L*
           into == Into::kAdd ? load_register(c + i * c_row + j * kLanes<A>) : register_t<A>{};
     }
   }
-  for (int64_t k = 0; k < steps; ++k) {
-#ifdef __AVX512BF16__
-    if constexpr (std::is_same_v<L, BFloat16>) {
-      multiply_pairs<Rows, Registers, order>(k, a, a_stride, b, b_row, sum);
-      continue;
-    } else
-#endif
-    {
-      multiply_step<Rows, Registers, order>(k, a, a_stride, b, b_row, sum);
+  // Or else the registers are copied at both ends of the loops.
+  if (steps < 1 || depth.parts < 1) __builtin_unreachable();
+  for (int64_t part = 0; part < depth.parts; ++part) {
+    int64_t k = 0;
+    if constexpr (Work::kAny) {
+      while (k + work.wait <= steps) {
+        const int64_t until = k + work.wait;
+        for (; k < until; ++k) multiply_once<Rows, Registers, order>(k, a, a_stride, b, b_row, sum);
+        work.work();
+      }
+      work.wait -= steps - k;
     }
+    for (; k < steps; ++k) multiply_once<Rows, Registers, order>(k, a, a_stride, b, b_row, sum);
+    a += depth.a_part;
+    b += depth.b_part;
   }
 #pragma GCC unroll 12
   for (int i = 0; i < Rows; ++i) {
@@ -124,21 +158,27 @@ inline void multiply_block(int64_t steps, const L* a, int64_t a_stride, const L*
 
 // The rows left over after whole register blocks: at most `Rows` of them.
 template <int Rows, int Registers, Order order, Into into, typename L, typename A>
-inline void multiply_rows(int64_t rows, int64_t steps, const L* a, int64_t a_stride, const L* b,
-                          int64_t b_row, A* c, int64_t c_row) {
+inline void multiply_rows(int64_t rows, const Depth& depth, const L* a, int64_t a_stride,
+                          const L* b, int64_t b_row, A* c, int64_t c_row) {
   if (rows == Rows) {
-    multiply_block<Rows, Registers, order, into>(steps, a, a_stride, b, b_row, c, c_row);
+    NoWork none;
+    multiply_block<Rows, Registers, order, into>(depth, a, a_stride, b, b_row, c, c_row, none);
   } else if constexpr (Rows > 1) {
-    multiply_rows<Rows - 1, Registers, order, into>(rows, steps, a, a_stride, b, b_row, c, c_row);
+    multiply_rows<Rows - 1, Registers, order, into>(rows, depth, a, a_stride, b, b_row, c, c_row);
   }
 }
 
+// Steps that `multiply` takes in whole register blocks, in between which other work is done.
+template <typename A>
+inline int64_t whole_steps(int64_t rows, int64_t columns, const Depth& depth) {
+  return rows / kBlockRows * ((columns + kLanes<A> - 1) / kPanelWidth<A>)*depth.steps * depth.parts;
+}
+
 // C (rows × columns) += or = A (rows × depth) · B (depth × columns). Rows of C are c_row apart and
-// padded to whole registers. For bfloat16, `steps` counts pairs along the depth; otherwise
-// elements.
-template <Order order, Into into, typename L, typename A>
-inline void multiply(int64_t rows, int64_t columns, int64_t steps, const L* a, int64_t a_stride,
-                     Panels<L> b, A* c, int64_t c_row) {
+// padded to whole registers.
+template <Order order, Into into, typename L, typename A, typename Work>
+inline void multiply(int64_t rows, int64_t columns, const Depth& depth, const L* a,
+                     int64_t a_stride, Panels<L> b, A* c, int64_t c_row, Work& work) {
   for (int64_t first = 0, q = 0; first < columns; first += kPanelWidth<A>, ++q) {
     const L* panel = b.data + q * b.panel_stride;
     const bool wide = columns - first > kLanes<A>;
@@ -146,15 +186,25 @@ inline void multiply(int64_t rows, int64_t columns, int64_t steps, const L* a, i
       const int64_t some = rows - i < kBlockRows ? rows - i : kBlockRows;
       const L* a_block = order == Order::kRows ? a + i * a_stride : a + i;
       A* c_block = c + i * c_row + first;
-      if (wide) {
-        multiply_rows<kBlockRows, 2, order, into>(some, steps, a_block, a_stride, panel,
-                                                  b.row_stride, c_block, c_row);
+      if (wide && some == kBlockRows) {
+        multiply_block<kBlockRows, 2, order, into>(depth, a_block, a_stride, panel, b.row_stride,
+                                                   c_block, c_row, work);
+      } else if (wide) {
+        multiply_rows<kBlockRows - 1, 2, order, into>(some, depth, a_block, a_stride, panel,
+                                                      b.row_stride, c_block, c_row);
       } else {
-        multiply_rows<kBlockRows, 1, order, into>(some, steps, a_block, a_stride, panel,
+        multiply_rows<kBlockRows, 1, order, into>(some, depth, a_block, a_stride, panel,
                                                   b.row_stride, c_block, c_row);
       }
     }
   }
+}
+
+template <Order order, Into into, typename L, typename A>
+inline void multiply(int64_t rows, int64_t columns, int64_t steps, const L* a, int64_t a_stride,
+                     Panels<L> b, A* c, int64_t c_row) {
+  NoWork none;
+  multiply<order, into>(rows, columns, {steps, 1, 0, 0}, a, a_stride, b, c, c_row, none);
 }
 
 }  // namespace
