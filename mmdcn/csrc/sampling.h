@@ -33,9 +33,9 @@ struct GridAxis {
   }
 };
 
-// Whether a sample with this coordinate can contribute: it is finite and lies inside (-1, size). The
-// comparison is made in floating point and is false for NaN, so that no coordinate that an integer
-// cannot hold is ever converted to one.
+// Whether a sample with this coordinate can contribute: it is finite and lies inside (-1, size).
+// The comparison is made in floating point and is false for NaN, so that no coordinate that an
+// integer cannot hold is ever converted to one.
 template <typename coord_t>
 MMDCN_HOST_DEVICE bool reaches(coord_t p, int64_t size) {
   return p > coord_t(-1) && p < coord_t(size);

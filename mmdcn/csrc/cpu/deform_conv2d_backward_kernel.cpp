@@ -121,21 +121,37 @@ inline void point_gradients(const A (&dots)[4], A fraction_y, A fraction_x, A mo
 
 template <typename T, typename A = accumulator_t<T>>
 struct Scratch {
+  using Addresses = CornerAddresses<kBackwardTile>;
+  struct Weights {
+    A of[4][kBackwardTile];  // G(q, p) Δm
+  };
+
   BackwardTile* tile;
   BackwardSamples<A>* samples;
+  Addresses* read;   // where corners are read
+  Addresses* added;  // and where their gradients are added up
+  Weights* weights;
   A* grad_tile;     // pixels × Co/groups
   A* grad_columns;  // pixels × channels of the block
   A* columns;       // likewise
   A* gradients;     // 3 × pixels: of y, x and the modulation
+  A* zeros;         // the channels of corners that do not exist
+  A* sinks;         // 4 × channels: what would go to them
   A* strays;        // 4 × channels: corners that no window shows
-  A* grad_strays;   // 4 × channels: what goes to them, and to corners that do not exist
+  A* grad_strays;   // 4 × channels: what goes to them
 
   Scratch(const DeformConv2dShape& shape, int64_t channels, Arena& arena)
-      : tile(arena.take<BackwardTile>(1)), samples(arena.take<BackwardSamples<A>>(1)) {
+      : tile(arena.take<BackwardTile>(1)),
+        samples(arena.take<BackwardSamples<A>>(1)),
+        read(arena.take<Addresses>(1)),
+        added(arena.take<Addresses>(1)),
+        weights(arena.take<Weights>(1)) {
     grad_tile = arena.take<A>(kBackwardTile * grad_tile_stride(shape));
     grad_columns = arena.take<A>(kBackwardTile * row_stride<A>(channels));
     columns = arena.take<A>(kBackwardTile * row_stride<A>(channels));
     gradients = arena.take<A>(3 * kBackwardTile);
+    zeros = arena.take<A>(channels);
+    sinks = arena.take<A>(4 * channels);
     strays = arena.take<A>(4 * channels);
     grad_strays = arena.take<A>(4 * channels);
   }
@@ -164,43 +180,30 @@ struct Pass {
   }
 
   // Sample number i, for `count` channels of the block from its channel number `channel` on, where
-  // it lies at the border of the image or beyond a window on it. Returns false where it contributes
-  // nothing.
-  template <bool wants_input, bool wants_column, bool wants_dots, typename S>
-  __attribute__((noinline)) bool stray(int64_t i, const Rows<S>& rows, const Rows<A>& grad_rows,
-                                       int64_t row_channel, int64_t channel, int64_t count,
-                                       Scatter<S, A>& sample, A (&dots)[4]) {
+  // it needs pixels beyond the windows: those are read from and added to the planes.
+  template <bool wants_input, bool wants_column, bool wants_dots>
+  __attribute__((noinline)) void stray(int64_t i, int64_t channel, int64_t count,
+                                       Scatter<A, A>& sample, A (&dots)[4]) {
     Corners<A, 2> corners;
     if (!corners_of(shape, *scratch.samples, i, corners)) {
       if (wants_column) fill_zero(sample.column, count);
-      return false;
+      return;
     }
     bool far[4] = {};
     for (int q = 0; q < 4; ++q) {
       const int64_t y = scratch.samples->low_y[i] + (q >> 1);
       const int64_t x = scratch.samples->low_x[i] + (q & 1);
       const bool exists = corners.position[q] >= 0;
-      sample.weight[q] = scratch.samples->modulation[i] * corners.weight[q];
-      auto* values = reinterpret_cast<std::remove_const_t<S>*>(scratch.strays) + q * count;
-      sample.corner[q] = values;
-      if (!exists) {
-        fill_zero(values, count);
-      } else if (rows.has(y, x)) {
-        sample.corner[q] =
-            rows.row(y) + (x - rows.left) * rows.pixel_stride + row_channel + channel;
-      } else if constexpr (std::is_same_v<S, A>) {
-        // Rows of S other than A are those of a whole image: nothing is missing from them.
+      if (exists && !windows.input.has(y, x)) {
+        A* values = scratch.strays + q * count;
         const T* source = planes() + channel * plane() + corners.position[q];
         for (int64_t c = 0; c < count; ++c) values[c] = load(source + c * plane());
+        sample.corner[q] = values;
       }
-      if (!wants_input) continue;
-      sample.grad_corner[q] = scratch.grad_strays + q * count;
-      if (exists && grad_rows.has(y, x)) {
-        sample.grad_corner[q] =
-            grad_rows.row(y) + (x - grad_rows.left) * grad_rows.pixel_stride + channel;
-      } else {
+      if (wants_input && exists && !windows.grad_input.has(y, x)) {
+        sample.grad_corner[q] = scratch.grad_strays + q * count;
         fill_zero(sample.grad_corner[q], count);
-        far[q] = exists;
+        far[q] = true;
       }
     }
     scatter<wants_input, wants_column, wants_dots>(sample, count, dots);
@@ -211,7 +214,6 @@ struct Pass {
         store(target + c * plane(), load(target + c * plane()) + sample.grad_corner[q][c]);
       }
     }
-    return true;
   }
 
   // The samples of a tile, for one offset group's channels [begin, end) of the block. `row_channel`
@@ -219,36 +221,44 @@ struct Pass {
   template <bool wants_input, bool wants_column, bool wants_dots, typename S>
   void scatter_rows(const Rows<S>& rows, const Rows<A>& grad_rows, int64_t row_channel,
                     int64_t begin, int64_t end) {
+    using V = std::remove_const_t<S>;
     const BackwardSamples<A>& samples = *scratch.samples;
+    const auto& weights = scratch.weights->of;
     const int64_t stride = row_stride<A>(channels()), count = end - begin;
-    for (int64_t i = 0; i < scratch.tile->count; ++i) {
-      A dots[4] = {}, gradient[3] = {};
-      bool contributes = true;
-      const A modulation = samples.modulation[i];
-      const A fraction_y = samples.fraction_y[i], fraction_x = samples.fraction_x[i];
-      Scatter<S, A> sample;
+    const int64_t pixels = scratch.tile->count;
+    set_corners<S>(shape, rows, row_channel + begin, samples, pixels,
+                   reinterpret_cast<const V*>(scratch.zeros), 0, *scratch.read);
+    if (wants_input) {
+      set_corners<A>(shape, grad_rows, begin, samples, pixels, scratch.sinks, count,
+                     *scratch.added);
+    }
+    set_weights(samples, pixels, scratch.weights->of);
+    for (int64_t i = 0; i < pixels; ++i) {
+      A dots[4] = {};
+      Scatter<V, A> sample;
       sample.grad_column = scratch.grad_columns + i * stride + begin;
       sample.column = scratch.columns + i * stride + begin;
-      CornerRows<S> corners;
-      CornerRows<A> grad_corners;
-      if (corners_in(rows, samples.low_y[i], samples.low_x[i], corners) &&
-          (!wants_input ||
-           corners_in(grad_rows, samples.low_y[i], samples.low_x[i], grad_corners))) {
-        const A high_y = modulation * fraction_y, low_y = modulation * (A(1) - fraction_y);
-        const A weight[4] = {low_y * (A(1) - fraction_x), low_y * fraction_x,
-                             high_y * (A(1) - fraction_x), high_y * fraction_x};
-        for (int q = 0; q < 4; ++q) {
-          sample.corner[q] = corners.corner[q] + row_channel + begin;
-          if (wants_input) sample.grad_corner[q] = grad_corners.corner[q] + begin;
-          sample.weight[q] = weight[q];
+      bool missing = scratch.read->missing[i];
+      for (int q = 0; q < 4; ++q) {
+        sample.corner[q] = reinterpret_cast<const V*>(scratch.read->corner[q][i]);
+        sample.weight[q] = weights[q][i];
+        if (wants_input) sample.grad_corner[q] = reinterpret_cast<A*>(scratch.added->corner[q][i]);
+      }
+      if (wants_input) missing = missing || scratch.added->missing[i];
+      // Only from windows of A can anything be missing.
+      if constexpr (std::is_same_v<V, A>) {
+        if (missing) {
+          stray<wants_input, wants_column, wants_dots>(i, begin, count, sample, dots);
+        } else {
+          scatter<wants_input, wants_column, wants_dots>(sample, count, dots);
         }
-        scatter<wants_input, wants_column, wants_dots>(sample, count, dots);
       } else {
-        contributes = stray<wants_input, wants_column, wants_dots>(i, rows, grad_rows, row_channel,
-                                                                   begin, count, sample, dots);
+        scatter<wants_input, wants_column, wants_dots>(sample, count, dots);
       }
       if constexpr (wants_dots) {
-        if (contributes) point_gradients(dots, fraction_y, fraction_x, modulation, gradient);
+        A gradient[3];
+        point_gradients(dots, samples.fraction_y[i], samples.fraction_x[i], samples.modulation[i],
+                        gradient);
         for (int k = 0; k < 3; ++k) scratch.gradients[k * kBackwardTile + i] = gradient[k];
       }
     }
@@ -512,12 +522,15 @@ void run(const DeformConv2dShape& shape, const BackwardTensors<T>& tensors,
   const ChannelBlock& block = blocks[block_index];
   const WindowPlan plan = plan_backward<A>(shape);
   Arena arena(memory);
+  const int64_t channels = block.end - block.begin;
   Pass<T> pass = {shape,
                   tensors,
                   block,
                   windows,
-                  Scratch<T>(shape, block.end - block.begin, arena),
+                  Scratch<T>(shape, channels, arena),
                   tensors.grad_offset != nullptr || tensors.grad_mask != nullptr};
+  fill_zero(pass.scratch.zeros, channels);
+  fill_zero(pass.scratch.sinks, 4 * channels);
   const bool rolls = windows.grad_input.capacity > 0 && windows.grad_input.capacity < shape.height;
   const bool strips = plan.columns < shape.width;
   for (int64_t index = begin; index < end; ++index) {

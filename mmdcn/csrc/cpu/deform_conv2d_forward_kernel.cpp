@@ -14,6 +14,7 @@ namespace MMDCN_CPU_CAPABILITY {
 namespace {
 
 using ForwardTile = Tile<kForwardTile>;
+using PlanarTile = Tile<kPlanarTile>;
 template <typename A>
 using ForwardSamples = Samples<A, kForwardTile>;
 
@@ -278,18 +279,19 @@ inline void prepare_blends(const DeformConv2dShape& shape, const ForwardTile& ti
 
 // The columns of one tap, channel by channel: a row of the tile's pixels for each channel.
 template <typename T, typename A>
-inline void sample_planes(const DeformConv2dShape& shape, const ForwardTile& tile, const A* offset,
+inline void sample_planes(const DeformConv2dShape& shape, const PlanarTile& tile, const A* offset,
                           const A* mask, int64_t tap, const T* input, ImageLayout layout,
-                          ForwardSamples<A>& samples, A* columns) {
+                          Samples<A, kPlanarTile>& samples, A* columns) {
   const int64_t part = shape.deform_group_channels();
-  int64_t position[4][kForwardTile];
-  A weight[4][kForwardTile];
+  int64_t position[4][kPlanarTile];
+  A weight[4][kPlanarTile];
   for (int64_t d = 0; d < shape.deform_groups; ++d) {
+    prefetch_samples(shape, tile, offset, mask, d + 1, tap);
     locate_samples(shape, tile, offset, mask, d, tap, samples);
     set_planar_corners(shape, samples, tile.count, layout.pixel_stride, position, weight);
     for (int64_t c = d * part; c < (d + 1) * part; ++c) {
       const T* plane = input + c * layout.channel_stride;
-      A* row = columns + c * kForwardTile;
+      A* row = columns + c * kPlanarTile;
       for (int64_t i = 0; i < tile.count; ++i) {
         const A value = weight[0][i] * load(plane + position[0][i]) +
                         weight[1][i] * load(plane + position[1][i]) +
@@ -313,7 +315,8 @@ inline WindowPlan plan_forward(const DeformConv2dShape& shape) {
 
 template <typename T, typename A = accumulator_t<T>>
 int64_t tiles(const DeformConv2dShape& shape) {
-  return shape.batch * tiles_of_image(shape, plan_forward<A>(shape), kForwardTile);
+  return shape.batch * tiles_of_image(shape, plan_forward<A>(shape),
+                                      is_planar(shape) ? kPlanarTile : kForwardTile);
 }
 
 // Taps that are sampled and multiplied together: the deeper a product, the less often its result is
@@ -356,15 +359,15 @@ struct Scratch {
 // The same for sampling from planes.
 template <typename A>
 struct PlanarScratch {
-  ForwardTile* tile;
-  ForwardSamples<A>* samples;
+  PlanarTile* tile;
+  Samples<A, kPlanarTile>* samples;
   A* sums;     // pixels × groups × padded out channels
   A* columns;  // channels × pixels
 
   PlanarScratch(const DeformConv2dShape& shape, Arena& arena)
-      : tile(arena.take<ForwardTile>(1)), samples(arena.take<ForwardSamples<A>>(1)) {
-    sums = arena.take<A>(kForwardTile * shape.groups * padded<A>(shape.group_out_channels()));
-    columns = arena.take<A>(shape.channels * kForwardTile);
+      : tile(arena.take<PlanarTile>(1)), samples(arena.take<Samples<A, kPlanarTile>>(1)) {
+    sums = arena.take<A>(kPlanarTile * shape.groups * padded<A>(shape.group_out_channels()));
+    columns = arena.take<A>(shape.channels * kPlanarTile);
   }
 };
 
@@ -406,8 +409,8 @@ inline void start_tile(const DeformConv2dShape& shape, const ForwardTensors<T>& 
   }
 }
 
-template <typename T, typename A = accumulator_t<T>>
-inline void store_tile(const DeformConv2dShape& shape, const ForwardTile& tile, const A* sums,
+template <int kMost, typename T, typename A = accumulator_t<T>>
+inline void store_tile(const DeformConv2dShape& shape, const Tile<kMost>& tile, const A* sums,
                        T* output, ImageLayout layout) {
   const int64_t out = shape.group_out_channels(), stride = shape.groups * padded<A>(out);
   for (int64_t r = 0; r < tile.runs; ++r) {
@@ -448,11 +451,11 @@ template <typename T, typename A = accumulator_t<T>>
 inline void run_planes(const DeformConv2dShape& shape, const ForwardTensors<T>& tensors,
                        int64_t begin, int64_t end, std::byte* memory) {
   const WindowPlan plan = plan_forward<A>(shape);
-  const int64_t per_image = tiles_of_image(shape, plan, kForwardTile);
+  const int64_t per_image = tiles_of_image(shape, plan, kPlanarTile);
   const Depth depth = depth_of<T, A>(shape, 1, 0);
   Arena arena(memory);
   const PlanarScratch<A> scratch(shape, arena);
-  ForwardTile& tile = *scratch.tile;
+  PlanarTile& tile = *scratch.tile;
   NoWork none;
   for (int64_t unit = begin; unit < end; ++unit) {
     const Image<T> image(shape, tensors, unit / per_image);
@@ -461,7 +464,7 @@ inline void run_planes(const DeformConv2dShape& shape, const ForwardTensors<T>& 
     for (int64_t tap = 0; tap < shape.taps(); ++tap) {
       sample_planes(shape, tile, image.offset, image.mask, tap, image.input, tensors.input_layout,
                     *scratch.samples, scratch.columns);
-      multiply_taps<T, Order::kColumns>(shape, tile.count, depth, scratch.columns, kForwardTile,
+      multiply_taps<T, Order::kColumns>(shape, tile.count, depth, scratch.columns, kPlanarTile,
                                         tensors.weight + tap * tap_bytes<T>(shape), scratch.sums,
                                         none);
     }

@@ -12,6 +12,7 @@ namespace mmdcn {
 
 // Output pixels that a tile of the forward pass, and of the backward pass, holds at most.
 constexpr int kForwardTile = 48;
+constexpr int kPlanarTile = 96;  // of the forward pass, where offset groups have few channels
 constexpr int kBackwardTile = 96;
 
 // Where the elements of one image lie: channels in planes, or pixel by pixel.
@@ -29,7 +30,7 @@ struct Tile {
   };
   int64_t count, runs;
   Run run[kMost];
-  int64_t y[kMost], x[kMost];
+  int32_t y[kMost], x[kMost];
 };
 
 // How images whose channels lie in planes are worked through: in vertical strips of the output, by

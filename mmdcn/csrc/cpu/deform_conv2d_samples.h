@@ -87,8 +87,8 @@ inline void set_tile(const DeformConv2dShape& shape, const WindowPlan& plan, int
   tile.runs = 0;
   int64_t y = start / width, x = left + start % width;
   for (int64_t i = 0; i < tile.count; ++i) {
-    tile.y[i] = y;
-    tile.x[i] = x;
+    tile.y[i] = static_cast<int32_t>(y);
+    tile.x[i] = static_cast<int32_t>(x);
     const int64_t pixel = y * shape.out_width + x;
     if (i == 0 || tile.run[tile.runs - 1].pixel + tile.run[tile.runs - 1].count != pixel) {
       tile.run[tile.runs++] = {i, 0, pixel};
@@ -234,9 +234,9 @@ inline void roll_gradient(const DeformConv2dShape& shape, const WindowRange& ran
 // The samples of a tile for one tap and one offset group, one array for each quantity.
 template <typename A, int kMost>
 struct Samples {
-  static constexpr int64_t kNowhere = -2;  // neither this row nor the next exists
+  static constexpr int32_t kNowhere = -2;  // neither this row nor the next exists
 
-  int64_t low_y[kMost], low_x[kMost];  // floor of the coordinates; kNowhere: contributes nothing
+  int32_t low_y[kMost], low_x[kMost];  // floor of the coordinates; kNowhere: contributes nothing
   A fraction_y[kMost], fraction_x[kMost];
   A modulation[kMost];  // 0 for what contributes nothing
 };
@@ -248,10 +248,10 @@ inline void locate_samples(const DeformConv2dShape& shape, const Tile<kMost>& ti
   const int64_t row = d * shape.taps() + tap, pixels = shape.pixels();
   const A* offset_y = offset + 2 * row * pixels;
   const A* offset_x = offset_y + pixels;
-  const int64_t tap_y = shape.y.base(0, tap / shape.kernel_width);
-  const int64_t tap_x = shape.x.base(0, tap % shape.kernel_width);
+  const A tap_y = A(shape.y.base(0, tap / shape.kernel_width));
+  const A tap_x = A(shape.x.base(0, tap % shape.kernel_width));
   const int64_t height = shape.height, width = shape.width;
-  const int64_t stride_y = shape.y.stride, stride_x = shape.x.stride;
+  const A stride_y = A(shape.y.stride), stride_x = A(shape.x.stride);
   for (int64_t r = 0; r < tile.runs; ++r) {
     const int64_t first = tile.run[r].first, count = tile.run[r].count, pixel = tile.run[r].pixel;
     for (int64_t j = 0; j < count; ++j) {
@@ -260,15 +260,33 @@ inline void locate_samples(const DeformConv2dShape& shape, const Tile<kMost>& ti
 #pragma GCC ivdep
     for (int64_t j = 0; j < count; ++j) {
       const int64_t i = first + j;
-      const A p_y = A(tile.y[i] * stride_y + tap_y) + offset_y[pixel + j];
-      const A p_x = A(tile.x[i] * stride_x + tap_x) + offset_x[pixel + j];
+      const A p_y = A(tile.y[i]) * stride_y + tap_y + offset_y[pixel + j];
+      const A p_x = A(tile.x[i]) * stride_x + tap_x + offset_x[pixel + j];
       const bool there = reaches(p_y, height) & reaches(p_x, width);
-      int64_t low_y, low_x;
+      int32_t low_y, low_x;
       split(there ? p_y : A(0), low_y, samples.fraction_y[i]);
       split(there ? p_x : A(0), low_x, samples.fraction_x[i]);
       samples.low_y[i] = there ? low_y : samples.kNowhere;
       samples.low_x[i] = low_x;
       samples.modulation[i] = there ? samples.modulation[i] : A(0);
+    }
+  }
+}
+
+// Asks for the offsets and the modulation of a tile. Those of the next offset group lie too far
+// away for the processor to guess.
+template <typename A, int kMost>
+inline void prefetch_samples(const DeformConv2dShape& shape, const Tile<kMost>& tile,
+                             const A* offset, const A* mask, int64_t d, int64_t tap) {
+  if (d >= shape.deform_groups) return;
+  const int64_t row = d * shape.taps() + tap, pixels = shape.pixels();
+  constexpr int64_t line = 64 / sizeof(A);
+  for (int64_t r = 0; r < tile.runs; ++r) {
+    for (int64_t j = 0; j < tile.run[r].count; j += line) {
+      const int64_t pixel = tile.run[r].pixel + j;
+      __builtin_prefetch(offset + 2 * row * pixels + pixel);
+      __builtin_prefetch(offset + (2 * row + 1) * pixels + pixel);
+      if (mask) __builtin_prefetch(mask + row * pixels + pixel);
     }
   }
 }
@@ -351,24 +369,36 @@ template <typename A, int kMost>
 inline void set_planar_corners(const DeformConv2dShape& shape, const Samples<A, kMost>& samples,
                                int64_t count, int64_t pixel_stride, int64_t (&position)[4][kMost],
                                A (&weight)[4][kMost]) {
-  const int64_t bottom = shape.height - 1, right = shape.width - 1;
+  const int32_t bottom = static_cast<int32_t>(shape.height) - 1;
+  const int32_t right = static_cast<int32_t>(shape.width) - 1;
+  // First what has 32 bits, then what has 64: loops that mix them are not vectorised.
+  int32_t y[kMost], x[kMost], down[kMost], along[kMost];
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t low_y = samples.low_y[i] == samples.kNowhere ? 0 : samples.low_y[i];
+    const int32_t low_x = samples.low_x[i];
+    y[i] = low_y >= 0 ? low_y : 0;
+    x[i] = low_x >= 0 ? low_x : 0;
+    down[i] = low_y < 0 ? 0 : low_y < bottom ? 1 : 0;
+    along[i] = low_x < 0 ? 0 : low_x < right ? 1 : 0;
+    const A modulation = samples.modulation[i];
+    const A fraction_y = samples.fraction_y[i], fraction_x = samples.fraction_x[i];
+    const A upper = low_y >= 0 ? modulation * (A(1) - fraction_y) : A(0);
+    const A lower = low_y < bottom ? modulation * fraction_y : A(0);
+    const A first = low_x >= 0 ? A(1) - fraction_x : A(0);
+    const A last = low_x < right ? fraction_x : A(0);
+    weight[0][i] = upper * first;
+    weight[1][i] = upper * last;
+    weight[2][i] = lower * first;
+    weight[3][i] = lower * last;
+  }
   const int64_t row = shape.width * pixel_stride;
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t low_y = samples.low_y[i] == samples.kNowhere ? 0 : samples.low_y[i];
-    const int64_t low_x = samples.low_x[i];
-    const A modulation = samples.modulation[i], fraction_y = samples.fraction_y[i];
-    const A y_weight[2] = {low_y >= 0 ? modulation * (A(1) - fraction_y) : A(0),
-                           low_y < bottom ? modulation * fraction_y : A(0)};
-    const A x_weight[2] = {low_x >= 0 ? A(1) - samples.fraction_x[i] : A(0),
-                           low_x < right ? samples.fraction_x[i] : A(0)};
-    const int64_t y[2] = {(low_y >= 0 ? low_y : 0) * row,
-                          (low_y < bottom ? low_y + 1 : bottom) * row};
-    const int64_t x[2] = {(low_x >= 0 ? low_x : 0) * pixel_stride,
-                          (low_x < right ? low_x + 1 : right) * pixel_stride};
-    for (int q = 0; q < 4; ++q) {
-      position[q][i] = y[q >> 1] + x[q & 1];
-      weight[q][i] = y_weight[q >> 1] * x_weight[q & 1];
-    }
+    const int64_t corner = y[i] * row + x[i] * pixel_stride;
+    const int64_t next = along[i] * pixel_stride, below = down[i] * row;
+    position[0][i] = corner;
+    position[1][i] = corner + next;
+    position[2][i] = corner + below;
+    position[3][i] = corner + below + next;
   }
 }
 
