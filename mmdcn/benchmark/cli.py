@@ -1,0 +1,217 @@
+"""The arguments of `tools/benchmark.py`."""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from . import BenchmarkError, cases, operators, report, timing
+from .implementations import PEERS
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tools/benchmark.py",
+        description="Measure mmdcn against its peers on this machine: medians of calls taken in "
+        "turns, as Markdown on standard output and as JSON with every sample.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_operators(commands)
+    args = parser.parse_args(arguments)
+    args.parser = commands.choices[args.command]
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_args(arguments)
+    try:
+        return args.run(args)
+    except BenchmarkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _measure(args: argparse.Namespace, measure: Callable[[dict], None]) -> int:
+    """Run a measurement; what is known when it ends, or is interrupted, is printed and written."""
+    command = shlex.join(["tools/benchmark.py", *sys.argv[1:]])
+    result = {"command": command}
+    interrupted = False
+    try:
+        measure(result)
+    except KeyboardInterrupt:
+        interrupted = True
+    if result.get("cases"):
+        print(report.text(result))
+        if args.json is not None:
+            report.write_json(args.json, result)
+    if interrupted:
+        known = len(result.get("cases", []))
+        where = f", and is in {args.json}" if known and args.json is not None else ""
+        print(f"interrupted: {known} cases were measured{where}", file=sys.stderr)
+        return 130
+    return 0
+
+
+# --------------------------------------------------------------------------------------- arguments
+
+
+def _several(kind: Callable[[str], object]) -> Callable[[str], list]:
+    """An argument that is several values with commas between them."""
+
+    def parse(value: str) -> list:
+        return [kind(part) for part in value.split(",")]
+
+    return parse
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value not in choices:
+            raise argparse.ArgumentTypeError(f"expected {' or '.join(choices)}, got {value!r}")
+        return value
+
+    return parse
+
+
+def _number(kind: type, least: float, exclusive: bool = False) -> Callable[[str], float]:
+    def parse(value: str) -> float:
+        try:
+            number = kind(value)
+        except ValueError:
+            number = None
+        if number is None or not (number > least or (number == least and not exclusive)):
+            what = "a whole number" if kind is int else "a number"
+            bound = f"above {least}" if exclusive else f"of at least {least}"
+            raise argparse.ArgumentTypeError(f"expected {what} {bound}, got {value!r}")
+        return number
+
+    return parse
+
+
+def _shape(value: str) -> str:
+    try:
+        cases.find_shapes(value)
+    except BenchmarkError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return value
+
+
+def _json_file(value: str) -> Path:
+    path = Path(value)
+    if path.suffix != ".json":
+        raise argparse.ArgumentTypeError(f"expected a name ending in .json, got {value!r}")
+    return path
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", type=_one_of("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--threads", type=_number(int, 1), help="of the CPU (default: as many as torch takes)"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=_number(float, 0, exclusive=True),
+        default=1.0,
+        help="of samples for each call; slow ones get few (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json", type=_json_file, metavar="FILE", help="write machine, versions and every sample"
+    )
+
+
+def _check_device(args: argparse.Namespace) -> torch.device:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        args.parser.error("argument --device: expected cpu, as torch sees no GPU here, got 'cuda'")
+    cores = os.cpu_count() or 1
+    if args.threads is not None and args.threads > cores:
+        args.parser.error(
+            f"argument --threads: expected at most the {cores} cores of this machine, "
+            f"got {args.threads}"
+        )
+    return torch.device(args.device)
+
+
+# ----------------------------------------------------------------------------------------- the ops
+
+
+def _add_operators(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "ops",
+        help="the operator: forward and forward + backward, time and memory",
+        description="Time the operator, forward and forward + backward, beside a dense convolution "
+        "of the same shape and every peer that is installed. Lists take commas.",
+    )
+    parser.set_defaults(run=_run_operators)
+    _add_common(parser)
+    parser.add_argument(
+        "--shapes",
+        type=_several(_shape),
+        default=["design"],
+        help=f"{', '.join(cases.SHAPES)}, or NxCxHxW (NxCxHxW:Co for other output channels); "
+        "default: design",
+    )
+    parser.add_argument(
+        "--batch",
+        type=_several(_number(int, 1)),
+        metavar="N,...",
+        help="batch sizes, in place of those of the shapes",
+    )
+    parser.add_argument(
+        "--dtype",
+        type=_several(_one_of(*cases.DTYPES)),
+        default=["float32"],
+        help=f"of {', '.join(cases.DTYPES)} (default: float32); offsets and masks stay in float32 "
+        "beside half precision",
+    )
+    parser.add_argument(
+        "--versions",
+        type=_several(_one_of(*cases.VERSIONS)),
+        default=["v2"],
+        help="v1: offsets, v2: offsets and mask (default: v2)",
+    )
+    parser.add_argument(
+        "--layouts",
+        type=_several(_one_of(*cases.LAYOUTS)),
+        default=["nchw"],
+        help="of nchw, channels_last (default: nchw)",
+    )
+    parser.add_argument(
+        "--peers",
+        type=_several(_one_of(*PEERS)),
+        default=list(PEERS),
+        help=f"of {', '.join(PEERS)} (default: all); those that are not installed are named",
+    )
+    parser.add_argument(
+        "--offset-std",
+        type=_number(float, 0),
+        default=2.0,
+        help="standard deviation of the offsets in pixels, 0 for none (default: %(default)s)",
+    )
+    parser.add_argument("--forward-only", action="store_true", help="leave the backward pass out")
+    parser.add_argument(
+        "--scaling",
+        action="store_true",
+        help="also run ours on one thread, and compare the results bit by bit",
+    )
+    parser.add_argument(
+        "--no-memory", action="store_true", help="leave the measurement of memory out"
+    )
+
+
+def _run_operators(args: argparse.Namespace) -> int:
+    settings = operators.Settings(
+        cases.expand(args.shapes, args.versions, args.layouts, args.dtype, args.batch),
+        device=_check_device(args),
+        peers=args.peers,
+        directions=operators.DIRECTIONS[: 1 if args.forward_only else 2],
+        offset_std=args.offset_std,
+        threads=args.threads,
+        scaling=args.scaling,
+        measure_memory=not args.no_memory,
+        budget=timing.Budget(seconds=args.seconds),
+    )
+    return _measure(args, lambda result: operators.run(settings, result))
