@@ -49,11 +49,14 @@ class Bound:
 
     def train(self) -> Tensor:
         """One forward and backward pass, as in training: gradients start at None."""
-        for leaf in self.leaves.values():
-            leaf.grad = None
+        self.drop_gradients()
         output = self.forward()
         output.backward(self.grad_output)
         return output
+
+    def drop_gradients(self) -> None:
+        for leaf in self.leaves.values():
+            leaf.grad = None
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: leaf.grad for name, leaf in self.leaves.items() if leaf.grad is not None}

@@ -74,12 +74,10 @@ def extra_bytes(bound: Bound, direction: str, device: torch.device) -> int:
         kept.append(step())
 
     step()
-    for leaf in bound.leaves.values():
-        leaf.grad = None
+    bound.drop_gradients()
     peak = cuda_peak(call) if device.type == "cuda" else resident_peak(call)
     results = [*kept, *bound.gradients().values()]
-    for leaf in bound.leaves.values():
-        leaf.grad = None
+    bound.drop_gradients()
     return max(0, peak - sum(tensor.nbytes for tensor in results))
 
 
