@@ -8,7 +8,9 @@
 :mod:`~.operators`       all of that for the operator
 :mod:`~.detectors`       whole detectors, in training and at inference
 :mod:`~.machine`         what it was measured on, and with
-:mod:`~.report`          tables, the picture, and the files that hold them
+:mod:`~.tables`          all that as Markdown
+:mod:`~.report`          the published page, its picture, and README's table
+:mod:`~.cli`             the arguments of `tools/benchmark.py`
 ======================== ==========================================================================
 
 Machines are noisy, so no figure stands alone: each is a median, beside those of the peers that were

@@ -78,4 +78,4 @@ def _operating_system() -> str:
         distribution = platform.freedesktop_os_release()["PRETTY_NAME"]
     except (OSError, KeyError):
         return platform.platform()
-    return f"{distribution}, {platform.system()} {platform.release()}"
+    return f"{distribution}, {platform.system()} on {platform.machine()}"

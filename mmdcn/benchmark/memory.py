@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -81,25 +81,17 @@ def extra_bytes(bound: Bound, direction: str, device: torch.device) -> int:
     return max(0, peak - sum(tensor.nbytes for tensor in results))
 
 
-def measure_on_cpu(
-    name: str, problems: list[cases.Case], offset_std: float, threads: int
-) -> list[dict[str, int | str]]:
-    """:func:`extra_bytes` of an implementation, by direction, in a process of its own.
+def measure_apart(module: str, order: dict) -> list[dict[str, int | str]]:
+    """Answers of a module that is run with an order, in a process of its own.
 
-    Where one case cannot be measured, ``cannot`` says why.
+    The module calls :func:`answer`. Where its process ends too soon, the last answer's ``cannot``
+    says so.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        order = {
-            "name": name,
-            "cases": [vars(case) for case in problems],
-            "offset_std": offset_std,
-            "threads": threads,
-            "result": str(result),
-        }
         process = subprocess.run(
-            [sys.executable, "-m", __name__],
-            input=json.dumps(order),
+            [sys.executable, "-m", module],
+            input=json.dumps({**order, "result": str(result)}),
             capture_output=True,
             text=True,
             check=False,
@@ -108,35 +100,45 @@ def measure_on_cpu(
         answers = json.loads(result.read_text()) if result.is_file() else []
     if process.returncode != 0:
         said = (process.stderr.strip().splitlines() or ["no message"])[-1]
-        reason = f"its process ended with {process.returncode}: {said}"
-        answers += [{"cannot": reason}] * (len(problems) - len(answers))
+        answers.append({"cannot": f"its process ended with {process.returncode}: {said}"})
     return answers
 
 
-def main() -> None:
-    """The process of one implementation: reads its order from standard input."""
+def answer(measure: Callable[[dict], Iterator[dict[str, int | str]]]) -> None:
+    """Be the process of :func:`measure_apart`: give what `measure` finds, as it finds it."""
     order = json.load(sys.stdin)
-    device = torch.device("cpu")
     torch.set_num_threads(order["threads"])
+    result = Path(order["result"])
+    temporary = result.with_suffix(".new")
+    answers = []
+    for found in measure(order):
+        answers.append(found)
+        temporary.write_text(json.dumps(answers))
+        temporary.replace(result)
+
+
+def measure_on_cpu(
+    name: str, problems: list[cases.Case], offset_std: float, threads: int
+) -> list[dict[str, int | str]]:
+    """:func:`extra_bytes` of an implementation, by direction, for each case in turn."""
+    order = {"name": name, "cases": [vars(case) for case in problems]}
+    return measure_apart(__name__, {**order, "offset_std": offset_std, "threads": threads})
+
+
+def _measure(order: dict) -> Iterator[dict[str, int | str]]:
+    device = torch.device("cpu")
     kind = all_implementations()[order["name"]]
     # What an arena keeps after the first call would hide what the second one needs.
     implementation = kind(keep_memory=False) if kind is OnnxRuntime else kind()
-    answers = []
     for fields in order["cases"]:
         case = cases.Case(**fields)
-        bound = implementation.bind(
-            case, cases.make_tensors(case, device, offset_std=order["offset_std"])
-        )
-        answer = {"forward": extra_bytes(bound, "forward", device)}
+        tensors = cases.make_tensors(case, device, offset_std=order["offset_std"])
+        bound = implementation.bind(case, tensors)
+        found = {"forward": extra_bytes(bound, "forward", device)}
         if implementation.backward:
-            answer["forward_backward"] = extra_bytes(bound, "forward_backward", device)
-        answers.append(answer)
-        del bound
-        # What is known survives a process that dies over the next one.
-        temporary = Path(order["result"] + ".tmp")
-        temporary.write_text(json.dumps(answers))
-        temporary.replace(order["result"])
+            found["forward_backward"] = extra_bytes(bound, "forward_backward", device)
+        yield found
 
 
 if __name__ == "__main__":
-    main()
+    answer(_measure)

@@ -1,13 +1,28 @@
-"""Tables, the picture and the files that hold what was measured."""
+"""The published report of runs: a page, a picture, README's table, and the JSON behind them."""
 
+import io
+import itertools
 import json
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
-from .timing import median
+from . import BenchmarkError
+from .cases import SHAPES
+from .tables import (
+    DIRECTIONS,
+    detector_milliseconds,
+    environment_line,
+    ratio,
+    run_lines,
+    table,
+    times,
+)
 
-NOTHING = "—"
-DIRECTIONS = {"forward": "Forward", "forward_backward": "Forward + backward"}
+README_START, README_END = "<!-- benchmark -->", "<!-- /benchmark -->"
+
+# What the picture and README's table show, in colours that colour-blind people can tell apart.
+SHOWN = {"mmdcn": "#0072B2", "onnxruntime": "#E69F00", "mmcv": "#CC79A7"}
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -22,184 +37,239 @@ def write_json(path: Path, result: dict) -> None:
     write(path, json.dumps(result, indent=1) + "\n")
 
 
-def table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
-    """Lines of a Markdown table."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+def load_runs(paths: Iterable[Path]) -> list[dict]:
+    """The runs in JSON files, of single runs or of whole reports.
+
+    Raises:
+        BenchmarkError: a file is not one of these, or its run was interrupted.
+    """
+    runs = []
+    for path in paths:
+        try:
+            content = json.loads(path.read_text())
+            found = content.get("runs", [content])
+            unfinished = [run["benchmark"] for run in found if not run["complete"]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BenchmarkError(
+                f"{path}: expected what tools/benchmark.py ops or detector wrote by --json, or a "
+                f"report of these; {type(error).__name__}: {error}"
+            ) from error
+        if unfinished:
+            raise BenchmarkError(f"{path}: expected finished runs, this one was interrupted")
+        runs += found
+    return runs
 
 
-def text(run: dict) -> str:
-    """Everything of one run, as Markdown."""
-    lines = operator_lines(run)
-    return "\n".join(lines) + "\n"
+def publish(runs: list[dict], target: Path, readme: Path | None) -> list[Path]:
+    """Write the report of runs, as `target` with the endings .json, .md and .png, and in README.
+
+    Returns:
+        What was written.
+    """
+    page = document(runs, target.name)
+    picture = figure(runs)
+    block = None if readme is None else with_block(readme, runs, target)
+    written = [target.with_suffix(ending) for ending in (".json", ".md")]
+    write_json(written[0], {"runs": runs})
+    write(written[1], page)
+    if picture is not None:
+        written.append(target.with_suffix(".png"))
+        write(written[-1], picture)
+    if block is not None:
+        written.append(readme)
+        write(readme, block)
+    return written
 
 
-def environment_lines(run: dict) -> list[str]:
-    """The machine and the versions, in one paragraph."""
-    machine, settings = run["machine"], run["settings"]
-    threads = settings["threads"]
-    facts = f"{machine['cpu']}, {machine['cores']} cores, {threads} threads"
-    if "gpu" in machine:
-        facts = f"{machine['gpu']} ({machine['gpu_memory_gib']:.0f} GiB), {facts}"
-    installed = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    return [f"Machine: {facts}, {machine['memory_gib']:.0f} GiB, {machine['os']}.", "", installed]
-
-
-# --------------------------------------------------------------------------------------- operators
-
-# A column's header, and its cell for an entry of a run in one direction.
-Column = tuple[str, Callable[[dict, str], str]]
-
-
-def milliseconds(entry: dict, direction: str, name: str) -> float | None:
-    samples = entry["times"].get(direction, {}).get(name)
-    return median(samples) if samples else None
-
-
-def ratio(entry: dict, direction: str, name: str, to: str) -> float | None:
-    """How many times as long one implementation takes as another."""
-    times = [milliseconds(entry, direction, each) for each in (name, to)]
-    return None if None in times else times[0] / times[1]
-
-
-def floor(entry: dict, direction: str) -> float | None:
-    return max(entry["floor_ms"][direction].values()) if "floor_ms" in entry else None
-
-
-def operator_lines(run: dict) -> list[str]:
-    """Tables of a run of :mod:`mmdcn.benchmark.operators`."""
-    lines = []
-    groups = {}
-    for entry in run["cases"]:
-        groups.setdefault((entry["dtype"], entry["layout"]), []).append(entry)
-    for (dtype, layout), entries in groups.items():
-        named = "channels-last" if layout == "channels_last" else "NCHW"
-        lines += [f"### {dtype}, {named}", ""]
-        for direction, heading in DIRECTIONS.items():
-            if direction in entries[0]["times"]:
-                lines += [f"{heading}, ms (× dense):", ""]
-                lines += _columns_table(_time_columns(run), entries, direction) + [""]
-        if "extra_bytes" in entries[0]:
-            lines += ["Memory beyond inputs, output and gradients, MB, forward / with backward:"]
-            lines += ["", *_columns_table(_memory_columns(run), entries, "forward"), ""]
-        lines += [*_reasons(entries), ""]
-    if "memory_growth" in run:
-        first = run["cases"][0]
-        lines += ["### What memory grows with", ""]
-        lines += [f"MB, forward / with backward; {first['version']}, {first['dtype']}.", ""]
-        entries = [first, *run["memory_growth"]]
-        lines += [*_columns_table(_memory_columns(run), entries, "forward"), ""]
-    lines += _rate_lines(run)
-    if run["left_out"]:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in run["left_out"].items())
-        lines += [f"Left out: {reasons}.", ""]
-    return lines
-
-
-def _columns_table(columns: list[Column], entries: list[dict], direction: str) -> list[str]:
-    """A table of the columns that have something to say."""
-    cells = [[cell(entry, direction) for entry in entries] for _, cell in columns]
-    kept = [
-        (header, column)
-        for (header, _), column in zip(columns, cells)
-        if any(value != NOTHING for value in column)
-    ]
-    return table([header for header, _ in kept], map(list, zip(*(column for _, column in kept))))
-
-
-def _number(value: float | None, suffix: str = "") -> str:
-    if value is None:
-        return NOTHING
-    digits = max(0, min(3, 3 - len(str(int(value)))))
-    return f"{value:.{digits}f}{suffix}"
-
-
-def _times(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.2f}×" if value < 10 else f"{value:.0f}×"
-
-
-_PROBLEM: list[Column] = [
-    ("N, C→Co, H×W", lambda entry, _: entry["label"]),
-    ("", lambda entry, _: entry["version"]),
-]
-
-
-def _time_columns(run: dict) -> list[Column]:
-    def column(name: str) -> Column:
-        def cell(entry: dict, direction: str) -> str:
-            taken = _number(milliseconds(entry, direction, name))
-            relative = ratio(entry, direction, name, "dense")
-            return taken if name == "dense" or relative is None else f"{taken} ({_times(relative)})"
-
-        return name, cell
-
-    def against(header: str, name: str, to: str) -> Column:
-        return header, lambda entry, direction: _times(ratio(entry, direction, name, to))
-
-    def against_floor(entry: dict, direction: str) -> str:
-        least, ours = floor(entry, direction), milliseconds(entry, direction, "mmdcn")
-        return NOTHING if least is None else _times(ours / least)
-
-    def same(entry: dict, _: str) -> str:
-        return {True: "yes", False: "no", None: NOTHING}[entry.get("same_on_one_thread")]
-
-    threads = run["settings"]["threads"]
-    names = sorted(run["implementations"], key=lambda name: name != "dense")
-    return [
-        *_PROBLEM,
-        ("floor", lambda entry, direction: _number(floor(entry, direction))),
-        *(column(name) for name in names),
-        ("mmdcn ÷ floor", against_floor),
-        against("mmdcn ÷ mmdcn float32", "mmdcn", "mmdcn float32"),
-        against(f"1 thread ÷ {threads}", "mmdcn, 1 thread", "mmdcn"),
-        ("same bits", same),
-    ]
-
-
-def _memory_columns(run: dict) -> list[Column]:
-    def column(name: str) -> Column:
-        def cell(entry: dict, _: str) -> str:
-            taken = [megabytes(entry, direction, name) for direction in DIRECTIONS]
-            return NOTHING if taken == [None, None] else " / ".join(map(_megabytes, taken))
-
-        return name, cell
-
-    names = sorted(run["implementations"], key=lambda name: name != "dense")
-    return [*_PROBLEM, *(column(name) for name in names)]
-
-
-def megabytes(entry: dict, direction: str, name: str) -> float | None:
-    count = entry["extra_bytes"].get(direction, {}).get(name)
-    return None if count is None else count / 1e6
-
-
-def _megabytes(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.1f}"
-
-
-def _reasons(entries: list[dict]) -> list[str]:
-    """Why there are dashes, each reason once."""
-    found = [
-        (name, reason)
-        for entry in entries
-        for kind in ("cannot", "memory_cannot")
-        for name, reason in entry.get(kind, {}).items()
-        if not reason.startswith("the same as")
-    ]
-    return [f"{NOTHING} {name}: {reason}." for name, reason in dict.fromkeys(found)]
-
-
-def _rate_lines(run: dict) -> list[str]:
-    rates = run["rates"]
-    if not rates:
-        return []
+def document(runs: list[dict], name: str) -> str:
+    """The whole report as Markdown, beside ``name.png``."""
+    device = "a GPU" if "gpu" in runs[0]["machine"] else "a CPU"
     lines = [
-        "The floor is what multiplying and moving take at the best rates that this run saw on this "
-        "machine, whichever is longer: "
+        f"# Benchmarks on {device}",
+        "",
+        "Medians of calls taken in turns in one process: ratios hold, times move with the machine. "
+        "Deformable convolutions are 3×3 with padding 1, unless a row says otherwise; offsets in "
+        "pixels ~ N(0, 2²), no bias; v1 has offsets, v2 a mask too. Backward means every gradient "
+        "that there is. Before it is timed, each output is compared with the equations in plain "
+        "PyTorch, and each gradient with ours. The command that made them stands above the tables; "
+        f"every sample is in [{name}.json]({name}.json).",
+        "",
+        *itertools.chain.from_iterable((line, "") for line in _environments(runs)),
     ]
-    multiplied = [
-        f"{rate:.0f} GFLOP/s in {dtype} ({rates['gflop_per_s_from'][dtype]})"
-        for dtype, rate in rates["gflop_per_s"].items()
+    if any(readme_rows(runs)):
+        lines += [f"![times relative to a dense convolution]({name}.png)", ""]
+    headings = {"operators": "The operator", "detectors": "Whole detectors"}
+    for run in runs:
+        lines += [
+            f"## {headings[run['benchmark']]}",
+            "",
+            f"`{run['command']}`",
+            "",
+            *run_lines(run),
+        ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _environments(runs: list[dict]) -> list[str]:
+    """Each machine with its versions, once."""
+    return list(dict.fromkeys(environment_line(run) for run in runs))
+
+
+def readme_rows(runs: list[dict]) -> list[tuple[str, dict[str, dict[str, float]]]]:
+    """What README shows: a label, and for each direction how many times as long as plain it takes.
+
+    The rows are the modulated convolutions in float32 and NCHW of the first run that has the shapes
+    called `design`, and the last deformable detector of the first run of detectors.
+    """
+    rows = []
+    names = {case.name for case in SHAPES["design"]}
+    for run in runs:
+        if run["benchmark"] != "operators" or rows:
+            continue
+        for entry in run["cases"]:
+            kind = (entry["version"], entry["layout"], entry["dtype"])
+            if entry["name"] in names and kind == ("v2", "nchw", "float32"):
+                ratios = {
+                    direction: {
+                        name: value
+                        for name in SHOWN
+                        if (value := ratio(entry, direction, name, "dense")) is not None
+                    }
+                    for direction in DIRECTIONS
+                }
+                rows.append((entry["label"], ratios))
+    detectors = [run for run in runs if run["benchmark"] == "detectors"][:1]
+    for run in detectors:
+        first, *others = run["cases"]
+        deformable = [entry["config"] for entry in others if entry["deformable"]]
+        if not deformable:
+            continue
+        ratios = {direction: {} for direction in DIRECTIONS}
+        for entry in others:
+            if entry["config"] != deformable[-1]:
+                continue
+            for direction, phase in zip(DIRECTIONS, ("inference", "training")):
+                taken = [detector_milliseconds(each, phase) for each in (entry, first)]
+                ratios[direction][entry["kernels"]] = taken[0] / taken[1]
+        rows.append((deformable[-1], ratios))
+    return rows
+
+
+def readme_block(runs: list[dict], link: str) -> str:
+    """The block of README between its markers; `link` leads to the report, without its ending."""
+    rows = readme_rows(runs)
+    columns = [
+        (d, name) for d in DIRECTIONS for name in SHOWN if any(name in r[d] for _, r in rows)
     ]
-    moved = f"{rates['copy_gb_per_s']:.0f} GB/s copying, {rates['read_gb_per_s']:.0f} GB/s reading"
-    return [lines[0] + "; ".join([*multiplied, moved]) + ".", ""]
+    header = ["time relative to plain"]
+    header += [f"{name}, {DIRECTIONS[direction].lower()}" for direction, name in columns]
+    cells = [
+        [label, *(times(ratios[direction].get(name)) for direction, name in columns)]
+        for label, ratios in rows
+    ]
+    machine, settings = runs[0]["machine"], runs[0]["settings"]
+    where = f"{machine['cpu']}, {settings['threads']} threads"
+    return "\n".join(
+        [
+            README_START,
+            f"![Time relative to a dense convolution, on {where}]({link}.png)",
+            "",
+            *table(header, cells),
+            "",
+            f"3×3, modulated, float32, on {where}; plain is torch's dense convolution of the same "
+            "shape, and for the detector (inference, training iteration) the same one without "
+            "deformable layers. Medians of calls taken in turns. "
+            f"[More, with every setting and version]({link}.md); `make benchmark` measures it on "
+            "your machine.",
+            README_END,
+        ]
+    )
+
+
+def with_block(readme: Path, runs: list[dict], target: Path) -> str:
+    """README's text with its block made anew.
+
+    Raises:
+        BenchmarkError: it has no place for the block, or there is nothing to put there.
+    """
+    try:
+        content = readme.read_text()
+    except OSError as error:
+        raise BenchmarkError(f"--readme: cannot read {readme}: {error}") from error
+    before, start, rest = content.partition(README_START)
+    _, end, after = rest.partition(README_END)
+    if not start or not end:
+        raise BenchmarkError(
+            f"--readme: expected {README_START} and then {README_END} in {readme}, found "
+            f"{'only the first' if start else 'neither'}"
+        )
+    if not readme_rows(runs):
+        raise BenchmarkError(
+            "--readme: expected a run with --shapes design in float32, or one of detectors, "
+            "among what is reported"
+        )
+    link = Path(os.path.relpath(target, readme.parent)).as_posix()
+    return before + readme_block(runs, link) + after
+
+
+def figure(runs: list[dict]) -> bytes | None:
+    """A picture of what README shows, as PNG; None where there is nothing to show."""
+    rows = readme_rows(runs)
+    if not rows:
+        return None
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    picture = Figure(figsize=(9.6, 4.2), layout="constrained")
+    axes = picture.subplots(1, 2, sharey=True)
+    labels = [_wrapped(label) for label, _ in rows]
+    for ax, (direction, heading) in zip(axes, DIRECTIONS.items()):
+        names = [name for name in SHOWN if any(name in ratios[direction] for _, ratios in rows)]
+        width = 0.8 / len(SHOWN)
+        for number, name in enumerate(names):
+            shown = [
+                (place, ratios[direction][name])
+                for place, (_, ratios) in enumerate(rows)
+                if name in ratios[direction]
+            ]
+            places = [place + (number - (len(names) - 1) / 2) * width for place, _ in shown]
+            values = [value for _, value in shown]
+            # From the dense convolution's 1 upwards, or downwards where it is faster.
+            ax.bar(places, [v - 1 for v in values], width, bottom=1, color=SHOWN[name], label=name)
+            for place, value in zip(places, values):
+                ax.annotate(
+                    times(value),
+                    (place, max(value, 1)),
+                    xytext=(0, 2),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=7,
+                )
+        ax.axhline(1, color="0.2", linewidth=1)
+        ax.set_title(heading, fontsize=10)
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.set_xticks(range(len(rows)), labels, fontsize=7)
+        ax.grid(axis="y", color="0.9", linewidth=0.6)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.margins(y=0.08)
+    axes[0].set_ylabel("time ÷ plain convolution (lower is better)", fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8, loc="upper left")
+    machine, settings = runs[0]["machine"], runs[0]["settings"]
+    picture.suptitle(
+        "Modulated deformable convolution, 3×3, float32, against plain convolution\n"
+        f"{machine['cpu']}, {settings['threads']} threads",
+        fontsize=10,
+    )
+    buffer = io.BytesIO()
+    # Without the version of matplotlib, so that the same figures give the same file.
+    picture.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _wrapped(label: str) -> str:
+    """A label in narrow lines: shapes at their commas, names of configs at their underscores."""
+    return label.replace(", ", "\n").replace("_", "\n").replace("-mdconv", "\nmdconv")

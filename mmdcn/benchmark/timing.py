@@ -41,10 +41,17 @@ class Budget:
 
 @dataclass(frozen=True)
 class Call:
-    """What is timed, and the number of torch's threads for it (None: as they are)."""
+    """What is timed.
+
+    Attributes:
+        function: takes no arguments.
+        threads: torch's number of threads for it; None: as it is.
+        prepare: called before, untimed.
+    """
 
     function: Callable[[], object]
     threads: int | None = None
+    prepare: Callable[[], object] | None = None
 
 
 def interleave(
@@ -81,6 +88,8 @@ def _round_on_cpu(
     try:
         for name, call in calls.items():
             torch.set_num_threads(call.threads or threads)
+            if call.prepare is not None:
+                call.prepare()
             time.sleep(PAUSE_SECONDS)
             if not samples.get(name) or min(samples[name]) < 1000 * LONG_SECONDS:
                 call.function()
@@ -97,6 +106,8 @@ def _round_on_cuda(
 ) -> dict[str, float]:
     events = {}
     for name, call in calls.items():
+        if call.prepare is not None:
+            call.prepare()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(HEAD_START_CYCLES)
         start.record()
