@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -151,7 +152,7 @@ def readme_rows(runs: list[dict]) -> list[tuple[str, dict[str, dict[str, float]]
             for direction, phase in zip(DIRECTIONS, ("inference", "training")):
                 taken = [detector_milliseconds(each, phase) for each in (entry, first)]
                 ratios[direction][entry["kernels"]] = taken[0] / taken[1]
-        rows.append((deformable[-1], ratios))
+        rows.append((f"detector {deformable[-1]}", ratios))
     return rows
 
 
@@ -222,41 +223,37 @@ def figure(runs: list[dict]) -> bytes | None:
 
     picture = Figure(figsize=(9.6, 4.2), layout="constrained")
     axes = picture.subplots(1, 2, sharey=True)
-    labels = [_wrapped(label) for label, _ in rows]
+    labels = [textwrap.fill(label.replace("_", " "), 16) for label, _ in rows]
     for ax, (direction, heading) in zip(axes, DIRECTIONS.items()):
         names = [name for name in SHOWN if any(name in ratios[direction] for _, ratios in rows)]
-        width = 0.8 / len(SHOWN)
+        width = 0.84 / max(1, len(names))
         for number, name in enumerate(names):
+            shift = (number - (len(names) - 1) / 2) * width
             shown = [
-                (place, ratios[direction][name])
+                (place + shift, ratios[direction][name])
                 for place, (_, ratios) in enumerate(rows)
                 if name in ratios[direction]
             ]
-            places = [place + (number - (len(names) - 1) / 2) * width for place, _ in shown]
-            values = [value for _, value in shown]
-            # From the dense convolution's 1 upwards, or downwards where it is faster.
-            ax.bar(places, [v - 1 for v in values], width, bottom=1, color=SHOWN[name], label=name)
-            for place, value in zip(places, values):
-                ax.annotate(
-                    times(value),
-                    (place, max(value, 1)),
-                    xytext=(0, 2),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=7,
-                )
+            # From plain convolution's 1 upwards, or downwards where it is faster.
+            places, heights = zip(*((place, value - 1) for place, value in shown))
+            ax.bar(places, heights, width, bottom=1, color=SHOWN[name], label=name)
+            for place, value in shown:
+                where = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center"}
+                said = f"{value:.1f}×" if value < 10 else times(value)
+                ax.annotate(said, (place, max(value, 1)), fontsize=7, **where)
         ax.axhline(1, color="0.2", linewidth=1)
         ax.set_title(heading, fontsize=10)
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
         ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.tick_params(axis="y", labelsize=8)
         ax.set_xticks(range(len(rows)), labels, fontsize=7)
         ax.grid(axis="y", color="0.9", linewidth=0.6)
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
         ax.margins(y=0.08)
-    axes[0].set_ylabel("time ÷ plain convolution (lower is better)", fontsize=8)
+    axes[0].set_ylabel("time ÷ plain convolution (log scale, lower is better)", fontsize=8)
     axes[0].legend(frameon=False, fontsize=8, loc="upper left")
     machine, settings = runs[0]["machine"], runs[0]["settings"]
     picture.suptitle(
@@ -268,8 +265,3 @@ def figure(runs: list[dict]) -> bytes | None:
     # Without the version of matplotlib, so that the same figures give the same file.
     picture.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
     return buffer.getvalue()
-
-
-def _wrapped(label: str) -> str:
-    """A label in narrow lines: shapes at their commas, names of configs at their underscores."""
-    return label.replace(", ", "\n").replace("_", "\n").replace("-mdconv", "\nmdconv")

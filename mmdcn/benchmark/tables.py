@@ -205,8 +205,8 @@ def detector_lines(run: dict) -> list[str]:
     settings = run["settings"]
     width, height = settings["size"]
     entries = [entry for entry in run["cases"] if entry["times"]]
-    header = ["detector", "kernels", "training, iterations/s", "time × first"]
-    header += ["inference, images/s", "time × first", "parameters, M", "GFLOP / image"]
+    header = ["detector", "kernels", "training, iterations/s", "training time × first"]
+    header += ["inference, images/s", "inference time × first", "parameters, M", "GFLOP / image"]
     with_memory = any("extra_bytes" in entry for entry in entries)
     header += ["memory, MB, training / inference"] if with_memory else []
     rows = []

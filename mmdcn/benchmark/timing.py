@@ -36,7 +36,7 @@ class Budget:
         if len(samples) >= self.most:
             return True
         slow = bool(samples) and min(samples) > 1000 * self.seconds
-        return len(samples) >= (2 if slow else self.fewest) and sum(samples) > 1000 * self.seconds
+        return len(samples) >= (2 if slow else self.fewest) and sum(samples) >= 1000 * self.seconds
 
 
 @dataclass(frozen=True)
