@@ -309,7 +309,6 @@ def _detectors_of(path: Path, settings: Settings) -> Iterator[tuple[Detector, di
         yield ours, {**entry, "kernels": "mmdcn", "times": {}}
     if "mmcv" in settings.kernels:
         theirs = Detector(path, "mmcv", settings)
-        theirs.model.load_state_dict(ours.model.state_dict())
         _check_layers(ours, theirs)
         yield theirs, {**entry, "kernels": "mmcv", "times": {}}
 

@@ -25,10 +25,11 @@ def test_flops_and_bytes_by_hand():
 
 
 def test_offsets_are_wide_beside_half_precision():
-    case = Case("", 1, 8, 8, 6, 5, version="v1", dtype="bfloat16")
-    wide = 18 * 30 * 4
-    assert case.bytes_moved("forward") == wide + 2 * (8 * 30 + 8 * 8 * 9 + 8 * 30)
-    assert "mask" not in case.shapes()
+    narrow = 2 * (8 * 30 + 8 * 8 * 9 + 8 * 30)
+    for version, per_tap in (("v1", 2), ("v2", 3)):
+        case = Case("", 1, 8, 8, 6, 5, version=version, dtype="bfloat16")
+        assert case.bytes_moved("forward") == narrow + per_tap * 9 * 30 * 4
+        assert ("mask" in case.shapes()) == (version == "v2")
 
 
 @pytest.mark.parametrize("name", cases.SHAPES)
@@ -57,7 +58,7 @@ def test_tensors_repeat_and_follow_the_offsets_size():
 
 def test_expand_gives_every_combination_once():
     found = cases.expand(
-        ["r50", "1x4x8x8:6"], ["v1", "v2"], ["nchw", "channels_last"], ["float32"], [1, 8]
+        ["r50", "1x4x8x8:6", "r50"], ["v1", "v2"], ["nchw", "channels_last"], ["float32"], [1, 8]
     )
     assert len(found) == len(set(found)) == 4 * 2 * 2 * 2
     assert {case.batch for case in found} == {1, 8}

@@ -76,6 +76,8 @@ def test_each_detector_runs_on_its_own_kernels(configs):
                 with KernelCalls() as calls:
                     call = detector.call(phase)
                     call.prepare(), call.function()
+                # For heads that call mmcv's functions by themselves.
+                assert plugin.report().installed == (detector.kernels == "mmdcn")
                 counted[detector.kernels, phase] = (calls.forward, calls.backward, calls.mmcv)
     assert counted == {
         ("mmdcn", "training"): (3, 3, 0),
@@ -98,6 +100,29 @@ def test_iterations_are_all_the_same(configs):
         for layer in layers:
             assert all(parameter.grad.any() for parameter in layer.parameters())
             assert layer.conv_offset.bias.std() > 1
+
+
+def test_mixed_precision_reaches_the_deformable_layers(configs):
+    with detectors._toolbox_quiet():
+        detector = detectors.Detector(configs[1], "mmdcn", settings(configs, amp=True))
+        seen = []
+        for module in detector.model.modules():
+            if isinstance(module, ModulatedDeformConv2d):
+                module.register_forward_hook(lambda m, inputs, output: seen.append(output.dtype))
+        detector.prepare("training")
+        assert detector.train().isfinite()
+        detector.prepare("inference")
+        detector.infer()
+    assert seen == [torch.bfloat16] * 6
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_plugin_is_left_as_it_was(installed):
+    plugin.install() if installed else plugin.uninstall()
+    with detectors._toolbox_quiet():
+        plugin.uninstall() if installed else plugin.install()
+    assert plugin.report().installed == installed
+    plugin.install()
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
