@@ -73,7 +73,7 @@ def operator_lines(run: dict) -> list[str]:
         if "extra_bytes" in entries[0]:
             lines += ["Memory beyond inputs, output and gradients, MB, forward / with backward:"]
             lines += ["", *_columns_table(_memory_columns(run), entries, "forward"), ""]
-        lines += [*_reasons(entries), ""]
+        lines += _reasons(entries)
     if "memory_growth" in run:
         first = run["cases"][0]
         lines += ["### What memory grows with", ""]
@@ -178,7 +178,8 @@ def _reasons(entries: list[dict]) -> list[str]:
         for name, reason in entry.get(kind, {}).items()
         if not reason.startswith("the same as")
     ]
-    return [f"{NOTHING} {name}: {reason}." for name, reason in dict.fromkeys(found)]
+    said = [f"{name}: {reason}" for name, reason in dict.fromkeys(found)]
+    return [f"{NOTHING} {'; '.join(said)}.", ""] if said else []
 
 
 def _rate_lines(run: dict) -> list[str]:
