@@ -53,8 +53,8 @@ def _measure(args: argparse.Namespace, measure: Callable[[dict], None]) -> int:
             report.write_json(args.json, result)
     if interrupted:
         known = len(result.get("cases", []))
-        where = f", and is in {args.json}" if known and args.json is not None else ""
-        print(f"interrupted: {known} cases were measured{where}", file=sys.stderr)
+        where = f", in {args.json}" if known and args.json is not None else ""
+        print(f"interrupted; measured so far: {known} cases{where}", file=sys.stderr)
         return 130
     return 0
 

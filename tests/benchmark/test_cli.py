@@ -68,7 +68,7 @@ def test_an_interruption_keeps_what_is_measured(quick, monkeypatch, tmp_path, ca
     command = ["ops", "--shapes", "1x4x8x8,1x4x9x9", "--peers", "dense", "--seconds", "0.001"]
     assert cli.main([*command, "--json", str(path)]) == 130
     said = capsys.readouterr()
-    assert f"interrupted: 1 cases were measured, and is in {path}" in said.err
+    assert f"interrupted; measured so far: 1 cases, in {path}" in said.err
     assert "1, 4→4, 8×8" in said.out and "Interrupted: this is not all." in said.out
     result = json.loads(path.read_text())
     assert (len(result["cases"]), result["complete"]) == (1, False)
