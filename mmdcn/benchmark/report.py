@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import re
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,7 +36,10 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, result: dict) -> None:
-    write(path, json.dumps(result, indent=1) + "\n")
+    """Write JSON with one line for each list of numbers or words."""
+    text = json.dumps(result, indent=1)
+    text = re.sub(r"\[\n[^][{}]*\]", lambda found: re.sub(r"\n *", " ", found[0]), text)
+    write(path, text + "\n")
 
 
 def load_runs(paths: Iterable[Path]) -> list[dict]:

@@ -76,7 +76,7 @@ def interleave(
     while due := [name for name in calls if not budget.is_spent(samples[name])]:
         names = shuffle(due, len(due))
         for name, milliseconds in take_round({n: calls[n] for n in names}, samples).items():
-            samples[name].append(milliseconds)
+            samples[name].append(round(milliseconds, 4))
     return samples
 
 

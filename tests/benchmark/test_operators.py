@@ -60,7 +60,12 @@ def test_onnxruntime_computes_every_variant():
     ]
     for case in variants:
         tensors = cases.make_tensors(case, CPU, 2.0)
-        output = OnnxRuntime().bind(case, tensors).infer()
+        try:
+            output = OnnxRuntime().bind(case, tensors).infer()
+        except Exception as error:
+            if "NOT_IMPLEMENTED" not in str(error):
+                raise
+            pytest.skip("this version of onnxruntime has no DeformConv")
         torch.testing.assert_close(output, Mmdcn().bind(case, tensors).infer())
 
 
@@ -87,14 +92,17 @@ def test_every_implementation_has_its_samples():
 
 
 def test_half_precision_is_timed_beside_float32(monkeypatch):
+    class Unknown(Exception):
+        pass
+
     def not_implemented(self, case, **tensors):
-        raise NotImplementedError(f"not for {case.dtype}\nand so on")
+        raise Unknown(f"not for {case.dtype}\nand so on")
 
     monkeypatch.setattr(Mmcv, "compute", not_implemented)
     result = run(settings(["1x8x9x10"], ["v2"], ["nchw"], ["bfloat16"], peers=["dense", "mmcv"]))
     (entry,) = result["cases"]
     assert set(entry["times"]["forward_backward"]) == {"mmdcn", "mmdcn float32", "dense"}
-    assert entry["cannot"]["mmcv"] == "NotImplementedError: not for bfloat16"
+    assert entry["cannot"]["mmcv"] == "Unknown: not for bfloat16"
 
 
 def test_one_thread_gives_the_same_bits(monkeypatch):
