@@ -287,8 +287,13 @@ def _import_problem(package: str, module: str) -> str | None:
         importlib.import_module(module)
     # Whatever a broken installation raises: mmcv asserts, torchvision's raises RuntimeError.
     except Exception as error:
-        return f"{module} does not load ({type(error).__name__}: {str(error).splitlines()[0]})"
+        return f"{module} does not load ({first_line(error)})"
     return None
+
+
+def first_line(error: Exception) -> str:
+    """What an exception is and says, on one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 PEERS: dict[str, type[Implementation]] = {

@@ -18,6 +18,7 @@ from .implementations import (
     MmdcnFloat32,
     MmdcnOneThread,
     OnnxRuntime,
+    first_line,
 )
 from .machine import machine, versions
 from .progress import track
@@ -125,12 +126,12 @@ def _time_case(
             try:
                 bound[implementation] = implementation.bind(case, tensors)
                 results[implementation.name] = _results(bound[implementation], settings)
-            # Whatever a peer raises over what it does not know, onnxruntime an exception of its own.
+            # Peers have exceptions of their own.
             except Exception as error:
                 if isinstance(implementation, Mmdcn):
                     raise
                 bound.pop(implementation, None)
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                reason = first_line(error)
         if reason is not None:
             entry["cannot"][implementation.name] = reason
     for implementation in bound:
