@@ -1,7 +1,8 @@
-# make demo    train and evaluate plain, DCN and DCNv2 detectors on generated data, with a report
-# make test    the whole suite, on the CPU
-# make lint    ruff and clang-format
-# make wheel   dist/mmdcn-*.whl, with the CUDA library where nvcc is found
+# make demo       train and evaluate plain, DCN and DCNv2 detectors on generated data, with a report
+# make test       the whole suite, on the CPU
+# make benchmark  the operator and whole detectors against their peers: docs/benchmarks/cpu.md
+# make lint       ruff and clang-format
+# make wheel      dist/mmdcn-*.whl, with the CUDA library where nvcc is found
 #
 # Each sets up all that it needs in $(VENV). TOOLBOX=onedl uses the maintained fork of the toolbox.
 
@@ -18,7 +19,9 @@ INSTALLED := $(VENV)/.mmdcn-installed
 RUN := $(VENV)/bin/python
 CXX_SOURCES := $(shell find mmdcn tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-slow lint format wheel check environment clean
+MEASURED := work_dirs/benchmark
+
+.PHONY: demo test test-slow benchmark lint format wheel check environment clean
 
 environment: $(INSTALLED)
 
@@ -41,6 +44,23 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	@$(RUN) -m pytest -m slow $(ARGS)
+
+# So few seconds for each call, because some peers take several for one.
+benchmark: $(INSTALLED)
+	@$(RUN) tools/benchmark.py ops --shapes design --versions v1,v2 --layouts nchw,channels_last \
+	    --scaling --seconds 0.5 --json $(MEASURED)/design.json
+	@$(RUN) tools/benchmark.py ops --shapes variants --layouts nchw,channels_last \
+	    --seconds 0.3 --json $(MEASURED)/variants.json
+	@$(RUN) tools/benchmark.py ops --dtype bfloat16 --layouts nchw,channels_last --peers dense \
+	    --seconds 0.5 --json $(MEASURED)/bfloat16.json
+	@$(RUN) tools/benchmark.py ops --dtype float16 --layouts nchw,channels_last --peers none \
+	    --seconds 0.5 --json $(MEASURED)/float16.json
+	@$(RUN) tools/benchmark.py detector --seconds 5 --json $(MEASURED)/detectors.json --configs \
+	    configs/faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py \
+	    configs/dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py \
+	    configs/dcnv2/faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py
+	@$(RUN) tools/benchmark.py report --out docs/benchmarks/cpu --readme README.md \
+	    $(addprefix $(MEASURED)/,design.json variants.json bfloat16.json float16.json detectors.json)
 
 check: $(INSTALLED)
 	@$(RUN) -m mmdcn.check

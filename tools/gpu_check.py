@@ -5,15 +5,16 @@ takes no other with it. What is known so far is written after each section.
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import random
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -23,7 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Seconds that each section may take, in the order in which they run; and all of them together.
@@ -46,13 +46,11 @@ TOLERANCE = {
     torch.bfloat16: 1.6e-2,
 }
 
-# R-50 at 800 x 1333: channels, height and width of the 3 x 3 convolutions.
-STAGES = {"c3": (128, 100, 168), "c4": (256, 50, 84), "c5": (512, 25, 42)}
+# The 3 x 3 convolutions of R-50 at 800 x 1333.
+STAGES = ("c3", "c4", "c5")
 BATCHES = (1, 2, 8)
 TIMED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROUNDS = 11
-# GPU cycles of sleep before each timed call, in which the host queues the whole of it (about 2 ms).
-HEAD_START = 4_000_000
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -283,75 +281,14 @@ def racecheck(scratch: Path) -> dict:
     return run_sanitizer("racecheck", scratch)
 
 
-def time_interleaved(calls: dict[str, Callable]) -> dict[str, float]:
-    """Median milliseconds of each call, taken in turns, with warm caches."""
-    samples: dict[str, list] = {name: [] for name in calls}
-    for round_ in range(-2, ROUNDS):
-        for name, call in calls.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(HEAD_START)
-            start.record()
-            call()
-            end.record()
-            if round_ >= 0:
-                samples[name].append((start, end))
-        torch.cuda.synchronize()
-    return {
-        name: statistics.median(start.elapsed_time(end) for start, end in events)
-        for name, events in samples.items()
-    }
-
-
-def peak_megabytes(call: Callable) -> float:
-    """Memory that a call takes at its peak, with what it returns."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
-
-
-def torchvision_deform_conv2d(x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-    from torchvision.ops import deform_conv2d
-
-    return deform_conv2d(x, offset, weight, None, 1, 1, 1, mask)
-
-
 def benchmark_row(stage: str, batch: int, dtype: torch.dtype, channels_last: bool) -> dict:
-    from mmdcn.ops import deform_conv2d
+    from mmdcn.benchmark import cases, implementations, memory, timing
 
-    channels, height, width = STAGES[stage]
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device="cuda")
-
-    def leaf(tensor: Tensor, type_: torch.dtype) -> Tensor:
-        return tensor.to(type_).contiguous(memory_format=memory_format).requires_grad_()
-
-    x = leaf(normal(batch, channels, height, width), dtype)
-    weight = leaf(normal(channels, channels, 3, 3) / (9 * channels) ** 0.5, dtype)
-    shift = 2 * normal(batch, 18, height, width)
-    modulation = normal(batch, 9, height, width).sigmoid()
-    offset, mask = leaf(shift, torch.float32), leaf(modulation, torch.float32)
-    # torchvision takes everything in one dtype.
-    tv_offset, tv_mask = leaf(shift, dtype), leaf(modulation, dtype)
-    grad_output = normal(batch, channels, height, width).to(dtype)
-    grad_output = grad_output.contiguous(memory_format=memory_format)
-
-    forwards = {
-        "mmdcn": (
-            lambda: deform_conv2d(x, offset, weight, None, 1, 1, 1, mask),
-            (x, offset, weight, mask),
-        ),
-        "conv2d": (lambda: F.conv2d(x, weight, None, 1, 1), (x, weight)),
-        "torchvision": (
-            lambda: torchvision_deform_conv2d(x, tv_offset, weight, tv_mask),
-            (x, tv_offset, weight, tv_mask),
-        ),
-    }
+    layout = "channels_last" if channels_last else "nchw"
+    shape = next(case for case in cases.SHAPES["r50"] if case.name == stage)
+    case = dataclasses.replace(shape, batch=batch, layout=layout, dtype=dtype_name(dtype))
+    device = torch.device("cuda")
+    tensors = cases.make_tensors(case, device, offset_std=2.0)
     row = {
         "stage": stage,
         "batch": batch,
@@ -363,28 +300,29 @@ def benchmark_row(stage: str, batch: int, dtype: torch.dtype, channels_last: boo
         "forward_backward_peak_mb": {},
         "errors": {},
     }
+    compared = {
+        "mmdcn": implementations.Mmdcn(),
+        "conv2d": implementations.Dense(),
+        "torchvision": implementations.Torchvision(),
+    }
     inference, training = {}, {}
-    for name, (forward, inputs) in forwards.items():
-
-        def infer(forward=forward):
-            with torch.no_grad():
-                return forward()
-
-        def train(forward=forward, inputs=inputs):
-            return torch.autograd.grad(forward(), inputs, grad_output)
-
+    for name, implementation in compared.items():
         try:
-            infer(), train()
-            row["forward_peak_mb"][name] = peak_megabytes(infer)
-            row["forward_backward_peak_mb"][name] = peak_megabytes(train)
+            bound = implementation.bind(case, tensors)
+            bound.infer(), bound.train()
+            row["forward_peak_mb"][name] = memory.cuda_peak(bound.infer) / 1e6
+            bound.drop_gradients()
+            row["forward_backward_peak_mb"][name] = memory.cuda_peak(bound.train) / 1e6
         except Exception as error:
             row["errors"][name] = f"{type(error).__name__}: {error}".splitlines()[0]
             if name == "mmdcn":
                 raise
             continue
-        inference[name], training[name] = infer, train
-    row["forward_ms"] = time_interleaved(inference)
-    row["forward_backward_ms"] = time_interleaved(training)
+        inference[name], training[name] = timing.Call(bound.infer), timing.Call(bound.train)
+    budget = timing.Budget(seconds=math.inf, most=ROUNDS)
+    for key, calls in (("forward_ms", inference), ("forward_backward_ms", training)):
+        samples = timing.interleave(calls, device, budget)
+        row[key] = {name: timing.median(taken) for name, taken in samples.items()}
     return row
 
 

@@ -3,11 +3,14 @@
 import importlib.util
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from mmdcn.benchmark import cases
 from mmdcn.ops import deform_conv2d
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -85,6 +88,47 @@ def test_report_compares_with_dense_convolution_and_torchvision(gpu_check):
         *("6.000", "4.000", "—", "1.50", "—"),
         "100 / 50 / —",
     ]
+
+
+def test_a_row_of_the_benchmark_has_every_figure(gpu_check, monkeypatch):
+    """With a clock and a memory instead of CUDA's, and small tensors on the CPU."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = time.perf_counter()
+
+        def elapsed_time(self, end):
+            return 1000 * (end.time - self.time)
+
+    taken = {"Event": Event, "memory_allocated": lambda: 0, "max_memory_allocated": lambda: 10**6}
+    for name in ("_sleep", "synchronize", "reset_peak_memory_stats"):
+        taken[name] = lambda *_: None
+    for name, stand_in in taken.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    small = [
+        replace(case, channels=8, out_channels=8, height=9, width=9) for case in cases.SHAPES["r50"]
+    ]
+    monkeypatch.setitem(cases.SHAPES, "r50", tuple(small))
+    make_tensors = cases.make_tensors
+    monkeypatch.setattr(
+        cases,
+        "make_tensors",
+        lambda case, device, offset_std: make_tensors(case, torch.device("cpu"), offset_std),
+    )
+
+    row = gpu_check.benchmark_row("c4", 2, torch.bfloat16, channels_last=True)
+    assert [row[key] for key in ("stage", "batch", "dtype", "layout")] == [
+        *("c4", 2, "bfloat16", "channels_last")
+    ]
+    for direction in ("forward", "forward_backward"):
+        assert {"mmdcn", "conv2d"} <= set(row[f"{direction}_ms"])
+        assert all(ms > 0 for ms in row[f"{direction}_ms"].values())
+        assert row[f"{direction}_peak_mb"]["mmdcn"] == 1.0
+    assert set(row["forward_ms"]) | set(row["errors"]) == {"mmdcn", "conv2d", "torchvision"}
+    assert len(gpu_check.benchmark_table([row])) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -1,0 +1,23 @@
+"""What `tools/benchmark.py` and `tools/gpu_check.py` measure with.
+
+======================== ==========================================================================
+:mod:`~.cases`           the problems: named sets of shapes, and their tensors
+:mod:`~.implementations` what computes them: ours, and the peers that happen to be installed
+:mod:`~.timing`          times of several calls, taken in turns
+:mod:`~.memory`          the memory that one call takes beyond what goes in and comes out
+:mod:`~.operators`       all of that for the operator
+:mod:`~.detectors`       whole detectors, in training and at inference
+:mod:`~.machine`         what it was measured on, and with
+:mod:`~.tables`          all that as Markdown
+:mod:`~.report`          the published page, its picture, and README's table
+:mod:`~.cli`             the arguments of `tools/benchmark.py`
+======================== ==========================================================================
+
+Machines are noisy, so no figure stands alone: each is a median, beside those of the peers that were
+measured in turns with it, in the same process. Nothing but torch is needed; a peer that is not
+installed is left out and named.
+"""
+
+
+class BenchmarkError(Exception):
+    """A benchmark that cannot be run as asked, or whose results are not worth timing."""

@@ -1,0 +1,334 @@
+"""The arguments of `tools/benchmark.py`."""
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from . import BenchmarkError, cases, operators, report, tables, timing
+from .implementations import PEERS
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tools/benchmark.py",
+        description="Measure mmdcn against its peers on this machine: medians of calls taken in "
+        "turns, as Markdown on standard output and as JSON with every sample.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_operators(commands)
+    _add_detectors(commands)
+    _add_report(commands)
+    args = parser.parse_args(arguments)
+    args.parser = commands.choices[args.command]
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_args(arguments)
+    try:
+        return args.run(args)
+    except BenchmarkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _measure(args: argparse.Namespace, measure: Callable[[dict], None]) -> int:
+    """Run a measurement; what is known when it ends, or is interrupted, is printed and written."""
+    command = shlex.join(["tools/benchmark.py", *sys.argv[1:]])
+    result = {"command": command}
+    interrupted = False
+    try:
+        measure(result)
+    except KeyboardInterrupt:
+        interrupted = True
+    if result.get("cases"):
+        print(tables.text(result))
+        if args.json is not None:
+            report.write_json(args.json, result)
+    if interrupted:
+        known = len(result.get("cases", []))
+        where = f", in {args.json}" if known and args.json is not None else ""
+        print(f"interrupted; measured so far: {known} cases{where}", file=sys.stderr)
+        return 130
+    return 0
+
+
+# --------------------------------------------------------------------------------------- arguments
+
+
+def _several(kind: Callable[[str], object]) -> Callable[[str], list]:
+    """An argument that is several values with commas between them."""
+
+    def parse(value: str) -> list:
+        return [kind(part) for part in value.split(",")]
+
+    return parse
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value not in choices:
+            raise argparse.ArgumentTypeError(f"expected {' or '.join(choices)}, got {value!r}")
+        return value
+
+    return parse
+
+
+def _number(kind: type, least: float, exclusive: bool = False) -> Callable[[str], float]:
+    def parse(value: str) -> float:
+        try:
+            number = kind(value)
+        except ValueError:
+            number = None
+        if number is None or not (number > least or (number == least and not exclusive)):
+            what = "a whole number" if kind is int else "a number"
+            bound = f"above {least}" if exclusive else f"of at least {least}"
+            raise argparse.ArgumentTypeError(f"expected {what} {bound}, got {value!r}")
+        return number
+
+    return parse
+
+
+def _peers(value: str) -> list[str]:
+    return [] if value == "none" else _several(_one_of(*PEERS))(value)
+
+
+def _shape(value: str) -> str:
+    try:
+        cases.find_shapes(value)
+    except BenchmarkError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return value
+
+
+def _json_file(value: str) -> Path:
+    path = Path(value)
+    if path.suffix != ".json":
+        raise argparse.ArgumentTypeError(f"expected a name ending in .json, got {value!r}")
+    return path
+
+
+def _add_common(parser: argparse.ArgumentParser, seconds: float) -> None:
+    parser.add_argument("--device", type=_one_of("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--threads", type=_number(int, 1), help="of the CPU (default: as many as torch takes)"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=_number(float, 0, exclusive=True),
+        default=seconds,
+        help="of samples for each call; slow ones get few (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json", type=_json_file, metavar="FILE", help="write machine, versions and every sample"
+    )
+    parser.add_argument(
+        "--offset-std",
+        type=_number(float, 0),
+        default=2.0,
+        help="standard deviation of the offsets in pixels, 0 for none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-memory", action="store_true", help="leave the measurement of memory out"
+    )
+
+
+def _check_device(args: argparse.Namespace) -> torch.device:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        args.parser.error("argument --device: expected cpu, as torch sees no GPU here, got 'cuda'")
+    cores = os.cpu_count() or 1
+    if args.threads is not None and args.threads > cores:
+        args.parser.error(
+            f"argument --threads: expected at most the {cores} cores of this machine, "
+            f"got {args.threads}"
+        )
+    return torch.device(args.device)
+
+
+# ----------------------------------------------------------------------------------------- the ops
+
+
+def _add_operators(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "ops",
+        help="the operator: forward and forward + backward, time and memory",
+        description="Time the operator, forward and forward + backward, beside a dense convolution "
+        "of the same shape and every peer that is installed. Lists take commas.",
+    )
+    parser.set_defaults(run=_run_operators)
+    _add_common(parser, seconds=1.0)
+    parser.add_argument(
+        "--shapes",
+        type=_several(_shape),
+        default=["design"],
+        help=f"{', '.join(cases.SHAPES)}, or NxCxHxW (NxCxHxW:Co for other output channels); "
+        "default: design",
+    )
+    parser.add_argument(
+        "--batch",
+        type=_several(_number(int, 1)),
+        metavar="N,...",
+        help="batch sizes, in place of those of the shapes",
+    )
+    parser.add_argument(
+        "--dtype",
+        type=_several(_one_of(*cases.DTYPES)),
+        default=["float32"],
+        help=f"of {', '.join(cases.DTYPES)} (default: float32); offsets and masks stay in float32 "
+        "beside half precision",
+    )
+    parser.add_argument(
+        "--versions",
+        type=_several(_one_of(*cases.VERSIONS)),
+        default=["v2"],
+        help="v1: offsets, v2: offsets and mask (default: v2)",
+    )
+    parser.add_argument(
+        "--layouts",
+        type=_several(_one_of(*cases.LAYOUTS)),
+        default=["nchw"],
+        help="of nchw, channels_last (default: nchw)",
+    )
+    parser.add_argument(
+        "--peers",
+        type=_peers,
+        default=list(PEERS),
+        help=f"of {', '.join(PEERS)}, or none (default: all); those not installed are named",
+    )
+    parser.add_argument("--forward-only", action="store_true", help="leave the backward pass out")
+    parser.add_argument(
+        "--scaling",
+        action="store_true",
+        help="also run ours on one thread, and compare the results bit by bit",
+    )
+
+
+def _run_operators(args: argparse.Namespace) -> int:
+    settings = operators.Settings(
+        cases.expand(args.shapes, args.versions, args.layouts, args.dtype, args.batch),
+        device=_check_device(args),
+        peers=args.peers,
+        directions=operators.DIRECTIONS[: 1 if args.forward_only else 2],
+        offset_std=args.offset_std,
+        threads=args.threads,
+        scaling=args.scaling,
+        measure_memory=not args.no_memory,
+        budget=timing.Budget(seconds=args.seconds),
+    )
+    return _measure(args, lambda result: operators.run(settings, result))
+
+
+# ----------------------------------------------------------------------------------- the detectors
+
+
+def _size(value: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", value)
+    if match is None or min(map(int, match.groups())) < 32:
+        raise argparse.ArgumentTypeError(
+            f"expected width and height of at least 32, as in 320x240, got {value!r}"
+        )
+    return int(match.group(1)), int(match.group(2))
+
+
+def _config(value: str) -> Path:
+    if not Path(value).is_file():
+        raise argparse.ArgumentTypeError(f"expected config files, got {value!r}, which is none")
+    return Path(value)
+
+
+def _add_detectors(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "detector",
+        help="whole detectors: training and inference, deformable against plain",
+        description="Time whole detectors with random weights on random images, in training and at "
+        "inference. Deformable ones run on our kernels and on mmcv's, in turns.",
+    )
+    parser.set_defaults(run=_run_detectors)
+    _add_common(parser, seconds=8.0)
+    parser.add_argument(
+        "--configs",
+        type=_config,
+        nargs="+",
+        required=True,
+        metavar="CONFIG",
+        help="of detectors; the others are compared with the first",
+    )
+    parser.add_argument(
+        "--kernels",
+        type=_several(_one_of("mmdcn", "mmcv")),
+        default=["mmdcn", "mmcv"],
+        help="what deformable layers run on (default: mmdcn,mmcv)",
+    )
+    parser.add_argument(
+        "--size",
+        type=_size,
+        default=(320, 240),
+        metavar="WxH",
+        help="width and height of the images (default: 320x240)",
+    )
+    parser.add_argument(
+        "--batch", type=_number(int, 1), default=2, help="images at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--amp",
+        action="store_true",
+        help="in mixed precision: float16 on a GPU, bfloat16 on the CPU",
+    )
+
+
+def _run_detectors(args: argparse.Namespace) -> int:
+    try:
+        from . import detectors
+    except ImportError as error:
+        raise BenchmarkError(f"detectors need mmengine, mmcv and mmdet: {error}") from error
+    settings = detectors.Settings(
+        args.configs,
+        device=_check_device(args),
+        kernels=args.kernels,
+        size=args.size,
+        batch=args.batch,
+        amp=args.amp,
+        offset_std=args.offset_std,
+        threads=args.threads,
+        measure_memory=not args.no_memory,
+        budget=timing.Budget(seconds=args.seconds),
+    )
+    return _measure(args, lambda result: detectors.run(settings, result))
+
+
+# -------------------------------------------------------------------------------------- the report
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="a page, a picture and README's table from what the others wrote by --json",
+        description="Write a report of runs: one Markdown page, one picture, and one JSON of all. "
+        "A report's JSON may stand for its runs, to make its page anew.",
+    )
+    parser.set_defaults(run=_run_report)
+    parser.add_argument(
+        "runs", type=_json_file, nargs="+", metavar="RUN.json", help="written by ops or detector"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="NAME",
+        help="writes NAME.json, NAME.md and NAME.png",
+    )
+    parser.add_argument(
+        "--readme", type=Path, help="a Markdown file whose block between the markers is made anew"
+    )
+
+
+def _run_report(args: argparse.Namespace) -> int:
+    written = report.publish(report.load_runs(args.runs), args.out, args.readme)
+    print(*written, sep="\n")
+    return 0

@@ -1,0 +1,361 @@
+"""Whole detectors: training iterations and inference, deformable against plain.
+
+Detectors are built from their configs with random weights, and get random images and boxes. What is
+timed is the model: forward pass, losses, backward pass and optimizer step in training, and the
+forward pass with its post-processing at inference; images are preprocessed beforehand.
+"""
+
+import contextlib
+import copy
+import functools
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from mmcv.ops import DeformConv2d, ModulatedDeformConv2d
+from mmdet.registry import MODELS
+from mmdet.testing import demo_mm_inputs
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import init_default_scope
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmdcn import plugin
+from mmdcn.engine.amp import CPUAmpOptimWrapper
+
+from . import BenchmarkError, memory, timing
+from .machine import machine, versions
+from .progress import track
+
+KERNELS = ("mmdcn", "mmcv")
+PHASES = ("training", "inference")
+
+BOXES_PER_IMAGE = 8
+# Distance of what a layer gives by ours and by mmcv's kernels, relative to its norm, beyond which
+# one is wrong. In mixed precision mmcv's compute in float32, and differences add up over layers.
+TOLERANCE = 1e-3
+TOLERANCE_AMP = 1e-1
+
+
+@dataclass
+class Settings:
+    """What :func:`run` measures, and for how long. `size` is width and height."""
+
+    configs: list[Path]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    kernels: list[str] = field(default_factory=lambda: list(KERNELS))
+    size: tuple[int, int] = (320, 240)
+    batch: int = 2
+    amp: bool = False
+    offset_std: float = 2.0
+    threads: int | None = None
+    measure_memory: bool = True
+    budget: timing.Budget = field(default_factory=timing.Budget)
+
+
+class Detector:
+    """A detector that is ready to train and to predict, on one set of kernels.
+
+    Args:
+        path: its config.
+        kernels: ``'mmdcn'`` or ``'mmcv'``: what deformable layers run on.
+        settings: sizes, device and precision.
+    """
+
+    def __init__(self, path: Path, kernels: str, settings: Settings) -> None:
+        self.name = path.stem
+        self.kernels = kernels
+        self.settings = settings
+        config = _load(path)
+        self.switch()
+        torch.manual_seed(0)
+        self.model = _build(config, settings)
+        self.data = self.model.data_preprocessor(_inputs(config, settings), training=True)
+        # A step that changes nothing, so that every iteration is the same.
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4
+        )
+        if settings.amp and settings.device.type == "cpu":
+            # It also gives bfloat16 to those functions of mmcv's that have none.
+            CPUAmpOptimWrapper(optimizer=self.optimizer)
+
+    def switch(self) -> None:
+        """Let the toolbox run on this detector's kernels."""
+        plugin.install() if self.kernels == "mmdcn" else plugin.uninstall()
+
+    def prepare(self, phase: str) -> None:
+        self.switch()
+        self.model.train(phase == "training")
+
+    def train(self) -> torch.Tensor:
+        """One iteration; returns the loss."""
+        torch.manual_seed(0)  # which boxes are sampled
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            losses = self.model(**self.data, mode="loss")
+        loss, _ = self.model.parse_losses(losses)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def infer(self) -> list:
+        with torch.no_grad(), self._autocast():
+            return self.model(**self.data, mode="predict")
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        device_type = self.settings.device.type
+        dtype = torch.bfloat16 if device_type == "cpu" else torch.float16
+        return torch.autocast(device_type, dtype, enabled=self.settings.amp)
+
+    def call(self, phase: str) -> timing.Call:
+        function = self.train if phase == "training" else self.infer
+        return timing.Call(function, prepare=lambda: self.prepare(phase))
+
+    def count_flops(self) -> tuple[int, bool]:
+        """Of the prediction for one image; and whether any of them are ours."""
+        ours = torch.ops.mmdcn.deform_conv2d
+        counter = FlopCounterMode(display=False, custom_mapping={ours: _deform_conv2d_flops})
+        self.prepare("inference")
+        with counter:
+            self.infer()
+        counts = counter.get_flop_counts()["Global"]
+        return sum(counts.values()) // self.settings.batch, ours in counts
+
+    def deformable_outputs(self) -> dict[str, torch.Tensor]:
+        """What each deformable layer gives in one prediction, by name."""
+        outputs, hooks = {}, []
+        for name, module in self.model.named_modules():
+            if isinstance(module, (DeformConv2d, ModulatedDeformConv2d)):
+                # The last output of layers that several levels share.
+                keep = functools.partial(self._keep, outputs, name)
+                hooks.append(module.register_forward_hook(keep))
+        try:
+            self.prepare("inference")
+            self.infer()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return outputs
+
+    @staticmethod
+    def _keep(outputs: dict, name: str, module: nn.Module, inputs: tuple, output: torch.Tensor):
+        outputs[name] = output.detach().float()
+
+    def extra_bytes(self, phase: str) -> int:
+        """What an iteration takes at its peak beside weights, buffers and the optimizer's state."""
+        self.prepare(phase)
+        step = self.call(phase).function
+        step()
+        self.optimizer.zero_grad(set_to_none=True)
+        on_cuda = self.settings.device.type == "cuda"
+        return memory.cuda_peak(step) if on_cuda else memory.resident_peak(step)
+
+
+def _deform_conv2d_flops(input, offset, weight, *_, out_shape, **__) -> int:
+    """Those of the multiplications, as for a dense convolution; the sampling's are not counted."""
+    out_channels, channels_per_group, *kernel = weight
+    batch, _, *out_size = out_shape
+    taps, positions = (torch.Size(sizes).numel() for sizes in (kernel, out_size))
+    return 2 * batch * out_channels * positions * channels_per_group * taps
+
+
+def _load(path: Path) -> Config:
+    try:
+        config = Config.fromfile(path)
+    # Whatever reading a file of Python may raise.
+    except Exception as error:
+        raise BenchmarkError(f"--configs: cannot read {path}: {error}") from error
+    if "model" not in config:
+        raise BenchmarkError(f"--configs: expected configs of detectors, {path} has no `model`")
+    return config
+
+
+def _build(config: Config, settings: Settings) -> nn.Module:
+    register_all_modules(init_default_scope=False)
+    init_default_scope(config.get("default_scope", "mmdet"))
+    options = copy.deepcopy(config.model)
+    _forget_pretrained(options)
+    model = revert_sync_batchnorm(MODELS.build(options))
+    model.init_weights()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Each block of a fresh ResNet is the identity, and each kernel samples its grid: what
+            # the deformable layers compute would not matter.
+            if "conv_offset" in name and name.endswith(".bias"):
+                parameter.normal_(0, settings.offset_std)
+            elif parameter.dim() == 1 and name.endswith(".weight") and not parameter.any():
+                parameter.fill_(0.2)
+    return model.to(settings.device)
+
+
+def _forget_pretrained(options: Config) -> None:
+    """No weights are downloaded."""
+    if options.get("pretrained") is not None:
+        options.pretrained = None
+    for key, value in options.items():
+        if key == "init_cfg" and isinstance(value, dict) and value.get("type") == "Pretrained":
+            options[key] = None
+        elif isinstance(value, dict):
+            _forget_pretrained(value)
+        elif isinstance(value, (list, tuple)):
+            for each in value:
+                if isinstance(each, dict):
+                    _forget_pretrained(each)
+
+
+def _numbers_of_classes(options: object) -> Iterator[int]:
+    if isinstance(options, dict):
+        if isinstance(options.get("num_classes"), int):
+            yield options["num_classes"]
+        for value in options.values():
+            yield from _numbers_of_classes(value)
+    elif isinstance(options, (list, tuple)):
+        for value in options:
+            yield from _numbers_of_classes(value)
+
+
+def _inputs(config: Config, settings: Settings) -> dict:
+    width, height = settings.size
+    return demo_mm_inputs(
+        settings.batch,
+        [(3, height, width)] * settings.batch,
+        num_items=[BOXES_PER_IMAGE] * settings.batch,
+        num_classes=min(_numbers_of_classes(config.model), default=1),
+        with_mask="mask_head" in config.model.get("roi_head", {}) or "mask_head" in config.model,
+        device=settings.device,
+    )
+
+
+# --------------------------------------------------------------------------------------- measuring
+
+
+@contextlib.contextmanager
+def _toolbox_quiet() -> Iterator[None]:
+    """The toolbox tells of every weight and every change of kernels; here it does not."""
+    installed = plugin.report().installed
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        plugin.install() if installed else plugin.uninstall()
+        logger.setLevel(level)
+
+
+def run(settings: Settings, result: dict) -> None:
+    """Measure everything, and fill `result` with it, as it will be in JSON.
+
+    Raises:
+        BenchmarkError: a config cannot be used, or ours and mmcv's kernels disagree.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    result |= {
+        "benchmark": "detectors",
+        "machine": machine(settings.device),
+        "versions": versions(),
+        "settings": {
+            "device": settings.device.type,
+            "threads": torch.get_num_threads(),
+            "size": list(settings.size),
+            "batch": settings.batch,
+            "amp": settings.amp,
+            "offset_std": settings.offset_std,
+            "boxes_per_image": BOXES_PER_IMAGE,
+            "seconds_per_call": settings.budget.seconds,
+        },
+        "cases": [],
+        "complete": False,
+    }
+    with _toolbox_quiet():
+        detectors = []
+        for path in track((f"building {path.stem}", path) for path in settings.configs):
+            for detector, entry in _detectors_of(path, settings):
+                detectors.append(detector)
+                result["cases"].append(entry)
+        for phase in track((f"{phase}, all in turns", phase) for phase in PHASES):
+            calls = {str(i): detector.call(phase) for i, detector in enumerate(detectors)}
+            samples = timing.interleave(calls, settings.device, settings.budget)
+            for entry, taken in zip(result["cases"], samples.values()):
+                entry["times"][phase] = taken
+        if settings.measure_memory and memory.can_measure(settings.device):
+            paths = {path.stem: path for path in settings.configs}
+            steps = [(f"memory of {d.name}", (d, e)) for d, e in zip(detectors, result["cases"])]
+            for detector, entry in track(steps):
+                entry["extra_bytes"] = _extra_bytes(detector, paths[detector.name])
+    result["complete"] = True
+
+
+def _detectors_of(path: Path, settings: Settings) -> Iterator[tuple[Detector, dict]]:
+    """A config on each set of kernels, with what is known before anything is timed."""
+    ours = Detector(path, "mmdcn", settings)
+    flops, deformable = ours.count_flops()
+    entry = {
+        "config": path.stem,
+        "deformable": deformable,
+        "parameters": sum(p.numel() for p in ours.model.parameters()),
+        "flops": flops,
+    }
+    if not deformable:
+        yield ours, {**entry, "kernels": None, "times": {}}
+        return
+    if "mmdcn" in settings.kernels:
+        yield ours, {**entry, "kernels": "mmdcn", "times": {}}
+    if "mmcv" in settings.kernels:
+        theirs = Detector(path, "mmcv", settings)
+        _check_layers(ours, theirs)
+        yield theirs, {**entry, "kernels": "mmcv", "times": {}}
+
+
+def _check_layers(ours: Detector, theirs: Detector) -> None:
+    """What disagrees is not timed."""
+    outputs, expected = ours.deformable_outputs(), theirs.deformable_outputs()
+    bound = TOLERANCE_AMP if ours.settings.amp else TOLERANCE
+    for name, output in outputs.items():
+        distance = float((output - expected[name]).norm() / expected[name].norm())
+        # Not `>`: it may be NaN.
+        if not distance <= bound:
+            raise BenchmarkError(
+                f"{ours.name}: expected the same output of {name} by mmdcn's and mmcv's kernels, "
+                f"within {bound} of its norm, got a distance of {distance:.2g}. Wrong results are "
+                "not timed."
+            )
+
+
+def _extra_bytes(detector: Detector, path: Path) -> dict[str, int]:
+    settings = detector.settings
+    if settings.device.type == "cuda":
+        return {phase: detector.extra_bytes(phase) for phase in PHASES}
+    order = {
+        "path": str(path),
+        "kernels": detector.kernels,
+        "size": settings.size,
+        "batch": settings.batch,
+        "amp": settings.amp,
+        "offset_std": settings.offset_std,
+        "threads": torch.get_num_threads(),
+    }
+    return memory.measure_apart(__name__, order)[-1]
+
+
+def _measure(order: dict) -> Iterator[dict[str, int]]:
+    path = Path(order["path"])
+    settings = Settings(
+        [path],
+        size=tuple(order["size"]),
+        batch=order["batch"],
+        amp=order["amp"],
+        offset_std=order["offset_std"],
+    )
+    detector = Detector(path, order["kernels"], settings)
+    yield {phase: detector.extra_bytes(phase) for phase in PHASES}
+
+
+if __name__ == "__main__":
+    memory.answer(_measure)

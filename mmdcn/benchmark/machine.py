@@ -1,0 +1,81 @@
+"""What a benchmark was run on, and with which versions."""
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+import mmdcn
+
+# By import name, the packages that may provide it.
+PACKAGES = {
+    "mmengine": ("mmengine", "onedl-mmengine"),
+    "mmcv": ("mmcv", "onedl-mmcv"),
+    "mmdet": ("mmdet", "onedl-mmdetection"),
+    "onnxruntime": ("onnxruntime",),
+    "torchvision": ("torchvision",),
+}
+
+
+def machine(device: torch.device) -> dict:
+    """Processor, cores, memory and operating system; the GPU too where `device` is one."""
+    cpu = _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
+    facts = {
+        "cpu": cpu,
+        "cores": _cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "os": _operating_system(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "gpu": properties.name,
+            "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+            "compute_capability": f"{properties.major}.{properties.minor}",
+        }
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """Of everything that was installed and could matter."""
+    found = {
+        "mmdcn": mmdcn.__version__,
+        "mmdcn CPU kernels": torch.ops.mmdcn.cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch CPU kernels": torch.backends.cpu.get_cpu_capability(),
+    }
+    if torch.version.cuda:
+        found |= {"CUDA": torch.version.cuda, "cuDNN": str(torch.backends.cudnn.version())}
+    for name, packages in PACKAGES.items():
+        for package in packages:
+            try:
+                found[name] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+    return found
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _field(path: str, name: str) -> str | None:
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), None)
+
+
+def _operating_system() -> str:
+    try:
+        distribution = platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        return platform.platform()
+    return f"{distribution}, {platform.system()} on {platform.machine()}"
