@@ -142,9 +142,11 @@ class Blending {
   int64_t wait = kNever;
 
   // `blends` has those of each tap and offset group. The work is to be spread over so many steps of
-  // a multiplication.
+  // a multiplication, which reads, one after the other, so many bytes from `stream` on: they are
+  // asked for from the caches along the way.
   void start(const DeformConv2dShape& shape, const Blends<A>* blends, int64_t taps, int64_t pixels,
-             L* columns, int64_t stride, int64_t tap_stride, int64_t steps) {
+             L* columns, int64_t stride, int64_t tap_stride, int64_t steps, const std::byte* stream,
+             int64_t stream_bytes) {
     blends_ = blends;
     end_ = blends + taps * shape.deform_groups;
     deform_groups_ = shape.deform_groups;
@@ -157,11 +159,15 @@ class Blending {
     const int64_t pieces = (end_ - blends_) * pixels * ((part_ + kPiece - 1) / kPiece);
     pace_ = std::max<int64_t>(steps / pieces, 1);
     wait = pace_;
+    stream_ = stream;
+    stream_piece_ = stream_bytes / pieces;
     prefetch();
   }
 
   __attribute__((always_inline)) void work() {
     wait = pace_;
+    for (int64_t b = 0; b < stream_piece_; b += 64) __builtin_prefetch(stream_ + b, 0, 2);
+    stream_ += stream_piece_;
     const Blends<A>& blends = *blends_;
     const int64_t i = i_, c = c_;
     if (!blends.at.missing[i]) {
@@ -222,6 +228,8 @@ class Blending {
   L* tap_columns_;  // of the tap at work
   L* column_;       // of the pixel and offset group at work
   int64_t stride_, tap_stride_, pace_;
+  const std::byte* stream_;
+  int64_t stream_piece_;
   int64_t d_, i_, c_;  // the next piece: offset group, pixel, channel in the group
 };
 
@@ -497,7 +505,10 @@ inline void run_rows(const DeformConv2dShape& shape, const ForwardTensors<T>& te
     return scratch.columns[(unit * parts + part) % 2];
   };
   const auto taps_of = [&](int64_t part) { return std::min(together, taps - part * together); };
-  const auto prepare = [&](int64_t unit, int64_t part, int64_t steps) {
+  // One tap's weights are read in one sweep, from a far cache where all taps' are large.
+  const int64_t stream_bytes = shape.groups == 1 && together == 1 ? tap_bytes<T>(shape) : 0;
+  const int64_t first_panel = stream_bytes * kPanelWidth<A> / padded<A>(shape.out_channels);
+  const auto prepare = [&](int64_t unit, int64_t part, int64_t steps, const std::byte* stream) {
     ForwardTile& tile = scratch.tiles[unit % 2];
     const Image<T> image(shape, tensors, unit / per_image);
     if (part == 0) {
@@ -519,7 +530,7 @@ inline void run_rows(const DeformConv2dShape& shape, const ForwardTensors<T>& te
                        scratch.stride);
       }
       blending.start(shape, scratch.blends, taps_of(part), tile.count, columns, scratch.stride,
-                     scratch.tap_stride, steps);
+                     scratch.tap_stride, steps, stream, stream_bytes);
     };
     if constexpr (std::is_same_v<S, A>) {
       if (!direct) return ready(window);
@@ -527,7 +538,7 @@ inline void run_rows(const DeformConv2dShape& shape, const ForwardTensors<T>& te
     if constexpr (std::is_same_v<S, T>) ready(whole_image(shape, image.input));
   };
 
-  prepare(begin, 0, 0);
+  prepare(begin, 0, 0, tensors.weight);
   for (int64_t unit = begin; unit < end; ++unit) {
     const ForwardTile& tile = scratch.tiles[unit % 2];
     start_tile(shape, tensors, tile.count, scratch.sums);
@@ -535,15 +546,15 @@ inline void run_rows(const DeformConv2dShape& shape, const ForwardTensors<T>& te
       const Depth depth = depth_of<T, L>(shape, taps_of(part), scratch.tap_stride);
       const int64_t steps =
           shape.groups * whole_steps<A>(tile.count, shape.group_out_channels(), depth);
+      const std::byte* weight = tensors.weight + part * together * tap_bytes<T>(shape);
       blending.finish();
       if (part + 1 < parts) {
-        prepare(unit, part + 1, steps);
+        prepare(unit, part + 1, steps, weight + first_panel);
       } else if (unit + 1 < end) {
-        prepare(unit + 1, 0, steps);
+        prepare(unit + 1, 0, steps, weight + first_panel);
       }
-      multiply_taps<T, Order::kRows>(
-          shape, tile.count, depth, columns_of(unit, part), scratch.stride,
-          tensors.weight + part * together * tap_bytes<T>(shape), scratch.sums, blending);
+      multiply_taps<T, Order::kRows>(shape, tile.count, depth, columns_of(unit, part),
+                                     scratch.stride, weight, scratch.sums, blending);
     }
     store_tile(shape, tile, scratch.sums, Image<T>(shape, tensors, unit / per_image).output,
                tensors.output_layout);
