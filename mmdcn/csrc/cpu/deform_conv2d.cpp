@@ -55,8 +55,31 @@ ImageLayout image_layout(const Tensor& tensor) {
 }
 
 // The tensor itself if it is contiguous in one of the two ways, or else a copy that is.
-Tensor features(const Tensor& tensor) {
+Tensor either_way(const Tensor& tensor) {
   return is_channels_last(tensor) ? tensor : torch::stable::contiguous(tensor);
+}
+
+// A tensor of offsets or modulations, or else a copy of it, that the kernels can read: rows of
+// pixels that follow one another, with neighbouring pixels or neighbouring channels together.
+Tensor points(const Tensor& tensor) {
+  const bool even = tensor.size(2) == 1 || tensor.stride(2) == tensor.size(3) * tensor.stride(3);
+  const int64_t pixel = tensor.size(3) == 1 ? tensor.stride(2) : tensor.stride(3);
+  const bool together = pixel == 1 || tensor.stride(1) == 1 || tensor.size(1) == 1;
+  return even && together ? tensor : torch::stable::contiguous(tensor);
+}
+
+template <typename A>
+PointTensor<A> point_tensor(const std::optional<Tensor>& tensor) {
+  if (!tensor.has_value()) return {nullptr, 0, 0, 1};
+  const int64_t pixel = tensor->size(3) == 1 ? tensor->stride(2) : tensor->stride(3);
+  return {const_data<A>(*tensor), tensor->stride(0), tensor->stride(1), pixel};
+}
+
+// Of a weight that is contiguous in one of the two ways.
+WeightLayout weight_layout(const Tensor& weight) {
+  const int64_t in = weight.size(1), taps = weight.size(2) * weight.size(3);
+  if (is_channels_last(weight)) return {in * taps, 1, in};
+  return {in * taps, taps, 1};
 }
 
 template <typename T>
@@ -69,11 +92,10 @@ Tensor forward(const DeformConv2dShape& shape, const Tensor& input, const Tensor
                  input.scalar_type(), layout_of(input));
   if (output.numel() == 0) return output;
 
-  const Tensor inputs = features(input);
-  const Tensor offsets = torch::stable::contiguous(offset);
-  const Tensor weights = torch::stable::contiguous(weight);
+  const Tensor inputs = either_way(input), weights = either_way(weight);
+  const Tensor offsets = points(offset);
   std::optional<Tensor> masks, biases;
-  if (mask.has_value()) masks = torch::stable::contiguous(*mask);
+  if (mask.has_value()) masks = points(*mask);
   if (bias.has_value()) {
     biases =
         torch::stable::contiguous(torch::stable::to(*bias, coordinate_type(input.scalar_type())));
@@ -82,20 +104,21 @@ Tensor forward(const DeformConv2dShape& shape, const Tensor& input, const Tensor
   const ForwardKernel<T> kernel = MMDCN_KERNEL(deform_conv2d_forward, T);
   const Buffer<std::byte> packed(kernel.packed_bytes(shape));
   torch::stable::parallel_for(0, kernel.pack_units(shape), 1, [&](int64_t begin, int64_t end) {
-    kernel.pack_weight(shape, const_data<T>(weights), begin, end, packed.get());
+    kernel.pack_weight(shape, const_data<T>(weights), weight_layout(weights), begin, end,
+                       packed.get());
   });
 
   ForwardTensors<T> tensors = {};
   tensors.input = const_data<T>(inputs);
   tensors.input_layout = image_layout(inputs);
-  tensors.offset = const_data<acc_t>(offsets);
-  tensors.mask = masks.has_value() ? const_data<acc_t>(*masks) : nullptr;
+  tensors.offset = point_tensor<acc_t>(offsets);
+  tensors.mask = point_tensor<acc_t>(masks);
   tensors.weight = packed.get();
   tensors.bias = biases.has_value() ? const_data<acc_t>(*biases) : nullptr;
   tensors.output = data<T>(output);
   tensors.output_layout = image_layout(output);
   torch::stable::parallel_for(0, kernel.tiles(shape), 1, [&](int64_t begin, int64_t end) {
-    const Buffer<std::byte> scratch(kernel.scratch_bytes(shape, tensors.input_layout));
+    const Buffer<std::byte> scratch(kernel.scratch_bytes(shape, tensors));
     kernel.run(shape, tensors, begin, end, scratch.get());
   });
   return output;
@@ -178,11 +201,10 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
     return {grad_input, grad_offset, grad_weight, grad_mask};
   }
 
-  const Tensor gradients = features(grad_output), inputs = features(input);
-  const Tensor offsets = torch::stable::contiguous(offset);
-  const Tensor weights = torch::stable::contiguous(weight);
+  const Tensor gradients = either_way(grad_output), inputs = either_way(input);
+  const Tensor weights = either_way(weight), offsets = points(offset);
   std::optional<Tensor> masks;
-  if (mask.has_value()) masks = torch::stable::contiguous(*mask);
+  if (mask.has_value()) masks = points(*mask);
 
   const BackwardKernel<T> kernel = MMDCN_KERNEL(deform_conv2d_backward, T);
   const int64_t taps = shape.taps(), pixels = shape.pixels();
@@ -202,7 +224,7 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
   const Buffer<acc_t> packed(packed_total), weight_sums(wanted[2] ? sums_size : 0);
   torch::stable::parallel_for(0, block_count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      kernel.pack_weight(shape, const_data<T>(weights), blocks[b],
+      kernel.pack_weight(shape, const_data<T>(weights), weight_layout(weights), blocks[b],
                          packed.get() + blocks[b].packed_begin);
       if (!wanted[2]) continue;
       const int64_t row = taps * kernel.padded_out_channels(shape);
@@ -225,22 +247,24 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
   }
   const Buffer<acc_t> partial(span * tensors.partial_tile);
   tensors.partial = shared ? partial.get() : nullptr;
+  const PointTensor<acc_t> all_offsets = point_tensor<acc_t>(offsets);
+  const PointTensor<acc_t> all_masks = point_tensor<acc_t>(masks);
   const auto set_image = [&](int64_t image) {
-    const int64_t points = image * shape.deform_groups * taps * pixels;
+    const int64_t first_point = image * shape.deform_groups * taps * pixels;
     const int64_t area = image * shape.height * shape.width * shape.channels;
     tensors.grad_output = const_data<T>(gradients) + image * pixels * shape.out_channels;
     tensors.input = const_data<T>(inputs) + area;
-    tensors.offset = const_data<acc_t>(offsets) + 2 * points;
-    tensors.mask = masks.has_value() ? const_data<acc_t>(*masks) + points : nullptr;
+    tensors.offset = all_offsets.image(image);
+    tensors.mask = all_masks.image(image);
     tensors.grad_input = wanted[0] ? data<T>(grad_input) + area : nullptr;
-    tensors.grad_offset = wanted[1] ? data<acc_t>(grad_offset) + 2 * points : nullptr;
-    tensors.grad_mask = wants_mask ? data<acc_t>(grad_mask) + points : nullptr;
+    tensors.grad_offset = wanted[1] ? data<acc_t>(grad_offset) + 2 * first_point : nullptr;
+    tensors.grad_mask = wants_mask ? data<acc_t>(grad_mask) + first_point : nullptr;
   };
   set_image(0);
   const int64_t window_bytes = (kernel.window_bytes(shape, tensors, widest) + 63) / 64 * 64;
   const Buffer<std::byte> window_memory(block_count * window_bytes);
   std::vector<BlockWindows<T>> windows(block_count);
-  const int64_t scratch_bytes = kernel.scratch_bytes(shape, widest);
+  const int64_t scratch_bytes = kernel.scratch_bytes(shape, tensors, widest);
 
   for (int64_t image = 0; image < shape.batch; ++image) {
     set_image(image);

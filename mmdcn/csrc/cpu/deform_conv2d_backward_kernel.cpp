@@ -30,19 +30,20 @@ int64_t packed_block_size(const DeformConv2dShape& shape, const ChannelBlock& bl
 
 // packed: for each tap, Co/groups × the block's channels in panels.
 template <typename T, typename A = accumulator_t<T>>
-void pack_weight(const DeformConv2dShape& shape, const T* weight, const ChannelBlock& block,
-                 A* packed) {
+void pack_weight(const DeformConv2dShape& shape, const T* weight, const WeightLayout& layout,
+                 const ChannelBlock& block, A* packed) {
   constexpr int64_t lanes = kLanes<A>, width = kPanelWidth<A>;
   const int64_t taps = shape.taps(), in = shape.group_channels(), out = shape.group_out_channels();
   const int64_t channels = block.end - block.begin;
   const int64_t tap_size = packed_size_of_tap<T>(shape, block);
-  const T* source = weight + (block.group * out * in + block.begin - block.group * in) * taps;
+  const T* source = weight + block.group * out * layout.out_stride +
+                    (block.begin - block.group * in) * layout.channel_stride;
   if (channels % width != 0) fill_zero(packed, taps * tap_size);
   for (int64_t o = 0; o < out; o += lanes) {
     const int64_t count = std::min(lanes, out - o);
     for_weight_chunks(channels, taps, [&](int64_t c, int64_t some, int64_t t, int64_t some_taps) {
       A rows[kWeightChunk * kWeightChunk * lanes];
-      load_weight_rows(source + o * in * taps, in * taps, count, taps, c, some, t, some_taps, rows);
+      load_weight_rows(source + o * layout.out_stride, layout, count, c, some, t, some_taps, rows);
       for (int64_t tap = 0; tap < some_taps; ++tap) {
         A* target = packed + (t + tap) * tap_size + o * width;
         for (int64_t k = 0; k < some; k += width) {
@@ -126,34 +127,52 @@ struct Scratch {
     A of[4][kBackwardTile];  // G(q, p) Δm
   };
 
+  // The samples of one offset group, for work on its channels one by one.
+  struct Planar {
+    int64_t read[4][kBackwardTile], added[4][kBackwardTile];
+    A weight[4][kBackwardTile], value[4][kBackwardTile];
+    A dots[4][kBackwardTile];  // Σ_c grad_column[c] X(q)[c]
+  };
+
   BackwardTile* tile;
   BackwardSamples<A>* samples;
   Addresses* read;   // where corners are read
   Addresses* added;  // and where their gradients are added up
   Weights* weights;
-  A* grad_tile;     // pixels × Co/groups
-  A* grad_columns;  // pixels × channels of the block
-  A* columns;       // likewise
-  A* gradients;     // 3 × pixels: of y, x and the modulation
-  A* zeros;         // the channels of corners that do not exist
-  A* sinks;         // 4 × channels: what would go to them
-  A* strays;        // 4 × channels: corners that no window shows
-  A* grad_strays;   // 4 × channels: what goes to them
+  Planar* planar;
+  A* grad_tile;       // pixels × Co/groups
+  A* grad_columns;    // pixels × channels of the block
+  A* columns;         // likewise
+  A* planar_grad;     // grad_columns as channels × pixels
+  A* planar_columns;  // columns as channels × pixels
+  A* gradients;       // 3 × pixels: of y, x and the modulation
+  A* zeros;           // the channels of corners that do not exist
+  A* sinks;           // 4 × channels: what would go to them
+  A* strays;          // 4 × channels: corners that no window shows
+  A* grad_strays;     // 4 × channels: what goes to them
+  A* points;          // staged offsets and modulations
 
-  Scratch(const DeformConv2dShape& shape, int64_t channels, Arena& arena)
+  Scratch(const DeformConv2dShape& shape, const BackwardTensors<T>& tensors, int64_t channels,
+          Arena& arena)
       : tile(arena.take<BackwardTile>(1)),
         samples(arena.take<BackwardSamples<A>>(1)),
         read(arena.take<Addresses>(1)),
         added(arena.take<Addresses>(1)),
-        weights(arena.take<Weights>(1)) {
+        weights(arena.take<Weights>(1)),
+        planar(arena.take<Planar>(is_planar(shape) ? 1 : 0)) {
     grad_tile = arena.take<A>(kBackwardTile * grad_tile_stride(shape));
     grad_columns = arena.take<A>(kBackwardTile * row_stride<A>(channels));
     columns = arena.take<A>(kBackwardTile * row_stride<A>(channels));
+    planar_grad = arena.take<A>(is_planar(shape) ? channels * kBackwardTile : 0);
+    planar_columns = arena.take<A>(is_planar(shape) ? channels * kBackwardTile : 0);
     gradients = arena.take<A>(3 * kBackwardTile);
     zeros = arena.take<A>(channels);
     sinks = arena.take<A>(4 * channels);
     strays = arena.take<A>(4 * channels);
     grad_strays = arena.take<A>(4 * channels);
+    points = arena.take<A>(staged_size<kBackwardTile>(
+        shape, tensors.offset, tensors.mask,
+        std::min(shape.deform_groups, channels / shape.deform_group_channels() + 2)));
   }
   static int64_t grad_tile_stride(const DeformConv2dShape& shape) {
     return row_stride<A>(padded<A>(shape.group_out_channels()));
@@ -169,6 +188,7 @@ struct Pass {
   BlockWindows<T>& windows;
   Scratch<T> scratch;
   bool wants_points;
+  PointRows<A> points;  // of the tile at work
 
   int64_t channels() const { return block.end - block.begin; }
   int64_t plane() const { return shape.height * shape.width; }
@@ -264,57 +284,74 @@ struct Pass {
     }
   }
 
-  // The same for offset groups of few channels, straight from and to the planes.
+  // The same for offset groups of few channels, straight from and to the planes. Whatever can be
+  // done for a register of the tile's pixels at a time is, and apart from what cannot.
   void scatter_planes(int64_t begin, int64_t end) {
     const BackwardSamples<A>& samples = *scratch.samples;
-    const int64_t count = scratch.tile->count, stride = row_stride<A>(channels());
+    auto& planar = *scratch.planar;
+    const int64_t count = scratch.tile->count;
     const ImageLayout layout = tensors.input_layout;
     const bool in_window = windows.grad_input.capacity > 0;
-    const int64_t grad_pixel = in_window ? windows.grad_input.pixel_stride : layout.pixel_stride;
-    const int64_t grad_channel = in_window ? 1 : layout.channel_stride;
     A* grad_base = nullptr;
     if (tensors.grad_input) {
       if constexpr (std::is_same_v<T, A>) grad_base = grad_planes();
       if (in_window) grad_base = windows.grad_input.data;
     }
-    int64_t position[4][kBackwardTile];
-    A weight[4][kBackwardTile];
-    set_planar_corners(shape, samples, count, 1, position, weight);
-    fill_zero(scratch.gradients, 3 * kBackwardTile);
+    const int64_t grad_pixel = in_window ? windows.grad_input.pixel_stride : layout.pixel_stride;
+    const int64_t grad_channel = in_window ? 1 : layout.channel_stride;
+    set_planar_corners(shape, samples, count, layout.pixel_stride, planar.read, planar.weight);
+    if (grad_pixel != layout.pixel_stride) {
+      set_planar_corners(shape, samples, count, grad_pixel, planar.added, planar.weight);
+    }
+    const auto& added = grad_pixel != layout.pixel_stride ? planar.added : planar.read;
+    if (wants_points) fill_zero(&planar.dots[0][0], 4 * kBackwardTile);
     for (int64_t c = begin; c < end; ++c) {
       const T* source = planes() + c * layout.channel_stride;
+      const A* grad = scratch.planar_grad + c * kBackwardTile;
+      for (int64_t i = 0; i < count; ++i) {
+        for (int q = 0; q < 4; ++q) planar.value[q][i] = load(source + planar.read[q][i]);
+      }
+      if (tensors.grad_weight) {
+        A* column = scratch.planar_columns + c * kBackwardTile;
+        for (int64_t i = 0; i < count; ++i) {
+          const A blended =
+              planar.weight[0][i] * planar.value[0][i] + planar.weight[1][i] * planar.value[1][i] +
+              planar.weight[2][i] * planar.value[2][i] + planar.weight[3][i] * planar.value[3][i];
+          // Not 0 · value, which is no 0 for an infinite value.
+          column[i] = samples.low_y[i] == samples.kNowhere ? A(0) : blended;
+        }
+      }
+      if (wants_points) {
+        for (int q = 0; q < 4; ++q) {
+          for (int64_t i = 0; i < count; ++i) planar.dots[q][i] += planar.value[q][i] * grad[i];
+        }
+      }
+      if (grad_base == nullptr) continue;
       A* target = grad_base + c * grad_channel;
       for (int64_t i = 0; i < count; ++i) {
-        A* column = scratch.columns + i * stride + c;
-        if (samples.low_y[i] == samples.kNowhere) {
-          *column = 0;
-          continue;
-        }
-        const A grad = scratch.grad_columns[i * stride + c];
-        A dots[4], value[4], blended = 0;
-        for (int q = 0; q < 4; ++q) {
-          value[q] = load(source + position[q][i] * layout.pixel_stride);
-          blended += weight[q][i] * value[q];
-        }
-        *column = blended;
-        if (grad_base) {
-          for (int q = 0; q < 4; ++q) {
-            target[position[q][i] * grad_pixel] += weight[q][i] * grad;
-          }
-        }
-        if (!wants_points) continue;
-        // A corner that does not exist has the position of another.
-        const bool top = samples.low_y[i] >= 0, bottom = samples.low_y[i] + 1 < shape.height;
-        const bool left = samples.low_x[i] >= 0, right = samples.low_x[i] + 1 < shape.width;
-        dots[0] = top && left ? value[0] * grad : A(0);
-        dots[1] = top && right ? value[1] * grad : A(0);
-        dots[2] = bottom && left ? value[2] * grad : A(0);
-        dots[3] = bottom && right ? value[3] * grad : A(0);
-        A gradient[3];
-        point_gradients(dots, samples.fraction_y[i], samples.fraction_x[i], samples.modulation[i],
-                        gradient);
-        for (int k = 0; k < 3; ++k) scratch.gradients[k * kBackwardTile + i] += gradient[k];
+        if (samples.low_y[i] == samples.kNowhere) continue;
+        for (int q = 0; q < 4; ++q) target[added[q][i]] += planar.weight[q][i] * grad[i];
       }
+    }
+    if (!wants_points) return;
+    const int32_t bottom = static_cast<int32_t>(shape.height) - 1;
+    const int32_t right = static_cast<int32_t>(shape.width) - 1;
+    A* gradients = scratch.gradients;
+    for (int64_t i = 0; i < count; ++i) {
+      // A corner that does not exist has the position of another.
+      const int32_t y = samples.low_y[i], x = samples.low_x[i];
+      const int32_t top = y >= 0, low = (y >= -1) & (y < bottom);
+      const int32_t first = x >= 0, last = x < right;
+      const A dots[4] = {(top & first) != 0 ? planar.dots[0][i] : A(0),
+                         (top & last) != 0 ? planar.dots[1][i] : A(0),
+                         (low & first) != 0 ? planar.dots[2][i] : A(0),
+                         (low & last) != 0 ? planar.dots[3][i] : A(0)};
+      A gradient[3];
+      point_gradients(dots, samples.fraction_y[i], samples.fraction_x[i], samples.modulation[i],
+                      gradient);
+      gradients[i] = gradient[0];
+      gradients[kBackwardTile + i] = gradient[1];
+      gradients[2 * kBackwardTile + i] = gradient[2];
     }
   }
 
@@ -408,11 +445,18 @@ struct Pass {
         tensors.weight + block.packed_begin + tap * packed_size_of_tap<T>(shape, block);
     multiply<Order::kRows, Into::kSet>(count, channels(), out, scratch.grad_tile, out_stride,
                                        packed(weight, out), scratch.grad_columns, stride);
+    if (is_planar(shape)) {
+      transpose<A>(scratch.grad_columns, stride, count, channels(), scratch.planar_grad,
+                   kBackwardTile);
+    }
     const int64_t part = shape.deform_group_channels();
     for (int64_t d = block.begin / part; d * part < block.end; ++d) {
       const int64_t begin = std::max(d * part, block.begin) - block.begin;
       const int64_t end = std::min((d + 1) * part, block.end) - block.begin;
-      locate_samples(shape, *scratch.tile, tensors.offset, tensors.mask, d, tap, *scratch.samples);
+      if (is_planar(shape)) {
+        prefetch_points(*scratch.tile, points, points.row(shape, d + 1, tap));
+      }
+      locate_samples(shape, *scratch.tile, points, d, tap, *scratch.samples);
       scatter_samples(begin, end);
       if (!wants_points) continue;
       A* aside = nullptr;
@@ -421,12 +465,16 @@ struct Pass {
       }
       store_points(d, tap, aside);
     }
-    if (tensors.grad_weight) {
-      multiply<Order::kColumns, Into::kAdd>(
-          channels(), out, count, scratch.columns, stride,
-          row_major<A>(scratch.grad_tile, out_stride),
-          tensors.grad_weight + (block.begin * shape.taps() + tap) * padded<A>(out),
-          shape.taps() * padded<A>(out));
+    if (tensors.grad_weight == nullptr) return;
+    const Panels<A> grad_tile = row_major<A>(scratch.grad_tile, out_stride);
+    A* sums = tensors.grad_weight + (block.begin * shape.taps() + tap) * padded<A>(out);
+    const int64_t row = shape.taps() * padded<A>(out);
+    if (is_planar(shape)) {
+      multiply<Order::kRows, Into::kAdd>(channels(), out, count, scratch.planar_columns,
+                                         kBackwardTile, grad_tile, sums, row);
+    } else {
+      multiply<Order::kColumns, Into::kAdd>(channels(), out, count, scratch.columns, stride,
+                                            grad_tile, sums, row);
     }
   }
 };
@@ -509,9 +557,10 @@ void close(const DeformConv2dShape& shape, const BackwardTensors<T>& tensors,
 }
 
 template <typename T, typename A = accumulator_t<T>>
-int64_t scratch_bytes(const DeformConv2dShape& shape, int64_t block_channels) {
+int64_t scratch_bytes(const DeformConv2dShape& shape, const BackwardTensors<T>& tensors,
+                      int64_t block_channels) {
   Arena arena(nullptr);
-  Scratch<T>(shape, block_channels, arena);
+  Scratch<T>(shape, tensors, block_channels, arena);
   return arena.used();
 }
 
@@ -527,8 +576,11 @@ void run(const DeformConv2dShape& shape, const BackwardTensors<T>& tensors,
                   tensors,
                   block,
                   windows,
-                  Scratch<T>(shape, channels, arena),
-                  tensors.grad_offset != nullptr || tensors.grad_mask != nullptr};
+                  Scratch<T>(shape, tensors, channels, arena),
+                  tensors.grad_offset != nullptr || tensors.grad_mask != nullptr,
+                  {}};
+  const int64_t part = shape.deform_group_channels();
+  const int64_t first_group = block.begin / part, last_group = (block.end - 1) / part;
   fill_zero(pass.scratch.zeros, channels);
   fill_zero(pass.scratch.sinks, 4 * channels);
   const bool rolls = windows.grad_input.capacity > 0 && windows.grad_input.capacity < shape.height;
@@ -547,6 +599,8 @@ void run(const DeformConv2dShape& shape, const BackwardTensors<T>& tensors,
           range_around(shape, *pass.scratch.tile, plan, windows.grad_input.capacity, plan.columns),
           pass.grad_planes(), tensors.input_layout, pass.channels(), windows.grad_input);
     }
+    pass.points = point_rows(shape, *pass.scratch.tile, tensors.offset, tensors.mask, first_group,
+                             last_group - first_group + 1, pass.scratch.points);
     pass.load_grad_tile();
     A* partial = tensors.partial;
     if (partial) partial += (index - begin) * tensors.partial_tile;

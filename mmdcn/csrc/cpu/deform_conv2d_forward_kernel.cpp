@@ -59,8 +59,8 @@ int64_t pack_units(const DeformConv2dShape& shape) {
 }
 
 template <typename T, typename A = accumulator_t<T>>
-void pack_weight(const DeformConv2dShape& shape, const T* weight, int64_t begin, int64_t end,
-                 std::byte* packed) {
+void pack_weight(const DeformConv2dShape& shape, const T* weight, const WeightLayout& layout,
+                 int64_t begin, int64_t end, std::byte* packed) {
   constexpr int64_t lanes = kLanes<A>, width = kPanelWidth<A>;
   const int64_t in = shape.group_channels(), out = shape.group_out_channels();
   const int64_t taps = shape.taps(), per_tap = tap_bytes<T>(shape);
@@ -68,14 +68,14 @@ void pack_weight(const DeformConv2dShape& shape, const T* weight, int64_t begin,
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t group = unit / group_units<A>(shape), part = unit % group_units<A>(shape);
     const int64_t count = std::clamp<int64_t>(out - part * lanes, 0, lanes);
-    const T* source = weight + (group * out + part * lanes) * in * taps;
+    const T* source = weight + (group * out + part * lanes) * layout.out_stride;
     std::byte* target = packed + group * taps * per_tap;
     // Where this unit's panel begins, for each channel of the depth, and its half of the panel.
     const int64_t panel = part / 2 * width, half = part % 2 * lanes;
     for_weight_chunks(in, taps, [&](int64_t c, int64_t channels, int64_t t, int64_t some_taps) {
       A rows[kWeightChunk * kWeightChunk * lanes];
       if (count < lanes) fill_zero(rows, channels * some_taps * lanes);
-      load_weight_rows(source, in * taps, count, taps, c, channels, t, some_taps, rows);
+      load_weight_rows(source, layout, count, c, channels, t, some_taps, rows);
       for (int64_t tap = 0; tap < some_taps; ++tap) {
         std::byte* place = target + (t + tap) * per_tap;
         const auto value = [&](int64_t k) { return rows + (k * some_taps + tap) * lanes; };
@@ -264,13 +264,14 @@ __attribute__((noinline)) void blend_stray(const DeformConv2dShape& shape,
 
 // Makes the samples of one tap ready. `zeros` are the channels of corners that do not exist.
 template <typename T, typename S, typename A, typename L>
-inline void prepare_blends(const DeformConv2dShape& shape, const ForwardTile& tile, const A* offset,
-                           const A* mask, int64_t tap, const Rows<S>& rows, const T* planes,
-                           ForwardSamples<A>& samples, std::remove_const_t<S>* zeros, A* strays,
-                           Blends<A>* blends, L* columns, int64_t stride) {
+inline void prepare_blends(const DeformConv2dShape& shape, const ForwardTile& tile,
+                           const PointRows<A>& points, int64_t tap, const Rows<S>& rows,
+                           const T* planes, ForwardSamples<A>& samples,
+                           std::remove_const_t<S>* zeros, A* strays, Blends<A>* blends, L* columns,
+                           int64_t stride) {
   const int64_t part = shape.deform_group_channels();
   for (int64_t d = 0; d < shape.deform_groups; ++d, ++blends) {
-    locate_samples(shape, tile, offset, mask, d, tap, samples);
+    locate_samples(shape, tile, points, d, tap, samples);
     set_corners<S>(shape, rows, d * part, samples, tile.count, zeros, 0, blends->at);
     set_weights(samples, tile.count, blends->weight);
     // Only from a window can anything be missing.
@@ -285,29 +286,25 @@ inline void prepare_blends(const DeformConv2dShape& shape, const ForwardTile& ti
   }
 }
 
-// The columns of one tap, channel by channel: a row of the tile's pixels for each channel.
+// The columns of one tap and offset group, channel by channel: a row of the tile's pixels for each.
+// `input` is the group's.
 template <typename T, typename A>
-inline void sample_planes(const DeformConv2dShape& shape, const PlanarTile& tile, const A* offset,
-                          const A* mask, int64_t tap, const T* input, ImageLayout layout,
-                          Samples<A, kPlanarTile>& samples, A* columns) {
-  const int64_t part = shape.deform_group_channels();
+inline void sample_planes(const DeformConv2dShape& shape, const PlanarTile& tile,
+                          const Samples<A, kPlanarTile>& samples, const T* input,
+                          ImageLayout layout, A* columns) {
   int64_t position[4][kPlanarTile];
   A weight[4][kPlanarTile];
-  for (int64_t d = 0; d < shape.deform_groups; ++d) {
-    prefetch_samples(shape, tile, offset, mask, d + 1, tap);
-    locate_samples(shape, tile, offset, mask, d, tap, samples);
-    set_planar_corners(shape, samples, tile.count, layout.pixel_stride, position, weight);
-    for (int64_t c = d * part; c < (d + 1) * part; ++c) {
-      const T* plane = input + c * layout.channel_stride;
-      A* row = columns + c * kPlanarTile;
-      for (int64_t i = 0; i < tile.count; ++i) {
-        const A value = weight[0][i] * load(plane + position[0][i]) +
-                        weight[1][i] * load(plane + position[1][i]) +
-                        weight[2][i] * load(plane + position[2][i]) +
-                        weight[3][i] * load(plane + position[3][i]);
-        // Not 0 · value, which is no 0 for an infinite value.
-        row[i] = samples.low_y[i] == samples.kNowhere ? A(0) : value;
-      }
+  set_planar_corners(shape, samples, tile.count, layout.pixel_stride, position, weight);
+  for (int64_t c = 0; c < shape.deform_group_channels(); ++c) {
+    const T* plane = input + c * layout.channel_stride;
+    A* row = columns + c * kPlanarTile;
+    for (int64_t i = 0; i < tile.count; ++i) {
+      const A value = weight[0][i] * load(plane + position[0][i]) +
+                      weight[1][i] * load(plane + position[1][i]) +
+                      weight[2][i] * load(plane + position[2][i]) +
+                      weight[3][i] * load(plane + position[3][i]);
+      // Not 0 · value, which is no 0 for an infinite value.
+      row[i] = samples.low_y[i] == samples.kNowhere ? A(0) : value;
     }
   }
 }
@@ -347,9 +344,11 @@ struct Scratch {
   Blends<A>* blends;  // of each tap and offset group
   S* zeros;
   A* strays;
+  A* points;  // staged offsets and modulations
   A* window;
 
-  Scratch(const DeformConv2dShape& shape, const WindowPlan& plan, bool has_window, Arena& arena)
+  template <typename T>
+  Scratch(const DeformConv2dShape& shape, const ForwardTensors<T>& tensors, Arena& arena)
       : tiles(arena.take<ForwardTile>(2)), samples(arena.take<ForwardSamples<A>>(1)) {
     const int64_t taps = taps_together(shape), part = shape.deform_group_channels();
     sums = arena.take<A>(kForwardTile * shape.groups * padded<A>(shape.group_out_channels()));
@@ -359,23 +358,45 @@ struct Scratch {
     blends = arena.take<Blends<A>>(taps * shape.deform_groups);
     zeros = arena.take<S>(part);
     strays = arena.take<A>(4 * part);
+    points = arena.take<A>(
+        staged_size<kForwardTile>(shape, tensors.offset, tensors.mask, shape.deform_groups));
+    const WindowPlan plan = plan_forward<A>(shape);
+    const bool has_window = !tensors.input_layout.channels_last();
     window =
         arena.take<A>(has_window ? window_size<A>(shape.channels, plan.rows, plan.columns) : 0);
   }
 };
 
+// Tiles that are worked through together.
+constexpr int64_t kPlanarSpan = 4;
+
+// Offset groups that are sampled from planes together, for all taps: their columns must stay in the
+// second-level cache.
+inline int64_t planar_groups(const DeformConv2dShape& shape) {
+  constexpr int64_t deepest = 288;
+  const int64_t most = deepest / (shape.taps() * shape.deform_group_channels());
+  return std::clamp<int64_t>(most, 1, shape.deform_groups);
+}
+
 // The same for sampling from planes.
 template <typename A>
 struct PlanarScratch {
-  PlanarTile* tile;
+  PlanarTile* tiles;  // of one span
   Samples<A, kPlanarTile>* samples;
-  A* sums;     // pixels × groups × padded out channels
-  A* columns;  // channels × pixels
+  A* sums;  // for each tile, pixels × groups × padded out channels
+  int64_t tile_sums;
+  A* columns;  // taps × channels × pixels
+  A* points;   // staged offsets and modulations
 
-  PlanarScratch(const DeformConv2dShape& shape, Arena& arena)
-      : tile(arena.take<PlanarTile>(1)), samples(arena.take<Samples<A, kPlanarTile>>(1)) {
-    sums = arena.take<A>(kPlanarTile * shape.groups * padded<A>(shape.group_out_channels()));
-    columns = arena.take<A>(shape.channels * kPlanarTile);
+  template <typename T>
+  PlanarScratch(const DeformConv2dShape& shape, const ForwardTensors<T>& tensors, Arena& arena)
+      : tiles(arena.take<PlanarTile>(kPlanarSpan)),
+        samples(arena.take<Samples<A, kPlanarTile>>(1)) {
+    const int64_t groups = planar_groups(shape);
+    tile_sums = kPlanarTile * shape.groups * padded<A>(shape.group_out_channels());
+    sums = arena.take<A>(kPlanarSpan * tile_sums);
+    columns = arena.take<A>(shape.taps() * groups * shape.deform_group_channels() * kPlanarTile);
+    points = arena.take<A>(staged_size<kPlanarTile>(shape, tensors.offset, tensors.mask, groups));
   }
 };
 
@@ -388,7 +409,7 @@ inline Depth depth_of(const DeformConv2dShape& shape, int64_t taps, int64_t tap_
 }
 
 // tile += columns · weights, for all groups, in whose steps `work` is done.
-template <typename T, Order order, typename L, typename A, typename Work>
+template <typename T, typename L, typename A, typename Work>
 inline void multiply_taps(const DeformConv2dShape& shape, int64_t pixels, const Depth& depth,
                           const L* columns, int64_t stride, const std::byte* weight, A* sums,
                           Work& work) {
@@ -398,9 +419,30 @@ inline void multiply_taps(const DeformConv2dShape& shape, int64_t pixels, const 
     const std::byte* values = weight + g * shape.taps() * tap_bytes<T>(shape);
     const Panels<L> panels = {reinterpret_cast<const L*>(values), depth.steps * row,
                               kPanelWidth<A>};
-    multiply<order, Into::kAdd>(
-        pixels, out, depth, columns + (order == Order::kRows ? g * in : g * in * stride), stride,
-        panels, sums + g * padded<A>(out), shape.groups * padded<A>(out), work);
+    multiply<Order::kRows, Into::kAdd>(pixels, out, depth, columns + g * in, stride, panels,
+                                       sums + g * padded<A>(out), shape.groups * padded<A>(out),
+                                       work);
+  }
+}
+
+// The same for the channels [begin, end) and all taps, of which the columns are rows of pixels.
+template <typename T, typename A>
+inline void multiply_planes(const DeformConv2dShape& shape, int64_t pixels, int64_t begin,
+                            int64_t end, const A* columns, int64_t tap_stride,
+                            const std::byte* weight, A* sums) {
+  const int64_t in = shape.group_channels(), out = shape.group_out_channels();
+  const int64_t per_tap = tap_bytes<T>(shape);
+  NoWork none;
+  for (int64_t g = begin / in; g * in < end; ++g) {
+    const int64_t first = std::max(g * in, begin), last = std::min((g + 1) * in, end);
+    const A* values = reinterpret_cast<const A*>(weight + g * shape.taps() * per_tap);
+    const Depth depth = {last - first, shape.taps(), tap_stride,
+                         per_tap / static_cast<int64_t>(sizeof(A))};
+    const Panels<A> panels = {values + (first - g * in) * kPanelWidth<A>, in * kPanelWidth<A>,
+                              kPanelWidth<A>};
+    multiply<Order::kColumns, Into::kAdd>(
+        pixels, out, depth, columns + (first - begin) * kPlanarTile, kPlanarTile, panels,
+        sums + g * padded<A>(out), shape.groups * padded<A>(out), none);
   }
 }
 
@@ -441,42 +483,61 @@ inline void store_tile(const DeformConv2dShape& shape, const Tile<kMost>& tile, 
 template <typename T, typename A = accumulator_t<T>>
 struct Image {
   const T* input;
-  const A* offset;
-  const A* mask;
+  PointTensor<A> offset, mask;
   T* output;
 
   Image(const DeformConv2dShape& shape, const ForwardTensors<T>& tensors, int64_t number) {
-    const int64_t points = number * shape.deform_groups * shape.taps() * shape.pixels();
     input = tensors.input + number * shape.channels * shape.height * shape.width;
-    offset = tensors.offset + 2 * points;
-    mask = tensors.mask ? tensors.mask + points : nullptr;
+    offset = tensors.offset.image(number);
+    mask = tensors.mask.image(number);
     output = tensors.output + number * shape.out_channels * shape.pixels();
   }
 };
 
-// Sampling from the planes.
+// Sampling from the planes, some offset groups at a time. Every row of offsets begins on another
+// page of memory: several tiles read on in it before the next offset groups' rows, so that finding
+// its page is paid for once.
 template <typename T, typename A = accumulator_t<T>>
 inline void run_planes(const DeformConv2dShape& shape, const ForwardTensors<T>& tensors,
                        int64_t begin, int64_t end, std::byte* memory) {
   const WindowPlan plan = plan_forward<A>(shape);
   const int64_t per_image = tiles_of_image(shape, plan, kPlanarTile);
-  const Depth depth = depth_of<T, A>(shape, 1, 0);
+  const int64_t taps = shape.taps(), part = shape.deform_group_channels();
+  const int64_t most = planar_groups(shape), tap_stride = most * part * kPlanarTile;
+  const ImageLayout layout = tensors.input_layout;
   Arena arena(memory);
-  const PlanarScratch<A> scratch(shape, arena);
-  PlanarTile& tile = *scratch.tile;
-  NoWork none;
-  for (int64_t unit = begin; unit < end; ++unit) {
+  const PlanarScratch<A> scratch(shape, tensors, arena);
+  for (int64_t unit = begin; unit < end;) {
     const Image<T> image(shape, tensors, unit / per_image);
-    set_tile(shape, plan, unit % per_image, tile);
-    start_tile(shape, tensors, tile.count, scratch.sums);
-    for (int64_t tap = 0; tap < shape.taps(); ++tap) {
-      sample_planes(shape, tile, image.offset, image.mask, tap, image.input, tensors.input_layout,
-                    *scratch.samples, scratch.columns);
-      multiply_taps<T, Order::kColumns>(shape, tile.count, depth, scratch.columns, kPlanarTile,
-                                        tensors.weight + tap * tap_bytes<T>(shape), scratch.sums,
-                                        none);
+    const int64_t tiles = std::min({kPlanarSpan, end - unit, per_image - unit % per_image});
+    for (int64_t t = 0; t < tiles; ++t) {
+      set_tile(shape, plan, (unit + t) % per_image, scratch.tiles[t]);
+      start_tile(shape, tensors, scratch.tiles[t].count, scratch.sums + t * scratch.tile_sums);
     }
-    store_tile(shape, tile, scratch.sums, image.output, tensors.output_layout);
+    for (int64_t first = 0; first < shape.deform_groups; first += most) {
+      const int64_t last = std::min(first + most, shape.deform_groups);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const PlanarTile& tile = scratch.tiles[t];
+        const PointRows<A> points =
+            point_rows(shape, tile, image.offset, image.mask, first, last - first, scratch.points);
+        for (int64_t d = first; d < last; ++d) {
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            prefetch_points(tile, points, points.row(shape, d, tap) + 1);
+            locate_samples(shape, tile, points, d, tap, *scratch.samples);
+            sample_planes(shape, tile, *scratch.samples,
+                          image.input + d * part * layout.channel_stride, layout,
+                          scratch.columns + tap * tap_stride + (d - first) * part * kPlanarTile);
+          }
+        }
+        multiply_planes<T>(shape, tile.count, first * part, last * part, scratch.columns,
+                           tap_stride, tensors.weight, scratch.sums + t * scratch.tile_sums);
+      }
+    }
+    for (int64_t t = 0; t < tiles; ++t) {
+      store_tile(shape, scratch.tiles[t], scratch.sums + t * scratch.tile_sums, image.output,
+                 tensors.output_layout);
+    }
+    unit += tiles;
   }
 }
 
@@ -490,8 +551,9 @@ inline void run_rows(const DeformConv2dShape& shape, const ForwardTensors<T>& te
   const int64_t parts = (taps + together - 1) / together;
   const bool direct = tensors.input_layout.channels_last();
   Arena arena(memory);
-  const Scratch<S, L, A> scratch(shape, plan, !direct, arena);
+  const Scratch<S, L, A> scratch(shape, tensors, arena);
   Rows<A> window = {};
+  PointRows<A> points = {};
   Blending<S, A, L> blending;
   fill_zero(scratch.zeros, shape.deform_group_channels());
   if constexpr (!std::is_same_v<L, A>) {
@@ -520,12 +582,14 @@ inline void run_rows(const DeformConv2dShape& shape, const ForwardTensors<T>& te
         roll_input(shape, range_around(shape, tile, plan, plan.rows, plan.columns), image.input,
                    shape.channels, window);
       }
+      points =
+          point_rows(shape, tile, image.offset, image.mask, 0, shape.deform_groups, scratch.points);
     }
     const auto ready = [&](const auto& rows) {
       L* columns = columns_of(unit, part);
       for (int64_t t = 0; t < taps_of(part); ++t) {
-        prepare_blends(shape, tile, image.offset, image.mask, part * together + t, rows,
-                       image.input, *scratch.samples, scratch.zeros, scratch.strays,
+        prepare_blends(shape, tile, points, part * together + t, rows, image.input,
+                       *scratch.samples, scratch.zeros, scratch.strays,
                        scratch.blends + t * shape.deform_groups, columns + t * scratch.tap_stride,
                        scratch.stride);
       }
@@ -553,8 +617,8 @@ inline void run_rows(const DeformConv2dShape& shape, const ForwardTensors<T>& te
       } else if (unit + 1 < end) {
         prepare(unit + 1, 0, steps, weight + first_panel);
       }
-      multiply_taps<T, Order::kRows>(shape, tile.count, depth, columns_of(unit, part),
-                                     scratch.stride, weight, scratch.sums, blending);
+      multiply_taps<T>(shape, tile.count, depth, columns_of(unit, part), scratch.stride, weight,
+                       scratch.sums, blending);
     }
     store_tile(shape, tile, scratch.sums, Image<T>(shape, tensors, unit / per_image).output,
                tensors.output_layout);
@@ -578,14 +642,13 @@ inline void with_types(const DeformConv2dShape& shape, ImageLayout layout, const
 }
 
 template <typename T, typename A = accumulator_t<T>>
-int64_t scratch_bytes(const DeformConv2dShape& shape, ImageLayout layout) {
+int64_t scratch_bytes(const DeformConv2dShape& shape, const ForwardTensors<T>& tensors) {
   Arena arena(nullptr);
   if (is_planar(shape)) {
-    PlanarScratch<A>(shape, arena);
+    PlanarScratch<A>(shape, tensors, arena);
   } else {
-    with_types<T>(shape, layout, [&](auto s, auto l) {
-      Scratch<decltype(s), decltype(l), A>(shape, plan_forward<A>(shape), !layout.channels_last(),
-                                           arena);
+    with_types<T>(shape, tensors.input_layout, [&](auto s, auto l) {
+      Scratch<decltype(s), decltype(l), A>(shape, tensors, arena);
     });
   }
   return arena.used();

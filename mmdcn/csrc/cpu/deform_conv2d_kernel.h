@@ -12,14 +12,33 @@ namespace mmdcn {
 
 // Output pixels that a tile of the forward pass, and of the backward pass, holds at most.
 constexpr int kForwardTile = 48;
-constexpr int kPlanarTile = 96;  // of the forward pass, where offset groups have few channels
-constexpr int kBackwardTile = 96;
+constexpr int kPlanarTile = 192;  // of the forward pass, where offset groups have few channels
+constexpr int kBackwardTile = 192;
 
 // Where the elements of one image lie: channels in planes, or pixel by pixel.
 struct ImageLayout {
   int64_t pixel_stride, channel_stride;
 
   MMDCN_HOST_DEVICE bool channels_last() const { return channel_stride == 1; }
+};
+
+// Where the offsets, or the modulations, of images lie. Rows of pixels follow one another; either
+// neighbouring pixels or neighbouring channels lie together.
+template <typename A>
+struct PointTensor {
+  const A* data;  // null for no modulation
+  int64_t image_stride, channel_stride, pixel_stride;
+
+  MMDCN_HOST_DEVICE bool in_planes() const { return pixel_stride == 1; }
+  MMDCN_HOST_DEVICE PointTensor image(int64_t number) const {
+    return {data ? data + number * image_stride : nullptr, image_stride, channel_stride,
+            pixel_stride};
+  }
+};
+
+// Where the elements of a weight lie: (Co, C/groups, taps).
+struct WeightLayout {
+  int64_t out_stride, channel_stride, tap_stride;
 };
 
 // Output pixels of one strip, in row-major order, as runs of pixels that are neighbours in memory.
@@ -72,11 +91,11 @@ struct ForwardTensors {
   using acc_t = accumulator_t<T>;
   const T* input;  // (N, C, H, W) in the layout below
   ImageLayout input_layout;
-  const acc_t* offset;      // (N, deform_groups, taps, 2, Ho, Wo)
-  const acc_t* mask;        // (N, deform_groups, taps, Ho, Wo), or null
-  const std::byte* weight;  // as pack_weight made it
-  const acc_t* bias;        // (Co), or null
-  T* output;                // (N, Co, Ho, Wo) in the layout below
+  PointTensor<acc_t> offset;  // (N, deform_groups, taps, 2, Ho, Wo)
+  PointTensor<acc_t> mask;    // (N, deform_groups, taps, Ho, Wo)
+  const std::byte* weight;    // as pack_weight made it
+  const acc_t* bias;          // (Co), or null
+  T* output;                  // (N, Co, Ho, Wo) in the layout below
   ImageLayout output_layout;
 };
 
@@ -87,11 +106,11 @@ struct ForwardKernel {
   // packed_bytes.
   int64_t (*pack_units)(const DeformConv2dShape&);
   int64_t (*packed_bytes)(const DeformConv2dShape&);
-  void (*pack_weight)(const DeformConv2dShape&, const T* weight, int64_t begin, int64_t end,
-                      std::byte* packed);
+  void (*pack_weight)(const DeformConv2dShape&, const T* weight, const WeightLayout&, int64_t begin,
+                      int64_t end, std::byte* packed);
   // Tiles of all images, and bytes of scratch memory that one thread needs.
   int64_t (*tiles)(const DeformConv2dShape&);
-  int64_t (*scratch_bytes)(const DeformConv2dShape&, ImageLayout input);
+  int64_t (*scratch_bytes)(const DeformConv2dShape&, const ForwardTensors<T>&);
   void (*run)(const DeformConv2dShape&, const ForwardTensors<T>&, int64_t begin, int64_t end,
               std::byte* scratch);
 };
@@ -113,14 +132,14 @@ struct BackwardTensors {
   ImageLayout output_layout;
   const T* input;  // (C, H, W)
   ImageLayout input_layout;
-  const acc_t* offset;  // (deform_groups, taps, 2, Ho, Wo)
-  const acc_t* mask;    // (deform_groups, taps, Ho, Wo), or null
-  const acc_t* weight;  // packed: for each block and tap, Co/groups × its channels in panels
-  T* grad_input;        // (C, H, W) in the input's layout, added to
-  acc_t* grad_offset;   // (deform_groups, taps, 2, Ho, Wo)
-  acc_t* grad_mask;     // (deform_groups, taps, Ho, Wo)
-  acc_t* grad_weight;   // (C, taps, padded Co/groups), added to
-  acc_t* partial;       // (tiles, partial_tile), see partial_position; null where all is owned
+  PointTensor<acc_t> offset;  // (deform_groups, taps, 2, Ho, Wo)
+  PointTensor<acc_t> mask;    // (deform_groups, taps, Ho, Wo)
+  const acc_t* weight;        // packed: for each block and tap, Co/groups × its channels in panels
+  T* grad_input;              // (C, H, W) in the input's layout, added to
+  acc_t* grad_offset;         // (deform_groups, taps, 2, Ho, Wo)
+  acc_t* grad_mask;           // (deform_groups, taps, Ho, Wo)
+  acc_t* grad_weight;         // (C, taps, padded Co/groups), added to
+  acc_t* partial;  // (tiles, partial_tile), see partial_position; null where all is owned
   int64_t partial_tile;
 };
 
@@ -135,12 +154,13 @@ struct BackwardKernel {
   using acc_t = accumulator_t<T>;
   // Elements of a block's packed weights.
   int64_t (*packed_size)(const DeformConv2dShape&, const ChannelBlock&);
-  void (*pack_weight)(const DeformConv2dShape&, const T* weight, const ChannelBlock&,
-                      acc_t* packed);
+  void (*pack_weight)(const DeformConv2dShape&, const T* weight, const WeightLayout&,
+                      const ChannelBlock&, acc_t* packed);
   int64_t (*tiles)(const DeformConv2dShape&);  // of one image
   void (*tile_at)(const DeformConv2dShape&, int64_t index, Tile<kBackwardTile>&);
   // Memory that one thread needs, and that one block's windows need.
-  int64_t (*scratch_bytes)(const DeformConv2dShape&, int64_t block_channels);
+  int64_t (*scratch_bytes)(const DeformConv2dShape&, const BackwardTensors<T>&,
+                           int64_t block_channels);
   int64_t (*window_bytes)(const DeformConv2dShape&, const BackwardTensors<T>&,
                           int64_t block_channels);
   // For each block and image: `open`, then `run` for all tiles in ascending order, some at a time,

@@ -241,27 +241,89 @@ struct Samples {
   A modulation[kMost];  // 0 for what contributes nothing
 };
 
-// `offset` and `mask` are those of the image.
+// Where the offsets and modulations of some offset groups are read for a tile: a row of pixels for
+// each channel, either of all the image or, staged, of the tile.
+template <typename A>
+struct PointRows {
+  const A* offset;
+  const A* mask;
+  int64_t offset_stride, mask_stride;  // from channel to channel
+  int64_t first_group, rows;           // rows: of the mask
+  bool staged;
+
+  int64_t row(const DeformConv2dShape& shape, int64_t d, int64_t tap) const {
+    return (d - first_group) * shape.taps() + tap;
+  }
+};
+
+// Elements of memory that staging takes for `groups` offset groups.
+template <int kMost, typename A>
+inline int64_t staged_size(const DeformConv2dShape& shape, const PointTensor<A>& offset,
+                           const PointTensor<A>& mask, int64_t groups) {
+  return offset.in_planes() && mask.in_planes() ? 0 : 3 * groups * shape.taps() * kMost;
+}
+
+// Channels [first, first + count) of a tile's points, as rows of pixels.
+template <int kMost, typename A>
+inline void stage(const Tile<kMost>& tile, const PointTensor<A>& points, int64_t first,
+                  int64_t count, A* rows) {
+  for (int64_t r = 0; r < tile.runs; ++r) {
+    const auto& run = tile.run[r];
+    const A* source = points.data + first * points.channel_stride + run.pixel * points.pixel_stride;
+    A* target = rows + run.first;
+    if (!points.in_planes()) {
+      transpose<A>(source, points.pixel_stride, run.count, count, target, kMost);
+      continue;
+    }
+    for (int64_t c = 0; c < count; ++c) {
+      copy_row<A>(source + c * points.channel_stride, run.count, target + c * kMost);
+    }
+  }
+}
+
+// The rows of offset groups [first, first + groups) of one image; `memory` has staged_size elements
+// for them.
+template <int kMost, typename A>
+inline PointRows<A> point_rows(const DeformConv2dShape& shape, const Tile<kMost>& tile,
+                               const PointTensor<A>& offset, const PointTensor<A>& mask,
+                               int64_t first, int64_t groups, A* memory) {
+  const int64_t skipped = first * shape.taps(), rows = groups * shape.taps();
+  if (offset.in_planes() && mask.in_planes()) {
+    return {offset.data + 2 * skipped * offset.channel_stride,
+            mask.data ? mask.data + skipped * mask.channel_stride : nullptr,
+            offset.channel_stride,
+            mask.channel_stride,
+            first,
+            rows,
+            false};
+  }
+  A* mask_memory = memory + 2 * rows * kMost;
+  stage(tile, offset, 2 * skipped, 2 * rows, memory);
+  if (mask.data) stage(tile, mask, skipped, rows, mask_memory);
+  return {memory, mask.data ? mask_memory : nullptr, kMost, kMost, first, rows, true};
+}
+
 template <typename A, int kMost>
-inline void locate_samples(const DeformConv2dShape& shape, const Tile<kMost>& tile, const A* offset,
-                           const A* mask, int64_t d, int64_t tap, Samples<A, kMost>& samples) {
-  const int64_t row = d * shape.taps() + tap, pixels = shape.pixels();
-  const A* offset_y = offset + 2 * row * pixels;
-  const A* offset_x = offset_y + pixels;
+inline void locate_samples(const DeformConv2dShape& shape, const Tile<kMost>& tile,
+                           const PointRows<A>& points, int64_t d, int64_t tap,
+                           Samples<A, kMost>& samples) {
+  const int64_t row = points.row(shape, d, tap);
   const A tap_y = A(shape.y.base(0, tap / shape.kernel_width));
   const A tap_x = A(shape.x.base(0, tap % shape.kernel_width));
   const int64_t height = shape.height, width = shape.width;
   const A stride_y = A(shape.y.stride), stride_x = A(shape.x.stride);
   for (int64_t r = 0; r < tile.runs; ++r) {
-    const int64_t first = tile.run[r].first, count = tile.run[r].count, pixel = tile.run[r].pixel;
-    for (int64_t j = 0; j < count; ++j) {
-      samples.modulation[first + j] = mask ? mask[row * pixels + pixel + j] : A(1);
-    }
+    const int64_t first = tile.run[r].first, count = tile.run[r].count;
+    const int64_t place = points.staged ? first : tile.run[r].pixel;
+    const A* offset_y = points.offset + 2 * row * points.offset_stride + place;
+    const A* offset_x = offset_y + points.offset_stride;
+    const A* mask = points.mask ? points.mask + row * points.mask_stride + place : nullptr;
+    for (int64_t j = 0; j < count; ++j) samples.modulation[first + j] = mask ? mask[j] : A(1);
 #pragma GCC ivdep
     for (int64_t j = 0; j < count; ++j) {
       const int64_t i = first + j;
-      const A p_y = A(tile.y[i]) * stride_y + tap_y + offset_y[pixel + j];
-      const A p_x = A(tile.x[i]) * stride_x + tap_x + offset_x[pixel + j];
+      const A p_y = A(tile.y[i]) * stride_y + tap_y + offset_y[j];
+      const A p_x = A(tile.x[i]) * stride_x + tap_x + offset_x[j];
       const bool there = reaches(p_y, height) & reaches(p_x, width);
       int32_t low_y, low_x;
       split(there ? p_y : A(0), low_y, samples.fraction_y[i]);
@@ -273,21 +335,21 @@ inline void locate_samples(const DeformConv2dShape& shape, const Tile<kMost>& ti
   }
 }
 
-// Asks for the offsets and the modulation of a tile. Those of the next offset group lie too far
-// away for the processor to guess.
+// Asks for the offsets and the modulation of one of the rows, if there is such a row: it lies too
+// far away for the processor to guess.
 template <typename A, int kMost>
-inline void prefetch_samples(const DeformConv2dShape& shape, const Tile<kMost>& tile,
-                             const A* offset, const A* mask, int64_t d, int64_t tap) {
-  if (d >= shape.deform_groups) return;
-  const int64_t row = d * shape.taps() + tap, pixels = shape.pixels();
+inline void prefetch_points(const Tile<kMost>& tile, const PointRows<A>& points, int64_t row) {
+  if (points.staged || row >= points.rows) return;
   constexpr int64_t line = 64 / sizeof(A);
   for (int64_t r = 0; r < tile.runs; ++r) {
+    const A* offset = points.offset + 2 * row * points.offset_stride + tile.run[r].pixel;
     for (int64_t j = 0; j < tile.run[r].count; j += line) {
-      const int64_t pixel = tile.run[r].pixel + j;
-      __builtin_prefetch(offset + 2 * row * pixels + pixel);
-      __builtin_prefetch(offset + (2 * row + 1) * pixels + pixel);
-      if (mask) __builtin_prefetch(mask + row * pixels + pixel);
+      __builtin_prefetch(offset + j);
+      __builtin_prefetch(offset + points.offset_stride + j);
     }
+    if (points.mask == nullptr) continue;
+    const A* mask = points.mask + row * points.mask_stride + tile.run[r].pixel;
+    for (int64_t j = 0; j < tile.run[r].count; j += line) __builtin_prefetch(mask + j);
   }
 }
 

@@ -2,6 +2,7 @@
 // of channels, and between torch's weights and those that the kernels multiply with.
 #pragma once
 
+#include "deform_conv2d_kernel.h"
 #include "simd.h"
 
 namespace mmdcn {
@@ -65,18 +66,25 @@ inline void for_weight_chunks(int64_t channels, int64_t taps, const F& function)
 
 // Weights of `channels` input channels and `taps` taps, from (c, t) on, as rows of up to a register
 // of output channels: rows[(k · taps + tap) · lanes + o], which must be zero where o >= count. In
-// `weight` output channels are out_stride apart and the all_taps of an input channel lie together.
+// the weight either the taps of a channel or the channels of a tap lie together.
 template <typename T, typename A>
-inline void load_weight_rows(const T* weight, int64_t out_stride, int64_t count, int64_t all_taps,
-                             int64_t c, int64_t channels, int64_t t, int64_t taps, A* rows) {
-  const T* source = weight + c * all_taps + t;
-  if (taps == all_taps) {
-    transpose<A>(source, out_stride, count, channels * taps, rows, kLanes<A>);
-    return;
-  }
-  for (int64_t k = 0; k < channels; ++k) {
-    transpose<A>(source + k * all_taps, out_stride, count, taps, rows + k * taps * kLanes<A>,
-                 kLanes<A>);
+inline void load_weight_rows(const T* weight, const WeightLayout& layout, int64_t count, int64_t c,
+                             int64_t channels, int64_t t, int64_t taps, A* rows) {
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t out_stride = layout.out_stride;
+  const T* source = weight + c * layout.channel_stride + t * layout.tap_stride;
+  if (layout.tap_stride != 1) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      transpose<A>(source + tap * layout.tap_stride, out_stride, count, channels,
+                   rows + tap * lanes, taps * lanes);
+    }
+  } else if (layout.channel_stride == taps) {
+    transpose<A>(source, out_stride, count, channels * taps, rows, lanes);
+  } else {
+    for (int64_t k = 0; k < channels; ++k) {
+      transpose<A>(source + k * layout.channel_stride, out_stride, count, taps,
+                   rows + k * taps * lanes, lanes);
+    }
   }
 }
 
