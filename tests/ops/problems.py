@@ -21,7 +21,10 @@ NAMES = ("input", "offset", "weight", "bias", "mask")
 
 @dataclasses.dataclass
 class Problem:
-    """Sizes of one call; `kernel` to `dilation` are (height, width)."""
+    """Sizes of one call; `kernel` to `dilation` are (height, width).
+
+    `channels_last` is of the input, `points_channels_last` of offset and mask.
+    """
 
     batch: int = 2
     channels: int = 4
@@ -37,6 +40,8 @@ class Problem:
     has_mask: bool = True
     has_bias: bool = True
     channels_last: bool = False
+    points_channels_last: bool = False
+    weight_channels_last: bool = False
     float32_offset: bool = False
     spread: float = 2.0
     seed: int = 0
@@ -77,10 +82,20 @@ class Problem:
             if tensor is None:
                 continue
             tensor = tensor.to(device, wide if name in ("offset", "mask") else dtype)
-            if name == "input" and self.channels_last:
+            if name in self.channels_last_tensors:
                 tensor = tensor.contiguous(memory_format=torch.channels_last)
             tensors[name] = tensor.requires_grad_()
         return tensors
+
+    @property
+    def channels_last_tensors(self) -> set[str]:
+        layouts = {
+            "input": self.channels_last,
+            "offset": self.points_channels_last,
+            "mask": self.points_channels_last,
+            "weight": self.weight_channels_last,
+        }
+        return {name for name, channels_last in layouts.items() if channels_last}
 
     def arguments(self) -> dict:
         return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
@@ -115,6 +130,8 @@ def problems(draw) -> Problem:
         has_mask=draw(st.booleans()),
         has_bias=draw(st.booleans()),
         channels_last=draw(st.booleans()),
+        points_channels_last=draw(st.booleans()),
+        weight_channels_last=draw(st.booleans()),
         float32_offset=draw(st.booleans()),
         spread=draw(st.sampled_from([0.3, 2.0, 20.0])),
         seed=draw(st.integers(0, 2**31)),

@@ -70,16 +70,44 @@ def test_matches_reference(dtype, problem):
         Problem(1, 130, 48, 50, 5, channels_last=True),
         # Blocks that end in the middle of an offset group.
         Problem(2, 96, 12, 11, 8, deform_groups=2),
+        # Offset groups of an odd number of channels, where bfloat16 is multiplied in pairs; taps
+        # that are multiplied in several parts, of different sizes.
+        Problem(1, 15, 12, 11, 8, deform_groups=3, weight_channels_last=True),
+        Problem(1, 105, 9, 8, 4, kernel=(5, 3), padding=(2, 1), points_channels_last=True),
         # Groups and offset groups that do not divide each other; an offset group per channel.
         Problem(1, 12, 7, 8, 6, groups=2, deform_groups=3),
         Problem(1, 12, 7, 8, 24, groups=4, deform_groups=6, spread=20.0),
         Problem(1, 24, 7, 8, 24, groups=24, deform_groups=24),
+        # Few channels to an offset group: more than a span of tiles, and more groups than are
+        # sampled together.
+        Problem(1, 70, 30, 31, 4, groups=2, deform_groups=70, points_channels_last=True),
+        Problem(2, 70, 30, 31, 4, groups=2, deform_groups=35, channels_last=True),
         Problem(1, 7, 20, 3, 9, kernel=(7, 1), padding=(3, 0)),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_reference_across_blocks(dtype, problem):
+    compare_with_reference(problem, dtype)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        # The window rolls down the image; samples lie inside it, and far outside.
+        Problem(2, 20, 70, 9, 5, spread=1.0),
+        Problem(2, 20, 70, 9, 5, spread=25.0),
+        Problem(1, 20, 70, 9, 5, stride=(3, 2), dilation=(4, 2), deform_groups=2, spread=9.0),
+        # Wide images are worked through in several strips.
+        Problem(1, 64, 24, 450, 3, spread=6.0),
+        Problem(2, 64, 24, 451, 3, stride=(2, 1), spread=40.0, points_channels_last=True),
+        # So many channels that the window shows little more than the grid itself.
+        Problem(1, 1100, 30, 40, 2, groups=2, spread=3.0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_reference_through_windows(dtype, problem):
     compare_with_reference(problem, dtype)
 
 
@@ -141,6 +169,30 @@ def test_one_bad_offset_leaves_the_others_alone():
         assert largest_error(actual[name], value) < 1e-12, name
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("deform_groups", [1, 3, 24])
+def test_what_is_no_number_stays_where_it_is_used(deform_groups, channels_last):
+    """A NaN in the input, or an infinite mask, reaches the pixels that sample it and no others."""
+    problem = Problem(1, 24, 40, 9, 5, deform_groups=deform_groups, channels_last=channels_last)
+    tensors = {name: t.detach() for name, t in problem.tensors(torch.float32).items()}
+    tensors["input"][0, 7, 20, 4] = float("nan")
+    tensors["mask"][0, 2, 3, 5] = float("inf")
+    actual = deform_conv2d(**tensors, padding=1)
+    expected = reference.deform_conv2d(**tensors, padding=1)
+    assert 0 < torch.isnan(expected).sum() < expected.numel() / 2
+    torch.testing.assert_close(
+        actual.nan_to_num(99.0, 99.0, 99.0), expected.float().nan_to_num(99.0, 99.0, 99.0)
+    )
+
+
+def test_samples_that_reach_nothing_take_no_notice_of_the_mask():
+    tensors = Problem(out_channels=3).tensors()
+    with torch.no_grad():
+        tensors["offset"].fill_(1e4)
+        tensors["mask"].fill_(float("nan"))
+    assert_samples_nothing(deform_conv2d, tensors, padding=1)
+
+
 @pytest.mark.parametrize("edge", ["low", "high"])
 def test_border_is_open_interval(edge):
     """A sample at -1 or at H reaches nothing; just inside, the border pixel fades out."""
@@ -182,6 +234,45 @@ def test_arguments_need_not_be_contiguous():
     assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("deform_groups", [1, 12])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: torch.cat([t, t * 0 + 9], 1)[:, : t.shape[1]],
+        lambda t: torch.cat([t * 0 + 9, t], 1).chunk(2, 1)[1],
+        lambda t: torch.cat([t, t], 1).contiguous(memory_format=torch.channels_last).chunk(2, 1)[1],
+        lambda t: torch.stack([t, t * 0 + 9], 1)[:, 0],
+        lambda t: torch.cat([t, t * 0 + 9], 3)[..., : t.shape[3]],
+        lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda t: t.flip(0).flip(0).as_strided(t.shape, t.stride()),
+    ],
+    ids=["first", "second", "channels_last", "batch", "width", "transposed", "same"],
+)
+def test_offsets_and_masks_are_read_where_they_lie(view, deform_groups):
+    """As slices of what a convolution gives, for one."""
+    problem = Problem(2, 12, 9, 30, 6, deform_groups=deform_groups)
+    expected = run(deform_conv2d, problem.tensors(), padding=1)
+    tensors = problem.tensors()
+    for name in ("offset", "mask"):
+        tensors[name] = view(tensors[name].detach()).requires_grad_()
+        assert torch.equal(tensors[name], problem.tensors()[name])
+    actual = run(deform_conv2d, tensors, padding=1)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+@pytest.mark.parametrize("deform_groups", [1, 12])
+def test_expanded_offsets(deform_groups):
+    """One offset for all images, pixels, or both, without a copy of it for each."""
+    problem = Problem(3, 12, 9, 30, 6, deform_groups=deform_groups)
+    tensors = {name: t.detach() for name, t in problem.tensors().items()}
+    full = tensors["offset"]
+    for one in (full[:1], full[:, :, :1, :1], full[:1, :, :1, :1], full[:, :1], full[:, :, :1]):
+        tensors["offset"] = one.expand_as(full)
+        expected = deform_conv2d(**{**tensors, "offset": tensors["offset"].contiguous()}, padding=1)
+        assert torch.equal(deform_conv2d(**tensors, padding=1), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_empty_batch(dtype):
     tensors = Problem(batch=0).tensors(dtype)
@@ -205,12 +296,22 @@ def test_each_gradient_alone(wanted):
     assert all(actual[f"grad_{name}"] is None for name in NAMES if name != wanted)
 
 
-def test_same_bits_for_any_number_of_threads():
-    problem = Problem(2, 130, 20, 21, 40, deform_groups=2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(2, 130, 20, 21, 40, deform_groups=2),
+        Problem(2, 130, 20, 21, 40, deform_groups=2, channels_last=True),
+        Problem(1, 24, 70, 9, 40, spread=25.0),
+        Problem(1, 72, 30, 21, 40, deform_groups=36, points_channels_last=True),
+    ],
+    ids=str,
+)
+def test_same_bits_for_any_number_of_threads(problem, dtype):
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append(run(deform_conv2d, problem.tensors(torch.float32), padding=1))
+        results.append(run(deform_conv2d, problem.tensors(dtype), padding=1))
     torch.set_num_threads(2)
     for other in results[1:]:
         for name, value in results[0].items():
@@ -429,6 +530,12 @@ from tests.ops.problems import Problem, compare_with_reference
 for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
     compare_with_reference(Problem(1, 130, 9, 11, 70, (3, 3), deform_groups=2), dtype)
     compare_with_reference(Problem(2, 12, 7, 8, 6, groups=2, deform_groups=12), dtype)
+    compare_with_reference(Problem(1, 70, 20, 21, 5, deform_groups=35), dtype)
+    for layout in (False, True):
+        compare_with_reference(Problem(1, 37, 70, 9, 5, channels_last=layout, spread=15.0), dtype)
+    compare_with_reference(
+        Problem(1, 15, 9, 8, 6, deform_groups=3, points_channels_last=True,
+                weight_channels_last=True), dtype)
 """
 
 
