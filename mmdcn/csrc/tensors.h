@@ -80,6 +80,10 @@ inline DeformConv2dShape deform_conv2d_shape(const Tensor& input, const Tensor& 
   shape.kernel_width = weight.size(3);
   shape.y = {stride[0], padding[0], dilation[0]};
   shape.x = {stride[1], padding[1], dilation[1]};
+  // Rows and columns are counted in 32 bits.
+  constexpr int64_t too_long = INT64_C(1) << 30;
+  MMDCN_REQUIRE(shape.height < too_long && shape.width < too_long);
+  MMDCN_REQUIRE(offset.size(2) < too_long && offset.size(3) < too_long);
   MMDCN_REQUIRE(shape.taps() > 0 && shape.channels > 0 && weight.size(1) > 0);
   MMDCN_REQUIRE(shape.channels % weight.size(1) == 0);
   shape.groups = shape.channels / weight.size(1);

@@ -13,6 +13,7 @@ from . import _library, reference
 _library.load()
 
 FEATURE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+LONGEST_SIDE = 2**30  # the kernels count rows and columns in 32 bits
 
 
 def deform_conv2d(
@@ -157,6 +158,8 @@ def _check_shapes(input, offset, weight, bias, stride, padding, dilation, mask) 
     taps = kernel_h * kernel_w
     if channels < 1:
         raise ValueError(f"input: expected at least one channel, got shape {tuple(input.shape)}")
+    if height >= LONGEST_SIDE or width >= LONGEST_SIDE:
+        raise ValueError(f"input: expected a height and a width below 2**30, got {(height, width)}")
     if taps < 1 or group_channels < 1 or out_channels < 1:
         raise ValueError(
             f"weight: expected no dimension of size 0, got shape {tuple(weight.shape)}"
@@ -184,6 +187,11 @@ def _check_shapes(input, offset, weight, bias, stride, padding, dilation, mask) 
             (height, width), padding, dilation, (kernel_h, kernel_w), stride
         )
     )
+    if out_h >= LONGEST_SIDE or out_w >= LONGEST_SIDE:
+        raise ValueError(
+            f"padding: expected an output with a height and a width below 2**30, got "
+            f"{(out_h, out_w)} with padding {padding}"
+        )
     if out_h < 1 or out_w < 1:
         raise ValueError(
             f"input: expected height and width of at least the dilated kernel's, "

@@ -385,6 +385,7 @@ def test_compiled_operator_refuses_what_does_not_fit():
         (x, offset, weight, bias, *geometry, mask[:, :, :-1]),
         (x, offset.double(), weight, bias, *geometry, mask),
         (x[0], offset, weight, bias, *geometry, mask),
+        (x[..., :1].expand(-1, -1, -1, 2**30), offset, weight, bias, *geometry, mask),
     ):
         with pytest.raises(RuntimeError, match="deform_conv2d"):
             op(*arguments)
@@ -413,6 +414,12 @@ BAD_CALLS = {
     ),
     "input is no tensor": ({"input": [1.0]}, TypeError, "input.*list"),
     "input without channels": ({"input": torch.zeros(2, 0, 7, 8)}, ValueError, "input.*channel"),
+    "input too wide": (
+        {"input": torch.zeros(2, 4, 7, 1).expand(-1, -1, -1, 2**30)},
+        ValueError,
+        r"input.*2\*\*30.*\(7, 1073741824\)",
+    ),
+    "padding too large": ({"padding": 2**30}, ValueError, r"padding.*2\*\*30.*2147483655"),
     "offset missing": ({"offset": None}, TypeError, "offset.*NoneType"),
     "offset of 16 channels": (
         {"offset": torch.zeros(2, 16, 7, 8)},
