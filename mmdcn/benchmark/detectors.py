@@ -309,6 +309,8 @@ def _detectors_of(path: Path, settings: Settings) -> Iterator[tuple[Detector, di
         yield ours, {**entry, "kernels": "mmdcn", "times": {}}
     if "mmcv" in settings.kernels:
         theirs = Detector(path, "mmcv", settings)
+        # Of mmcv's layers, what initialises plain convolutions draws the offset branches' too.
+        theirs.model.load_state_dict(ours.model.state_dict())
         _check_layers(ours, theirs)
         yield theirs, {**entry, "kernels": "mmcv", "times": {}}
 

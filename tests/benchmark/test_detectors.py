@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -85,6 +87,17 @@ def test_each_detector_runs_on_its_own_kernels(configs):
         ("mmcv", "training"): (0, 0, 6),
         ("mmcv", "inference"): (0, 0, 3),
     }
+
+
+@pytest.mark.parametrize("layer", ["DCN", "DCNv2"])
+def test_both_kernels_get_the_same_weights(configs, layer):
+    configs[1].write_text(DEFORMABLE.replace("DCNv2", layer))
+    # mmcv's DCN takes no image smaller than its kernel: 3 × 3 in the last stage.
+    chosen = dataclasses.replace(settings(configs), size=(96, 96))
+    with detectors._toolbox_quiet():
+        (ours, _), (theirs, _) = detectors._detectors_of(configs[1], chosen)
+    weights = theirs.model.state_dict()
+    assert all(torch.equal(v, weights[n]) for n, v in ours.model.state_dict().items())
 
 
 def test_iterations_are_all_the_same(configs):
