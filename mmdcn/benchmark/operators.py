@@ -179,10 +179,10 @@ class _Checker:
             self.key = key
             self.outputs = [
                 reference.deform_conv2d(
-                    tensors["input"][image],
-                    tensors["offset"][image],
-                    tensors["weight"],
-                    mask=tensors["mask"][image] if "mask" in tensors else None,
+                    tensors["input"][image].double(),
+                    tensors["offset"][image].double(),
+                    tensors["weight"].double(),
+                    mask=tensors["mask"][image].double() if "mask" in tensors else None,
                     **case.arguments(),
                 )
                 for image in (slice(0, 1), slice(case.batch - 1, None))
@@ -215,8 +215,8 @@ class _Checker:
 
 
 def _distance(value: Tensor, expected: Tensor) -> float:
-    expected = expected.float()
-    return float((value.float() - expected).norm() / expected.norm().clamp(min=1e-30))
+    value, expected = value.double(), expected.double()
+    return float((value - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 # ------------------------------------------------------------------------------------------ memory

@@ -91,6 +91,12 @@ def test_every_implementation_has_its_samples():
             assert floor["multiply"] == pytest.approx(passes * entry["flops"] / rates / 1e6)
 
 
+def test_float64_is_compared_in_float64(monkeypatch):
+    monkeypatch.setitem(operators.TOLERANCE, "float64", 1e-13)
+    result = run(settings(["1x4x8x8"], ["v1", "v2"], ["nchw"], ["float64"], peers=[]))
+    assert result["complete"]
+
+
 def test_half_precision_is_timed_beside_float32(monkeypatch):
     class Unknown(Exception):
         pass
