@@ -304,6 +304,7 @@ def test_each_gradient_alone(wanted):
         Problem(2, 130, 20, 21, 40, deform_groups=2, channels_last=True),
         Problem(1, 24, 70, 9, 40, spread=25.0),
         Problem(1, 72, 30, 21, 40, deform_groups=36, points_channels_last=True),
+        Problem(1, 128, 256, 20, 10),  # weights that are packed by several threads
     ],
     ids=str,
 )

@@ -20,6 +20,19 @@ namespace {
 constexpr int64_t kPartialBytes = 2 << 20;
 constexpr int64_t kSpanTiles = 24;
 
+// Less than so many multiply-adds are not worth waking a thread for. An element that is sampled,
+// packed or added up takes about as long as some of them.
+constexpr int64_t kWorthAThread = 1 << 20;
+constexpr int64_t kElementWork = 16;
+
+// Units of work that a thread should get at least, for so many multiply-adds a unit.
+int64_t grain(int64_t unit_work) { return std::max<int64_t>(kWorthAThread / unit_work, 1); }
+
+// Work of sampling some input channels for some output pixels, and multiplying them by the weight.
+int64_t pass_work(const DeformConv2dShape& shape, int64_t pixels, int64_t channels) {
+  return pixels * channels * shape.taps() * (shape.group_out_channels() + kElementWork);
+}
+
 // The kernels of the instruction set in use.
 #ifdef __x86_64__
 #define MMDCN_KERNEL(name, T)                                       \
@@ -103,7 +116,9 @@ Tensor forward(const DeformConv2dShape& shape, const Tensor& input, const Tensor
 
   const ForwardKernel<T> kernel = MMDCN_KERNEL(deform_conv2d_forward, T);
   const Buffer<std::byte> packed(kernel.packed_bytes(shape));
-  torch::stable::parallel_for(0, kernel.pack_units(shape), 1, [&](int64_t begin, int64_t end) {
+  const int64_t units = kernel.pack_units(shape), tiles = kernel.tiles(shape);
+  const int64_t unit_grain = grain((weights.numel() + units - 1) / units * kElementWork);
+  torch::stable::parallel_for(0, units, unit_grain, [&](int64_t begin, int64_t end) {
     kernel.pack_weight(shape, const_data<T>(weights), weight_layout(weights), begin, end,
                        packed.get());
   });
@@ -117,7 +132,9 @@ Tensor forward(const DeformConv2dShape& shape, const Tensor& input, const Tensor
   tensors.bias = biases.has_value() ? const_data<acc_t>(*biases) : nullptr;
   tensors.output = data<T>(output);
   tensors.output_layout = image_layout(output);
-  torch::stable::parallel_for(0, kernel.tiles(shape), 1, [&](int64_t begin, int64_t end) {
+  const int64_t tile_pixels = (shape.batch * shape.pixels() + tiles - 1) / tiles;
+  const int64_t tile_grain = grain(pass_work(shape, tile_pixels, shape.channels));
+  torch::stable::parallel_for(0, tiles, tile_grain, [&](int64_t begin, int64_t end) {
     const Buffer<std::byte> scratch(kernel.scratch_bytes(shape, tensors));
     kernel.run(shape, tensors, begin, end, scratch.get());
   });
@@ -222,7 +239,8 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
   shared = shared && (wanted[1] || wants_mask);
   const int64_t sums_size = shape.channels * taps * kernel.padded_out_channels(shape);
   const Buffer<acc_t> packed(packed_total), weight_sums(wanted[2] ? sums_size : 0);
-  torch::stable::parallel_for(0, block_count, 1, [&](int64_t begin, int64_t end) {
+  const int64_t weight_grain = grain(weights.numel() / block_count * kElementWork);
+  torch::stable::parallel_for(0, block_count, weight_grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       kernel.pack_weight(shape, const_data<T>(weights), weight_layout(weights), blocks[b],
                          packed.get() + blocks[b].packed_begin);
@@ -270,7 +288,9 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
     set_image(image);
     for (int64_t first = 0; first < tiles; first += span) {
       const int64_t last = std::min(first + span, tiles);
-      torch::stable::parallel_for(0, block_count, 1, [&](int64_t begin, int64_t end) {
+      const int64_t span_pixels = std::min((last - first) * kBackwardTile, pixels);
+      const int64_t block_grain = grain(3 * pass_work(shape, span_pixels, widest));
+      torch::stable::parallel_for(0, block_count, block_grain, [&](int64_t begin, int64_t end) {
         const Buffer<std::byte> scratch(scratch_bytes);
         for (int64_t b = begin; b < end; ++b) {
           if (first == 0) {
@@ -282,7 +302,8 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
         }
       });
       if (!shared) continue;
-      torch::stable::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
+      const int64_t tile_grain = grain(tensors.partial_tile * kElementWork);
+      torch::stable::parallel_for(first, last, tile_grain, [&](int64_t begin, int64_t end) {
         Tile<kBackwardTile> tile;
         for (int64_t index = begin; index < end; ++index) {
           kernel.tile_at(shape, index, tile);
@@ -293,7 +314,7 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
     }
   }
   if (wanted[2]) {
-    torch::stable::parallel_for(0, block_count, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, block_count, weight_grain, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         kernel.unpack_grad_weight(shape, weight_sums.get(), blocks[b], data<T>(grad_weight));
       }
