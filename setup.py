@@ -35,6 +35,8 @@ AVX512 = [
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
     *("-mfma", "-mf16c", "-mprefer-vector-width=512"),
 ]
+# Where in a cache line the multiplication begins its loops decides about a tenth of its time.
+ALIGNED_LOOPS = "-falign-loops=64"
 CPU_CAPABILITIES = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -182,7 +184,7 @@ class BuildOperators(build_ext):
                         continue
                     define = f"-DMMDCN_CPU_CAPABILITY={capability}"
                     target = self.object_path(f"cpu_{source.stem}_{capability}")
-                    command = [*self.cxx, *self.cxx_flags(), *flags, define]
+                    command = [*self.cxx, *self.cxx_flags(), *flags, ALIGNED_LOOPS, define]
                     commands.append((target, [*command, "-c", str(source), "-o", str(target)]))
             else:
                 target = self.object_path(f"cpu_{source.stem}")
