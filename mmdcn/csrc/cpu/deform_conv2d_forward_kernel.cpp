@@ -136,7 +136,7 @@ template <typename S, typename A, typename L>
 class Blending {
  public:
   static constexpr bool kAny = true;
-  static constexpr int64_t kPiece = 4 * kLanes<A>;  // channels
+  static constexpr int64_t kPiece = 256 / sizeof(A);  // channels
   static constexpr int64_t kNever = INT64_C(1) << 62;
 
   int64_t wait = kNever;
@@ -178,7 +178,7 @@ class Blending {
         weight[q] = blends.weight[q][i];
       }
       if (part_ - c >= kPiece) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int64_t k = 0; k < kPiece; k += kLanes<A>) {
           blend_register(corner, weight, k, column_ + c);
         }
