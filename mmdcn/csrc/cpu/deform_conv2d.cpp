@@ -25,12 +25,14 @@ constexpr int64_t kSpanTiles = 24;
 constexpr int64_t kWorthAThread = 1 << 20;
 constexpr int64_t kElementWork = 16;
 
-// Units of work that a thread should get at least, for so many multiply-adds a unit.
-int64_t grain(int64_t unit_work) { return std::max<int64_t>(kWorthAThread / unit_work, 1); }
+// How many of the units that so many multiply-adds fall into a thread should get at least.
+int64_t grain(int64_t units, int64_t work) {
+  return std::max<int64_t>(kWorthAThread * units / work, 1);
+}
 
-// Work of sampling some input channels for some output pixels, and multiplying them by the weight.
-int64_t pass_work(const DeformConv2dShape& shape, int64_t pixels, int64_t channels) {
-  return pixels * channels * shape.taps() * (shape.group_out_channels() + kElementWork);
+// Work of sampling the input for some output pixels, and multiplying the samples by the weight.
+int64_t pass_work(const DeformConv2dShape& shape, int64_t pixels) {
+  return pixels * shape.channels * shape.taps() * (shape.group_out_channels() + kElementWork);
 }
 
 // The kernels of the instruction set in use.
@@ -117,7 +119,7 @@ Tensor forward(const DeformConv2dShape& shape, const Tensor& input, const Tensor
   const ForwardKernel<T> kernel = MMDCN_KERNEL(deform_conv2d_forward, T);
   const Buffer<std::byte> packed(kernel.packed_bytes(shape));
   const int64_t units = kernel.pack_units(shape), tiles = kernel.tiles(shape);
-  const int64_t unit_grain = grain((weights.numel() + units - 1) / units * kElementWork);
+  const int64_t unit_grain = grain(units, weights.numel() * kElementWork);
   torch::stable::parallel_for(0, units, unit_grain, [&](int64_t begin, int64_t end) {
     kernel.pack_weight(shape, const_data<T>(weights), weight_layout(weights), begin, end,
                        packed.get());
@@ -132,8 +134,7 @@ Tensor forward(const DeformConv2dShape& shape, const Tensor& input, const Tensor
   tensors.bias = biases.has_value() ? const_data<acc_t>(*biases) : nullptr;
   tensors.output = data<T>(output);
   tensors.output_layout = image_layout(output);
-  const int64_t tile_pixels = (shape.batch * shape.pixels() + tiles - 1) / tiles;
-  const int64_t tile_grain = grain(pass_work(shape, tile_pixels, shape.channels));
+  const int64_t tile_grain = grain(tiles, pass_work(shape, shape.batch * shape.pixels()));
   torch::stable::parallel_for(0, tiles, tile_grain, [&](int64_t begin, int64_t end) {
     const Buffer<std::byte> scratch(kernel.scratch_bytes(shape, tensors));
     kernel.run(shape, tensors, begin, end, scratch.get());
@@ -239,7 +240,7 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
   shared = shared && (wanted[1] || wants_mask);
   const int64_t sums_size = shape.channels * taps * kernel.padded_out_channels(shape);
   const Buffer<acc_t> packed(packed_total), weight_sums(wanted[2] ? sums_size : 0);
-  const int64_t weight_grain = grain(weights.numel() / block_count * kElementWork);
+  const int64_t weight_grain = grain(block_count, weights.numel() * kElementWork);
   torch::stable::parallel_for(0, block_count, weight_grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       kernel.pack_weight(shape, const_data<T>(weights), weight_layout(weights), blocks[b],
@@ -289,7 +290,7 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
     for (int64_t first = 0; first < tiles; first += span) {
       const int64_t last = std::min(first + span, tiles);
       const int64_t span_pixels = std::min((last - first) * kBackwardTile, pixels);
-      const int64_t block_grain = grain(3 * pass_work(shape, span_pixels, widest));
+      const int64_t block_grain = grain(block_count, 3 * pass_work(shape, span_pixels));
       torch::stable::parallel_for(0, block_count, block_grain, [&](int64_t begin, int64_t end) {
         const Buffer<std::byte> scratch(scratch_bytes);
         for (int64_t b = begin; b < end; ++b) {
@@ -302,7 +303,7 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
         }
       });
       if (!shared) continue;
-      const int64_t tile_grain = grain(tensors.partial_tile * kElementWork);
+      const int64_t tile_grain = grain(1, tensors.partial_tile * kElementWork);
       torch::stable::parallel_for(first, last, tile_grain, [&](int64_t begin, int64_t end) {
         Tile<kBackwardTile> tile;
         for (int64_t index = begin; index < end; ++index) {

@@ -136,7 +136,9 @@ template <typename S, typename A, typename L>
 class Blending {
  public:
   static constexpr bool kAny = true;
-  static constexpr int64_t kPiece = 256 / sizeof(A);  // channels
+  // Channels of a piece: enough that it is worth pushing the multiplication's sums out of their
+  // registers, where these are few.
+  static constexpr int64_t kPiece = 256 / sizeof(A);
   static constexpr int64_t kNever = INT64_C(1) << 62;
 
   int64_t wait = kNever;
