@@ -118,7 +118,7 @@ Tensor forward(const DeformConv2dShape& shape, const Tensor& input, const Tensor
 
   const ForwardKernel<T> kernel = MMDCN_KERNEL(deform_conv2d_forward, T);
   const Buffer<std::byte> packed(kernel.packed_bytes(shape));
-  const int64_t units = kernel.pack_units(shape), tiles = kernel.tiles(shape);
+  const int64_t units = kernel.pack_units(shape), shares = kernel.shares(shape);
   const int64_t unit_grain = grain(units, weights.numel() * kElementWork);
   torch::stable::parallel_for(0, units, unit_grain, [&](int64_t begin, int64_t end) {
     kernel.pack_weight(shape, const_data<T>(weights), weight_layout(weights), begin, end,
@@ -134,8 +134,8 @@ Tensor forward(const DeformConv2dShape& shape, const Tensor& input, const Tensor
   tensors.bias = biases.has_value() ? const_data<acc_t>(*biases) : nullptr;
   tensors.output = data<T>(output);
   tensors.output_layout = image_layout(output);
-  const int64_t tile_grain = grain(tiles, pass_work(shape, shape.batch * shape.pixels()));
-  torch::stable::parallel_for(0, tiles, tile_grain, [&](int64_t begin, int64_t end) {
+  const int64_t share_grain = grain(shares, pass_work(shape, shape.batch * shape.pixels()));
+  torch::stable::parallel_for(0, shares, share_grain, [&](int64_t begin, int64_t end) {
     const Buffer<std::byte> scratch(kernel.scratch_bytes(shape, tensors));
     kernel.run(shape, tensors, begin, end, scratch.get());
   });

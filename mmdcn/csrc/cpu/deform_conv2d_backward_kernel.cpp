@@ -70,10 +70,10 @@ struct Scatter {
   A* column;
 };
 
-// Adds to the gradient of the input, recomputes the column, and gives in `dots`
-// Σ_c grad_column[c] X(q)[c] for each corner q.
+// Adds to the gradient of the input, recomputes the column, and gives in `dots`, still to be added
+// up over their lanes, Σ_c grad_column[c] X(q)[c] for each corner q.
 template <bool wants_input, bool wants_column, bool wants_dots, typename S, typename A>
-inline void scatter(const Scatter<S, A>& sample, int64_t count, A (&dots)[4]) {
+inline void scatter(const Scatter<S, A>& sample, int64_t count, register_t<A> (&dots)[4]) {
   const A* grad_column = sample.grad_column;
   A* column = sample.column;
   register_t<A> sums[4] = {};
@@ -95,17 +95,17 @@ inline void scatter(const Scatter<S, A>& sample, int64_t count, A (&dots)[4]) {
     }
     if constexpr (wants_column) store_register(column + c, blended);
   }
-  if constexpr (wants_dots) sums_of<A>(sums, dots);
   for (; c < count; ++c) {
     A blended = 0;
     for (int q = 0; q < 4; ++q) {
       const A value = load(sample.corner[q] + c);
       blended += sample.weight[q] * value;
-      dots[q] += value * grad_column[c];
+      sums[q][0] += value * grad_column[c];
       if constexpr (wants_input) sample.grad_corner[q][c] += sample.weight[q] * grad_column[c];
     }
     if constexpr (wants_column) column[c] = blended;
   }
+  for (int q = 0; q < 4; ++q) dots[q] = sums[q];
 }
 
 // The gradients of y, x and the modulation, from the dots of the corners and their weights.
@@ -131,7 +131,6 @@ struct Scratch {
   struct Planar {
     int64_t read[4][kBackwardTile], added[4][kBackwardTile];
     A weight[4][kBackwardTile], value[4][kBackwardTile];
-    A dots[4][kBackwardTile];  // Σ_c grad_column[c] X(q)[c]
   };
 
   BackwardTile* tile;
@@ -145,6 +144,7 @@ struct Scratch {
   A* columns;         // likewise
   A* planar_grad;     // grad_columns as channels × pixels
   A* planar_columns;  // columns as channels × pixels
+  A* dots;            // 4 × pixels: Σ_c grad_column[c] X(q)[c] for each corner q
   A* gradients;       // 3 × pixels: of y, x and the modulation
   A* zeros;           // the channels of corners that do not exist
   A* sinks;           // 4 × channels: what would go to them
@@ -165,6 +165,7 @@ struct Scratch {
     columns = arena.take<A>(kBackwardTile * row_stride<A>(channels));
     planar_grad = arena.take<A>(is_planar(shape) ? channels * kBackwardTile : 0);
     planar_columns = arena.take<A>(is_planar(shape) ? channels * kBackwardTile : 0);
+    dots = arena.take<A>(4 * kBackwardTile);
     gradients = arena.take<A>(3 * kBackwardTile);
     zeros = arena.take<A>(channels);
     sinks = arena.take<A>(4 * channels);
@@ -203,7 +204,7 @@ struct Pass {
   // it needs pixels beyond the windows: those are read from and added to the planes.
   template <bool wants_input, bool wants_column, bool wants_dots>
   __attribute__((noinline)) void stray(int64_t i, int64_t channel, int64_t count,
-                                       Scatter<A, A>& sample, A (&dots)[4]) {
+                                       Scatter<A, A>& sample, register_t<A> (&dots)[4]) {
     Corners<A, 2> corners;
     if (!corners_of(shape, *scratch.samples, i, corners)) {
       if (wants_column) fill_zero(sample.column, count);
@@ -253,35 +254,43 @@ struct Pass {
                      *scratch.added);
     }
     set_weights(samples, pixels, scratch.weights->of);
-    for (int64_t i = 0; i < pixels; ++i) {
-      A dots[4] = {};
-      Scatter<V, A> sample;
-      sample.grad_column = scratch.grad_columns + i * stride + begin;
-      sample.column = scratch.columns + i * stride + begin;
-      bool missing = scratch.read->missing[i];
-      for (int q = 0; q < 4; ++q) {
-        sample.corner[q] = reinterpret_cast<const V*>(scratch.read->corner[q][i]);
-        sample.weight[q] = weights[q][i];
-        if (wants_input) sample.grad_corner[q] = reinterpret_cast<A*>(scratch.added->corner[q][i]);
-      }
-      if (wants_input) missing = missing || scratch.added->missing[i];
-      // Only from windows of A can anything be missing.
-      if constexpr (std::is_same_v<V, A>) {
-        if (missing) {
-          stray<wants_input, wants_column, wants_dots>(i, begin, count, sample, dots);
-        } else {
-          scatter<wants_input, wants_column, wants_dots>(sample, count, dots);
+    constexpr int64_t lanes = kLanes<A>;
+    register_t<A> dots[4][lanes] = {};
+    for (int64_t first = 0; first < pixels; first += lanes) {
+      const int64_t some = std::min(lanes, pixels - first);
+      for (int64_t k = 0; k < some; ++k) {
+        const int64_t i = first + k;
+        Scatter<V, A> sample;
+        sample.grad_column = scratch.grad_columns + i * stride + begin;
+        sample.column = scratch.columns + i * stride + begin;
+        bool missing = scratch.read->missing[i];
+        for (int q = 0; q < 4; ++q) {
+          sample.corner[q] = reinterpret_cast<const V*>(scratch.read->corner[q][i]);
+          sample.weight[q] = weights[q][i];
+          if (!wants_input) continue;
+          sample.grad_corner[q] = reinterpret_cast<A*>(scratch.added->corner[q][i]);
         }
-      } else {
-        scatter<wants_input, wants_column, wants_dots>(sample, count, dots);
+        if (wants_input) missing = missing || scratch.added->missing[i];
+        register_t<A> sums[4] = {};
+        // Only from windows of A can anything be missing.
+        if (std::is_same_v<V, A> && missing) {
+          if constexpr (std::is_same_v<V, A>) {
+            stray<wants_input, wants_column, wants_dots>(i, begin, count, sample, sums);
+          }
+        } else {
+          scatter<wants_input, wants_column, wants_dots>(sample, count, sums);
+        }
+        if constexpr (wants_dots) {
+          for (int q = 0; q < 4; ++q) dots[q][k] = sums[q];
+        }
       }
       if constexpr (wants_dots) {
-        A gradient[3];
-        point_gradients(dots, samples.fraction_y[i], samples.fraction_x[i], samples.modulation[i],
-                        gradient);
-        for (int k = 0; k < 3; ++k) scratch.gradients[k * kBackwardTile + i] = gradient[k];
+        for (int q = 0; q < 4; ++q) {
+          store_register(scratch.dots + q * kBackwardTile + first, sums_of<A>(dots[q]));
+        }
       }
     }
+    if constexpr (wants_dots) set_point_gradients();
   }
 
   // The same for offset groups of few channels, straight from and to the planes. Whatever can be
@@ -304,7 +313,7 @@ struct Pass {
       set_planar_corners(shape, samples, count, grad_pixel, planar.added, planar.weight);
     }
     const auto& added = grad_pixel != layout.pixel_stride ? planar.added : planar.read;
-    if (wants_points) fill_zero(&planar.dots[0][0], 4 * kBackwardTile);
+    if (wants_points) fill_zero(scratch.dots, 4 * kBackwardTile);
     for (int64_t c = begin; c < end; ++c) {
       const T* source = planes() + c * layout.channel_stride;
       const A* grad = scratch.planar_grad + c * kBackwardTile;
@@ -323,7 +332,8 @@ struct Pass {
       }
       if (wants_points) {
         for (int q = 0; q < 4; ++q) {
-          for (int64_t i = 0; i < count; ++i) planar.dots[q][i] += planar.value[q][i] * grad[i];
+          A* dots = scratch.dots + q * kBackwardTile;
+          for (int64_t i = 0; i < count; ++i) dots[i] += planar.value[q][i] * grad[i];
         }
       }
       if (grad_base == nullptr) continue;
@@ -333,21 +343,27 @@ struct Pass {
         for (int q = 0; q < 4; ++q) target[added[q][i]] += planar.weight[q][i] * grad[i];
       }
     }
-    if (!wants_points) return;
+    if (wants_points) set_point_gradients();
+  }
+
+  // scratch.gradients, from scratch.dots.
+  void set_point_gradients() {
+    const BackwardSamples<A>& samples = *scratch.samples;
     const int32_t bottom = static_cast<int32_t>(shape.height) - 1;
     const int32_t right = static_cast<int32_t>(shape.width) - 1;
-    A* gradients = scratch.gradients;
-    for (int64_t i = 0; i < count; ++i) {
-      // A corner that does not exist has the position of another.
+    const A* const dots = scratch.dots;
+    A* const gradients = scratch.gradients;
+    for (int64_t i = 0; i < scratch.tile->count; ++i) {
+      // Whatever a corner that does not exist was taken for counts for nothing.
       const int32_t y = samples.low_y[i], x = samples.low_x[i];
       const int32_t top = y >= 0, low = (y >= -1) & (y < bottom);
       const int32_t first = x >= 0, last = x < right;
-      const A dots[4] = {(top & first) != 0 ? planar.dots[0][i] : A(0),
-                         (top & last) != 0 ? planar.dots[1][i] : A(0),
-                         (low & first) != 0 ? planar.dots[2][i] : A(0),
-                         (low & last) != 0 ? planar.dots[3][i] : A(0)};
+      const A dot[4] = {(top & first) != 0 ? dots[i] : A(0),
+                        (top & last) != 0 ? dots[kBackwardTile + i] : A(0),
+                        (low & first) != 0 ? dots[2 * kBackwardTile + i] : A(0),
+                        (low & last) != 0 ? dots[3 * kBackwardTile + i] : A(0)};
       A gradient[3];
-      point_gradients(dots, samples.fraction_y[i], samples.fraction_x[i], samples.modulation[i],
+      point_gradients(dot, samples.fraction_y[i], samples.fraction_x[i], samples.modulation[i],
                       gradient);
       gradients[i] = gradient[0];
       gradients[kBackwardTile + i] = gradient[1];

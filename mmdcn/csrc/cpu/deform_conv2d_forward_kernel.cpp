@@ -72,6 +72,15 @@ void pack_weight(const DeformConv2dShape& shape, const T* weight, const WeightLa
     std::byte* target = packed + group * taps * per_tap;
     // Where this unit's panel begins, for each channel of the depth, and its half of the panel.
     const int64_t panel = part / 2 * width, half = part % 2 * lanes;
+    if (!paired && layout.tap_stride != 1) {
+      // Channels lie together, and are read on and on.
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        A* values = reinterpret_cast<A*>(target + tap * per_tap) + panel * in + half;
+        for (int64_t k = 0; k < in && count < lanes; ++k) fill_zero(values + k * width, lanes);
+        transpose<A>(source + tap * layout.tap_stride, layout.out_stride, count, in, values, width);
+      }
+      continue;
+    }
     for_weight_chunks(in, taps, [&](int64_t c, int64_t channels, int64_t t, int64_t some_taps) {
       A rows[kWeightChunk * kWeightChunk * lanes];
       if (count < lanes) fill_zero(rows, channels * some_taps * lanes);
@@ -320,10 +329,18 @@ inline WindowPlan plan_forward(const DeformConv2dShape& shape) {
                           : plan_windows<A>(shape, shape.channels, kForwardTile);
 }
 
+// Tiles are shared out to threads by so many pixels: whole register blocks, but less than a tile, so
+// that threads end together. What a pixel's result is does not depend on it, as all of a tile's
+// pixels are sampled from the same window.
+constexpr int64_t kSharePixels = 12;
+constexpr int64_t kShares = kForwardTile / kSharePixels;
+static_assert(kShares * kSharePixels == kForwardTile && kSharePixels % kBlockRows == 0, "uneven");
+
 template <typename T, typename A = accumulator_t<T>>
-int64_t tiles(const DeformConv2dShape& shape) {
-  return shape.batch * tiles_of_image(shape, plan_forward<A>(shape),
-                                      is_planar(shape) ? kPlanarTile : kForwardTile);
+int64_t shares(const DeformConv2dShape& shape) {
+  const WindowPlan plan = plan_forward<A>(shape);
+  if (is_planar(shape)) return shape.batch * tiles_of_image(shape, plan, kPlanarTile);
+  return shape.batch * tiles_of_image(shape, plan, kForwardTile) * kShares;
 }
 
 // Taps that are sampled and multiplied together: the deeper a product, the less often its result is
@@ -543,7 +560,8 @@ inline void run_planes(const DeformConv2dShape& shape, const ForwardTensors<T>& 
   }
 }
 
-// Sampling rows of channels: of the image itself, as S = T, or of a window on it, as S = A.
+// Sampling rows of channels: of the image itself, as S = T, or of a window on it, as S = A. `begin`
+// and `end` count shares of tiles.
 template <typename T, typename S, typename L, typename A = accumulator_t<T>>
 inline void run_rows(const DeformConv2dShape& shape, const ForwardTensors<T>& tensors,
                      int64_t begin, int64_t end, std::byte* memory) {
@@ -563,6 +581,13 @@ inline void run_rows(const DeformConv2dShape& shape, const ForwardTensors<T>& te
     for (L* half : scratch.columns) fill_zero(half, kForwardTile * scratch.stride);
   }
 
+  // The first share may lie behind the end of a tile that is not full.
+  int64_t first_tile = begin / kShares;
+  const int64_t last_tile = (end - 1) / kShares;
+  set_tile(shape, plan, first_tile % per_image, *scratch.tiles);
+  if (scratch.tiles->count <= begin % kShares * kSharePixels) ++first_tile;
+  if (first_tile > last_tile) return;
+
   // The taps of a tile are worked through in parts; parts of all tiles form one sequence, in which
   // the columns of a part are blended while the part before is multiplied.
   const auto columns_of = [&](int64_t unit, int64_t part) {
@@ -578,12 +603,13 @@ inline void run_rows(const DeformConv2dShape& shape, const ForwardTensors<T>& te
     if (part == 0) {
       set_tile(shape, plan, unit % per_image, tile);
       if (!direct) {
-        if (unit == begin || unit % per_image == 0) {
+        if (unit == first_tile || unit % per_image == 0) {
           window = empty_window(scratch.window, shape.channels, plan.rows, plan.columns);
         }
         roll_input(shape, range_around(shape, tile, plan, plan.rows, plan.columns), image.input,
                    shape.channels, window);
       }
+      crop(tile, (begin - unit * kShares) * kSharePixels, (end - unit * kShares) * kSharePixels);
       points =
           point_rows(shape, tile, image.offset, image.mask, 0, shape.deform_groups, scratch.points);
     }
@@ -604,8 +630,8 @@ inline void run_rows(const DeformConv2dShape& shape, const ForwardTensors<T>& te
     if constexpr (std::is_same_v<S, T>) ready(whole_image(shape, image.input));
   };
 
-  prepare(begin, 0, 0, tensors.weight);
-  for (int64_t unit = begin; unit < end; ++unit) {
+  prepare(first_tile, 0, 0, tensors.weight);
+  for (int64_t unit = first_tile; unit <= last_tile; ++unit) {
     const ForwardTile& tile = scratch.tiles[unit % 2];
     start_tile(shape, tensors, tile.count, scratch.sums);
     for (int64_t part = 0; part < parts; ++part) {
@@ -616,7 +642,7 @@ inline void run_rows(const DeformConv2dShape& shape, const ForwardTensors<T>& te
       blending.finish();
       if (part + 1 < parts) {
         prepare(unit, part + 1, steps, weight + first_panel);
-      } else if (unit + 1 < end) {
+      } else if (unit < last_tile) {
         prepare(unit + 1, 0, steps, weight + first_panel);
       }
       multiply_taps<T>(shape, tile.count, depth, columns_of(unit, part), scratch.stride, weight,
@@ -670,7 +696,7 @@ void run(const DeformConv2dShape& shape, const ForwardTensors<T>& tensors, int64
 
 template <typename T>
 ForwardKernel<T> deform_conv2d_forward() {
-  return {pack_units<T>, packed_bytes<T>, pack_weight<T>, tiles<T>, scratch_bytes<T>, run<T>};
+  return {pack_units<T>, packed_bytes<T>, pack_weight<T>, shares<T>, scratch_bytes<T>, run<T>};
 }
 
 template ForwardKernel<double> deform_conv2d_forward<double>();

@@ -108,8 +108,8 @@ struct ForwardKernel {
   int64_t (*packed_bytes)(const DeformConv2dShape&);
   void (*pack_weight)(const DeformConv2dShape&, const T* weight, const WeightLayout&, int64_t begin,
                       int64_t end, std::byte* packed);
-  // Tiles of all images, and bytes of scratch memory that one thread needs.
-  int64_t (*tiles)(const DeformConv2dShape&);
+  // Shares of the work on all images, and bytes of scratch memory that one thread needs.
+  int64_t (*shares)(const DeformConv2dShape&);
   int64_t (*scratch_bytes)(const DeformConv2dShape&, const ForwardTensors<T>&);
   void (*run)(const DeformConv2dShape&, const ForwardTensors<T>&, int64_t begin, int64_t end,
               std::byte* scratch);

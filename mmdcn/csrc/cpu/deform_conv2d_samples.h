@@ -101,6 +101,25 @@ inline void set_tile(const DeformConv2dShape& shape, const WindowPlan& plan, int
   }
 }
 
+// Leaves of a tile only its pixels [begin, end), as far as there are such.
+template <int kMost>
+inline void crop(Tile<kMost>& tile, int64_t begin, int64_t end) {
+  begin = std::max<int64_t>(begin, 0);
+  end = std::min(end, tile.count);
+  if (begin == 0 && end == tile.count) return;
+  const int64_t runs = tile.runs;
+  tile.count = tile.runs = 0;
+  for (int64_t r = 0; r < runs; ++r) {
+    const auto [first, count, pixel] = tile.run[r];
+    const int64_t from = std::max(first, begin), to = std::min(first + count, end);
+    if (from >= to) continue;
+    std::copy(tile.y + from, tile.y + to, tile.y + tile.count);
+    std::copy(tile.x + from, tile.x + to, tile.x + tile.count);
+    tile.run[tile.runs++] = {tile.count, to - from, pixel + from - first};
+    tile.count += to - from;
+  }
+}
+
 // ------------------------------------------------------------------------------ windows
 
 // Rows of the input that the regular grid of output rows [first, last] reads, corners included.

@@ -192,26 +192,19 @@ inline V interleave(V a, V b, std::integer_sequence<int, I...>) {
 #endif
 }
 
-// The sums of the elements of four registers, always added in the same order.
-template <typename A>
-inline void sums_of(const register_t<A> (&values)[4], A (&sums)[4]) {
+// The sums of the elements of `lanes` registers, those of values[k] in lane k, always added in the
+// same order. First and step say which of the registers a part of the work is about.
+template <typename A, int first = 0, int step = 1>
+inline register_t<A> sums_of(const register_t<A> (&values)[kLanes<A>]) {
   constexpr int lanes = kLanes<A>;
-  using Lanes = std::make_integer_sequence<int, lanes>;
-  // Halves of two registers are added side by side, then those of two such pairs.
-  const auto fold = [](register_t<A> a, register_t<A> b) {
-    return interleave<0>(a, b, Lanes{}) + interleave<1>(a, b, Lanes{});
-  };
-  const register_t<A> even = fold(values[0], values[1]), odd = fold(values[2], values[3]);
-  if constexpr (lanes == 2) {
-    for (int i = 0; i < 2; ++i) sums[i] = even[i], sums[2 + i] = odd[i];
+  if constexpr (step == lanes) {
+    return values[first];
   } else {
-    A part[lanes];
-    store_register(part, fold(even, odd));
-    for (int i = 0; i < 4; ++i) {
-      const int lane = (i & 1) << 1 | i >> 1;
-      sums[i] = part[lane];
-      for (int j = lane + 4; j < lanes; j += 4) sums[i] += part[j];
-    }
+    // Halves of two registers are added side by side, their elements in turns.
+    using Lanes = std::make_integer_sequence<int, lanes>;
+    const register_t<A> even = sums_of<A, first, 2 * step>(values);
+    const register_t<A> odd = sums_of<A, first + step, 2 * step>(values);
+    return interleave<0>(even, odd, Lanes{}) + interleave<1>(even, odd, Lanes{});
   }
 }
 
