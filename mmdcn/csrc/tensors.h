@@ -55,9 +55,18 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& size, S
   return torch::stable::empty(size, type, std::nullopt, like.device(), std::nullopt, layout);
 }
 
-// Reads the sizes off the arguments. mmdcn.ops.deform_conv2d has checked them with errors that say
-// what to do; what is checked again here is what keeps every memory access in bounds for those who
-// call the compiled operator directly.
+// Output positions along an axis of the input of this size; -1 where there is none, or where the
+// axis makes no sense. Its numbers may be anything.
+inline int64_t outputs(const GridAxis& axis, int64_t size, int64_t kernel) {
+  constexpr int64_t most = INT64_C(1) << 31;
+  if (axis.stride < 1 || axis.padding < 0 || axis.padding > most || axis.dilation < 1) return -1;
+  const int64_t room = size + 2 * axis.padding - 1;
+  if (room < 0 || (kernel > 1 && axis.dilation > room / (kernel - 1))) return -1;
+  return (room - axis.dilation * (kernel - 1)) / axis.stride + 1;
+}
+
+// Reads the sizes off the arguments. Whatever does not fit is refused; mmdcn.ops.deform_conv2d then
+// finds out what it is, and says what must change.
 inline DeformConv2dShape deform_conv2d_shape(const Tensor& input, const Tensor& offset,
                                              const Tensor& weight,
                                              const std::optional<Tensor>& bias,
@@ -78,19 +87,21 @@ inline DeformConv2dShape deform_conv2d_shape(const Tensor& input, const Tensor& 
   shape.out_channels = weight.size(0);
   shape.kernel_height = weight.size(2);
   shape.kernel_width = weight.size(3);
+  shape.out_height = offset.size(2);
+  shape.out_width = offset.size(3);
   shape.y = {stride[0], padding[0], dilation[0]};
   shape.x = {stride[1], padding[1], dilation[1]};
   // Rows and columns are counted in 32 bits.
   constexpr int64_t too_long = INT64_C(1) << 30;
   MMDCN_REQUIRE(shape.height < too_long && shape.width < too_long);
-  MMDCN_REQUIRE(offset.size(2) < too_long && offset.size(3) < too_long);
+  MMDCN_REQUIRE(shape.out_height < too_long && shape.out_width < too_long);
+  MMDCN_REQUIRE(outputs(shape.y, shape.height, shape.kernel_height) == shape.out_height);
+  MMDCN_REQUIRE(outputs(shape.x, shape.width, shape.kernel_width) == shape.out_width);
   MMDCN_REQUIRE(shape.taps() > 0 && shape.channels > 0 && weight.size(1) > 0);
   MMDCN_REQUIRE(shape.channels % weight.size(1) == 0);
   shape.groups = shape.channels / weight.size(1);
   shape.deform_groups = offset.size(1) / (2 * shape.taps());
-  shape.out_height = offset.size(2);
-  shape.out_width = offset.size(3);
-  MMDCN_REQUIRE(shape.out_channels % shape.groups == 0);
+  MMDCN_REQUIRE(shape.out_channels > 0 && shape.out_channels % shape.groups == 0);
   MMDCN_REQUIRE(shape.deform_groups > 0 && shape.channels % shape.deform_groups == 0);
   MMDCN_REQUIRE(offset.size(0) == shape.batch);
   MMDCN_REQUIRE(offset.size(1) == 2 * shape.taps() * shape.deform_groups);

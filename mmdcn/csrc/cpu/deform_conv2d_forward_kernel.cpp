@@ -633,7 +633,16 @@ inline void run_rows(const DeformConv2dShape& shape, const ForwardTensors<T>& te
   prepare(first_tile, 0, 0, tensors.weight);
   for (int64_t unit = first_tile; unit <= last_tile; ++unit) {
     const ForwardTile& tile = scratch.tiles[unit % 2];
-    start_tile(shape, tensors, tile.count, scratch.sums);
+    T* output = Image<T>(shape, tensors, unit / per_image).output;
+    A* sums = scratch.sums;
+    bool in_place = false;
+    if constexpr (std::is_same_v<T, A>) {
+      // The sums of pixels that follow one another have the layout of channels-last output.
+      in_place = tensors.output_layout.channels_last() && tile.runs == 1 &&
+                 padded<A>(shape.group_out_channels()) == shape.group_out_channels();
+      if (in_place) sums = output + tile.run[0].pixel * tensors.output_layout.pixel_stride;
+    }
+    start_tile(shape, tensors, tile.count, sums);
     for (int64_t part = 0; part < parts; ++part) {
       const Depth depth = depth_of<T, L>(shape, taps_of(part), scratch.tap_stride);
       const int64_t steps =
@@ -646,10 +655,9 @@ inline void run_rows(const DeformConv2dShape& shape, const ForwardTensors<T>& te
         prepare(unit + 1, 0, steps, weight + first_panel);
       }
       multiply_taps<T>(shape, tile.count, depth, columns_of(unit, part), scratch.stride, weight,
-                       scratch.sums, blending);
+                       sums, blending);
     }
-    store_tile(shape, tile, scratch.sums, Image<T>(shape, tensors, unit / per_image).output,
-               tensors.output_layout);
+    if (!in_place) store_tile(shape, tile, sums, output, tensors.output_layout);
   }
 }
 
