@@ -93,6 +93,7 @@ def document(runs: list[dict], name: str) -> str:
         f"# Benchmarks on {device}",
         "",
         "Medians of calls taken in turns in one process: ratios hold, times move with the machine. "
+        "The process keeps the memory that it frees, so that no call pays for fresh pages. "
         "Deformable convolutions are 3×3 with padding 1, unless a row says otherwise; offsets in "
         "pixels ~ N(0, 2²), no bias; v1 has offsets, v2 a mask too. Backward means every gradient "
         "that there is. Before it is timed, each output is compared with the equations in plain "

@@ -1,5 +1,6 @@
 """Times of several calls, taken in turns so that the machine's moods reach all of them alike."""
 
+import ctypes
 import random
 import statistics
 import time
@@ -15,6 +16,22 @@ PAUSE_SECONDS = 0.002
 LONG_SECONDS = 0.5
 # GPU cycles of sleep before each timed call, in which the host queues the whole of it (about 2 ms).
 HEAD_START_CYCLES = 4_000_000
+
+
+# Of glibc's mallopt().
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it has freed, where its C library is glibc.
+
+    By default some of it goes back to the system, as the state of the heap has it, and comes again
+    as fresh pages. These can take as long as a convolution, and hit the calls at random.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ _library.load()
 
 FEATURE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 LONGEST_SIDE = 2**30  # the kernels count rows and columns in 32 bits
+_PLAIN = (Tensor, nn.Parameter)  # subclasses may stand for something else
 
 
 def deform_conv2d(
@@ -65,7 +66,7 @@ def deform_conv2d(
     stride = _pair("stride", stride, at_least=1)
     padding = _pair("padding", padding, at_least=0)
     dilation = _pair("dilation", dilation, at_least=1)
-    if _goes_straight(input):
+    if _goes_straight(input, offset, weight, bias, mask):
         # The operator refuses whatever does not fit together, and for small layers it counts that
         # finding out what is at fault, and saying so, is left for when something is.
         with contextlib.suppress(RuntimeError, TypeError, ValueError):
@@ -90,13 +91,15 @@ def deform_conv2d(
     )
 
 
-def _goes_straight(input: Tensor) -> bool:
-    """Whether the compiled operator's kernel is what a call reaches, with arguments as they are."""
+def _goes_straight(input: Tensor, *others: Tensor | None) -> bool:
+    """Whether the compiled operator's kernel is what a call reaches, with tensors as they are."""
+    if type(input) not in _PLAIN or torch.compiler.is_compiling():
+        return False
+    device = input.device
     return (
-        type(input) in (Tensor, nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and (device_type := input.device.type) in ("cpu", "cuda")
-        and not torch.is_autocast_enabled(device_type)
+        device.type in ("cpu", "cuda")
+        and not torch.is_autocast_enabled(device.type)
+        and all(t is None or (type(t) in _PLAIN and t.device == device) for t in others)
     )
 
 

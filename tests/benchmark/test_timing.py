@@ -1,3 +1,6 @@
+import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -78,3 +81,20 @@ def test_each_call_runs_on_its_own_number_of_threads():
     timing.interleave(calls, CPU, Budget(10, 3, 3))
     assert seen == {"one": {1}, "all": {threads}}
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_freed_memory_is_kept():
+    code = """if True:
+        import resource, torch
+        from mmdcn.benchmark import timing
+        def pages_of_one_more():
+            for _ in range(3):
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+                torch.ones(64 << 18)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        assert pages_of_one_more() > 1000
+        timing.keep_freed_memory()
+        assert pages_of_one_more() < 100
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
