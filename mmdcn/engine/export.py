@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
@@ -186,9 +185,12 @@ def build(cfg: Config, checkpoint: str | Path) -> Network:
     """The network of a config, with the weights of a checkpoint, on the CPU.
 
     Raises:
+        ConfigError: there is no such checkpoint.
         ExportError: see :class:`Network`.
         UnsafeCheckpointError: the checkpoint holds more than plain data.
     """
+    if "://" not in str(checkpoint) and not os.path.isfile(checkpoint):
+        raise ConfigError(f"no checkpoint {str(checkpoint)!r}")
     register_all_modules(init_default_scope=False)
     init_default_scope(cfg.get("default_scope") or "mmdet")
     detector = revert_sync_batchnorm(MODELS.build(cfg.model))
@@ -228,7 +230,7 @@ def load_images(
         ConfigError: a file is missing, or is no image.
     """
     pipeline = Compose(
-        step for step in get_test_pipeline_cfg(cfg) if "LoadAnnotations" not in step["type"]
+        [step for step in get_test_pipeline_cfg(cfg) if "LoadAnnotations" not in step["type"]]
     )
     for path in paths:
         if not path.is_file():
@@ -331,7 +333,7 @@ def _write(network: Network, example: tuple[Tensor, ...], path: Path) -> None:
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(
-                f"{_node_of(error, program)} has no counterpart among ONNX's standard operators: "
+                f"{_node_of(error)} has no counterpart among ONNX's standard operators: "
                 f"{_first_line(_innermost(error))}"
             ) from error
     onnx_program.save(path, external_data=False)
@@ -363,28 +365,36 @@ def _innermost(error: BaseException) -> BaseException:
     return error
 
 
-def _node_of(error: BaseException, program: torch.export.ExportedProgram) -> str:
+def _values(error: BaseException, name: str) -> Iterator[Any]:
+    """What a local variable of this name was in each call that the error went through.
+
+    The exporters' messages do not always say where in the network they stopped.
+    """
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if name in frame.f_locals:
+                yield frame.f_locals[name]
+        error = error.__cause__
+
+
+def _node_of(error: BaseException) -> str:
     """The node that the exporter stopped at, and the module that it stands for."""
-    text = "".join(traceback.format_exception(error))
-    stopped = re.search(r"translating node %?(\w+)", text)
-    if stopped is None:
-        return "the network"
-    for node in program.graph.nodes:
-        if node.name == stopped[1]:
+    where = "the network"
+    for node in _values(error, "node"):
+        if isinstance(node, torch.fx.Node):
             modules = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
-            return f"{node.name} ({node.target}, in {modules[-1] if modules else 'the network'})"
-    return stopped[1]
+            where = f"{node.name} ({node.target}, in {modules[-1] if modules else 'the network'})"
+    return where
 
 
 def _module_of(error: BaseException, network: Network) -> str:
     """The innermost module in whose ``forward`` the export stopped."""
     names = {module: name for name, module in network.detector.named_modules()}
-    innermost = "the network"
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        module = frame.f_locals.get("self")
+    where = "the network"
+    for module in _values(error, "self"):
         if isinstance(module, nn.Module) and names.get(module):
-            innermost = f"{names[module]} ({type(module).__name__})"
-    return innermost
+            where = f"{names[module]} ({type(module).__name__})"
+    return where
 
 
 # ------------------------------------------------------------------------------------ verification

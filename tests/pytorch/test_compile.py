@@ -6,10 +6,11 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mmdcn.ops import _library
-from tests.pytorch.models import assert_same, backbone, gradients, layer, loss
+from tests.pytorch.models import assert_same, backbone, gradients, layer
 
 NAMES = pytest.mark.parametrize("name", ["DCN", "DCNv2"])
-SIZES = [(64, 64), (64, 96), (96, 64), (70, 81), (128, 33), (40, 40), (97, 64), (64, 65), (33, 128)]
+# The first is not square: the compiler takes two sizes that are equal in the first input for one.
+SIZES = [(64, 96), (64, 64), (96, 64), (70, 81), (128, 33), (40, 40), (97, 64), (64, 65), (33, 128)]
 SIZES += [(80, 112)]
 
 
@@ -20,14 +21,6 @@ def _fresh():
     torch._dynamo.reset()
 
 
-def compare(model: nn.Module, compiled: nn.Module, x: torch.Tensor) -> None:
-    """Outputs and a training step's gradients."""
-    with torch.no_grad():
-        expected = {"loss": loss(model(x))}
-        assert_same({"loss": loss(compiled(x))}, expected)
-    assert_same(gradients(compiled, x), gradients(model, x))
-
-
 def gradients_by_name(compiled: nn.Module, x: torch.Tensor) -> dict:
     return {n.removeprefix("_orig_mod."): g for n, g in gradients(compiled, x).items()}
 
@@ -35,8 +28,7 @@ def gradients_by_name(compiled: nn.Module, x: torch.Tensor) -> dict:
 # ------------------------------------------------------------------------------------------ layers
 
 
-@NAMES
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(("name", "dynamic"), [("DCN", False), ("DCNv2", True)])
 def test_layer_by_inductor(name, dynamic):
     model = layer(name)
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
@@ -88,8 +80,8 @@ def test_resnet50_is_one_graph(name):
 @NAMES
 def test_ten_sizes_are_one_compilation(name):
     pytest.importorskip("mmdet")
-    model = backbone(name, blocks=2)
-    counter = CompileCounterWithBackend("aot_eager")
+    model = backbone(name)
+    counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for batch, size in zip([2, 2, 3] * 4, SIZES):
         x = torch.randn(batch, 3, *size)
