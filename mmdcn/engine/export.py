@@ -237,7 +237,7 @@ def load_images(
             raise ConfigError(f"no image {str(path)!r}")
         try:
             data = pseudo_collate([pipeline(dict(img_path=str(path), img_id=0))])
-        except (ValueError, AttributeError, TypeError) as error:  # What reading None raises.
+        except (AssertionError, AttributeError, ValueError) as error:
             raise ConfigError(f"cannot read the image {path}: {error}") from error
         data = network.detector.data_preprocessor(data, training=False)
         images = data["inputs"]

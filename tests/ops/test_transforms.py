@@ -141,6 +141,16 @@ def test_vmap_is_a_loop():
     compare(torch.vmap(call)(*batch), expected)
 
 
+@VERSIONS
+def test_grad_is_the_kernels_gradient(has_mask):
+    names, values = problem(has_mask)
+    call = call_with(deform_conv2d, names)
+    variables = [v.clone().requires_grad_() for v in values]
+    expected = torch.autograd.grad(call(*variables).sin().sum(), variables)
+    everything = tuple(range(len(values)))
+    compare(torch.func.grad(lambda *v: call(*v).sin().sum(), everything)(*values), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_transformed_half_precision_is_rounded_once(dtype):
     tensors = Problem(spread=0.5).tensors(dtype)

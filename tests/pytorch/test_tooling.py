@@ -39,6 +39,17 @@ def test_copies(name, duplicate):
 
 
 @NAMES
+def test_same_bits_in_every_run_and_for_any_number_of_threads(name):
+    model = layer(name)
+    x = torch.randn(2, 8, 40, 41)
+    expected = gradients(model, x)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        assert_same(gradients(model, x), expected, rtol=0)
+    torch.set_num_threads(2)
+
+
+@NAMES
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing(name, use_reentrant):
     model = layer(name)

@@ -21,8 +21,8 @@ model = dict(
         init_cfg=None,
         dcn=dict(type='DCNv2', deform_groups=1, fallback_on_stride=False),
         stage_with_dcn=(False, False, False, True)),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=32),
-    bbox_head=dict(in_channels=32, feat_channels=32, stacked_convs=1))
+    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64),
+    bbox_head=dict(in_channels=64, feat_channels=64, stacked_convs=1))
 """
 
 
@@ -65,7 +65,7 @@ def test_what_is_printed(exported):
     error = re.search(r"largest error: (\S+) of the largest element \(r\S+\)", exported.stdout)
     assert 0 < float(error[1]) < 1e-4
     for name in ("PyTorch", "onnxruntime"):
-        assert re.search(rf"{name}: \d+ ms for images of 1×3×64×64", exported.stdout)
+        assert re.search(rf"{name}: \d+ ms for images of 1×3×32×64", exported.stdout)
 
 
 def test_one_stage_detector_on_generated_images(project):
