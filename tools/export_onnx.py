@@ -38,7 +38,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = args.images or export.find_images(cfg, Path(folder))
         images = list(export.load_images(cfg, network, paths))
-    print(f"comparing on {', '.join(map(str, paths))}")
+    print(f"comparing on {', '.join(path.name for path in paths)}")
     verified = export.export(network, images, args.out)
 
     print(

@@ -4,7 +4,7 @@
 #
 # usage: tools/environment/test_torch.sh VENV PYTHON TORCH WHEEL [pytest's arguments...]
 set -euo pipefail
-venv=$1 python=$2 torch=$3 wheel=$(realpath "$4")
+venv=$1 python=$2 torch=$3 wheel=$4
 shift 4
 here=$(realpath "$(dirname "$0")")
 
@@ -13,6 +13,7 @@ fail() {
   exit 1
 }
 [ -n "$torch" ] || fail "TORCH: expected a release of torch, as in \`make test-torch TORCH=2.10.0\`"
+wheel=$(realpath "$wheel")
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 venv=$(realpath "$venv")
