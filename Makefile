@@ -1,6 +1,7 @@
 # make demo       train and evaluate plain, DCN and DCNv2 detectors on generated data, with a report
 # make test       the whole suite, on the CPU
 # make benchmark  the operator and whole detectors against their peers: docs/benchmarks/cpu.md
+# make test-torch TORCH=2.10.0   operators and layers, from the wheel, under another torch
 # make lint       ruff and clang-format
 # make wheel      dist/mmdcn-*.whl, with the CUDA library where nvcc is found
 #
@@ -21,7 +22,7 @@ CXX_SOURCES := $(shell find mmdcn tests -name '*.cpp' -o -name '*.h' -o -name '*
 
 MEASURED := work_dirs/benchmark
 
-.PHONY: demo test test-slow benchmark lint format wheel check environment clean
+.PHONY: demo test test-slow test-torch benchmark lint format wheel check environment clean
 
 environment: $(INSTALLED)
 
@@ -44,6 +45,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	@$(RUN) -m pytest -m slow $(ARGS)
+
+test-torch: $(if $(TORCH),wheel)
+	@tools/environment/test_torch.sh ".venv-torch-$(TORCH)" "$(PYTHON)" "$(TORCH)" \
+	    "$$(ls -t dist/mmdcn-*.whl | head -1)" $(ARGS)
 
 # So few seconds for each call, because some peers take several for one.
 benchmark: $(INSTALLED)

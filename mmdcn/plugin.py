@@ -10,6 +10,8 @@
 - mmengine's loading of checkpoints, so that it reads plain data only
   (:mod:`mmdcn.engine.checkpoint`).
 
+It also tells mmengine how to count our operator's operations (:mod:`mmdcn.engine.complexity`).
+
 mmcv's own layers (``mmcv.ops.DeformConv2d`` and so on) stay the classes they are, because code
 derives from them, pickles them and asks ``isinstance``. They compute through the two functions
 above, hence by our operator: existing instances and subclasses too. What configs build is an
@@ -35,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from mmdcn import layers, ops
-from mmdcn.engine import checkpoint
+from mmdcn.engine import checkpoint, complexity
 
 try:
     import mmcv.ops as _mmcv_ops
@@ -241,6 +243,7 @@ def install() -> None:
         _rebind(theirs, ours)
         autograd_function.apply = staticmethod(ours)
     checkpoint.install()
+    complexity.install()
     logging.getLogger("mmdcn").addHandler(_TO_MMENGINE)
 
     if _MMCV_PROBLEM is not None:

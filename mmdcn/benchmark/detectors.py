@@ -119,7 +119,7 @@ class Detector:
     def count_flops(self) -> tuple[int, bool]:
         """Of the prediction for one image; and whether any of them are ours."""
         ours = torch.ops.mmdcn.deform_conv2d
-        counter = FlopCounterMode(display=False, custom_mapping={ours: _deform_conv2d_flops})
+        counter = FlopCounterMode(display=False)
         self.prepare("inference")
         with counter:
             self.infer()
@@ -154,14 +154,6 @@ class Detector:
         self.optimizer.zero_grad(set_to_none=True)
         on_cuda = self.settings.device.type == "cuda"
         return memory.cuda_peak(step) if on_cuda else memory.resident_peak(step)
-
-
-def _deform_conv2d_flops(input, offset, weight, *_, out_shape, **__) -> int:
-    """Those of the multiplications, as for a dense convolution; the sampling's are not counted."""
-    out_channels, channels_per_group, *kernel = weight
-    batch, _, *out_size = out_shape
-    taps, positions = (torch.Size(sizes).numel() for sizes in (kernel, out_size))
-    return 2 * batch * out_channels * positions * channels_per_group * taps
 
 
 def _load(path: Path) -> Config:

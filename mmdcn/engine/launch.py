@@ -1,4 +1,4 @@
-"""What `tools/train.py` and `tools/test.py` have in common: arguments, config, runner, errors."""
+"""What the tools that read a config have in common: arguments, config, runner, errors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed
 from mmengine.config import Config, DictAction
@@ -19,11 +20,18 @@ from mmengine.runner import Runner
 from mmdcn.engine.checkpoint import UnsafeCheckpointError
 from mmdcn.engine.preflight import ConfigError
 
-__all__ = ["add_arguments", "build_runner", "load_config", "run"]
+__all__ = [
+    "add_arguments",
+    "add_config_options",
+    "build_runner",
+    "load_config",
+    "read_config",
+    "run",
+]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that training and testing share, named as in mmdet."""
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Add the option that overrides settings of the config, named as in mmdet."""
     parser.add_argument(
         "--cfg-options",
         nargs="+",
@@ -32,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="override settings of the config: model.backbone.depth=101, lists as key=a,b or "
         'key="[(a,b),(c,d)]" without spaces',
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that training and testing share, named as in mmdet."""
+    add_config_options(parser)
     parser.add_argument(
         "--launcher",
         choices=["none", "pytorch", "slurm", "mpi"],
@@ -42,26 +55,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
-def load_config(args: argparse.Namespace) -> Config:
-    """Read ``args.config`` and apply ``--cfg-options``, ``--work-dir`` and ``--launcher``.
+def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
+    """Read a config and override settings of it.
 
     Raises:
         ConfigError: the file, or one that it inherits from, is missing or is not a config.
     """
-    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    if not os.path.isfile(args.config):
-        raise ConfigError(f"no config file {args.config!r}")
+    if not os.path.isfile(path):
+        raise ConfigError(f"no config file {path!r}")
     try:
-        cfg = Config.fromfile(args.config)
+        cfg = Config.fromfile(path)
     except (OSError, SyntaxError, ImportError, KeyError, ConfigParsingError) as error:
-        raise ConfigError(f"cannot read the config {args.config}: {_describe(error)}") from error
-    if args.cfg_options is not None:
+        raise ConfigError(f"cannot read the config {path}: {_describe(error)}") from error
+    if options is not None:
         try:
-            cfg.merge_from_dict(args.cfg_options)
+            cfg.merge_from_dict(options)
         except (KeyError, TypeError) as error:
             raise ConfigError(
-                f"--cfg-options do not fit the config {args.config}: {_describe(error)}"
+                f"--cfg-options do not fit the config {path}: {_describe(error)}"
             ) from error
+    return cfg
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read ``args.config`` and apply ``--cfg-options``, ``--work-dir`` and ``--launcher``.
+
+    Raises:
+        ConfigError: see :func:`read_config`.
+    """
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    cfg = read_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir

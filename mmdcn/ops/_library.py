@@ -34,6 +34,7 @@ def load() -> None:
         _load(CUDA_LIBRARY)
 
 
+@torch.compiler.assume_constant_result
 def cuda_is_loaded() -> bool:
     """Whether the operators can run on CUDA tensors in this process."""
     return torch._C._dispatch_has_kernel_for_dispatch_key("mmdcn::deform_conv2d", "CUDA")

@@ -8,6 +8,8 @@ import warnings
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from . import _library, reference
 
@@ -39,6 +41,10 @@ def deform_conv2d(
     and has zero gradient. float16 and bfloat16 accumulate in float32. On the CPU the result is the
     same, bit for bit, for any number of threads; on CUDA the gradient of the input is not, and
     raises under ``torch.use_deterministic_algorithms(True)``.
+
+    Differentiable any number of times, from the second on through the reference, which is slow.
+    Within the transformations of ``torch.func`` (``vmap``, ``grad``, ``jvp`` and so on) and in
+    forward-mode differentiation, the reference computes everything.
 
     Args:
         input: features of shape (N, C, H, W); float32, float64, float16 or bfloat16. N may be 0.
@@ -79,21 +85,32 @@ def deform_conv2d(
     _check_shapes(input, offset, weight, bias, stride, padding, dilation, mask)
     _library.require_kernels_for(input.device)
     coordinate_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return torch.ops.mmdcn.deform_conv2d(
-        input,
-        offset.to(coordinate_dtype),
-        weight,
-        bias,
-        stride,
-        padding,
-        dilation,
-        None if mask is None else mask.to(coordinate_dtype),
+    offset = offset.to(coordinate_dtype)
+    mask = None if mask is None else mask.to(coordinate_dtype)
+    function = _by_reference if _is_transformed() else torch.ops.mmdcn.deform_conv2d
+    return function(input, offset, weight, bias, stride, padding, dilation, mask)
+
+
+def _is_transformed() -> bool:
+    """Whether derivatives or batches of a kind that the compiled operator cannot know are due.
+
+    It has a formula for reverse mode alone: in forward mode, tangents would be lost silently.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _by_reference(input, offset, weight, bias, stride, padding, dilation, mask) -> Tensor:
+    """The reference by the compiled operator's arguments, in the precision of the kernels."""
+    wide = (t if t is None else t.to(offset.dtype) for t in (weight, bias))
+    output = reference.deform_conv2d(
+        input.to(offset.dtype), offset, *wide, stride, padding, dilation, mask
     )
+    return output.to(input.dtype)
 
 
 def _goes_straight(input: Tensor, *others: Tensor | None) -> bool:
     """Whether the compiled operator's kernel is what a call reaches, with tensors as they are."""
-    if type(input) not in _PLAIN or torch.compiler.is_compiling():
+    if type(input) not in _PLAIN or torch.compiler.is_compiling() or _is_transformed():
         return False
     device = input.device
     return (
@@ -135,13 +152,18 @@ def _check_tensors(**arguments: Tensor | None) -> None:
             )
 
 
+def autocast_is_enabled(device_type: str) -> bool:
+    """Whether autocast is in force for a type of device, such as ``"cpu"``."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """What autocast does to the features of a convolution: its dtype instead of float32.
 
     Offsets and modulation are left as they come: coordinates stay in float32.
     """
     device_type = tensors[0].device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+    if not autocast_is_enabled(device_type):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device_type)
     eligible = (torch.float32, torch.float16, torch.bfloat16)
@@ -339,21 +361,19 @@ def _setup_double_context(ctx, inputs, output) -> None:
 
 
 def _double_backward(ctx, *grad_gradients):
-    """Second derivatives, by differentiating the reference twice: right, not fast."""
-    grad_output, input, offset, weight, mask = (
-        t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors
-    )
+    """Second derivatives, by differentiating the reference twice: right, not fast.
+
+    What comes back is differentiable again, for derivatives of any order.
+    """
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # As the kernels do, compute in the coordinates' precision.
-        output = reference.deform_conv2d(
-            input.to(offset.dtype),
-            offset,
-            weight.to(offset.dtype),
-            None,
-            ctx.stride,
-            ctx.padding,
-            ctx.dilation,
-            mask,
+        # A view stops what is differentiated here, and not what may be differentiated later.
+        grad_output, input, offset, weight, mask = (
+            t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t in ctx.saved_tensors
+        )
+        output = _by_reference(
+            input, offset, weight, None, ctx.stride, ctx.padding, ctx.dilation, mask
         )
         wanted = [
             (tensor, grad)
@@ -362,12 +382,14 @@ def _double_backward(ctx, *grad_gradients):
             )
             if want and tensor is not None and grad is not None
         ]
-        first = torch.autograd.grad(
-            output, [t for t, _ in wanted], grad_output.to(output.dtype), create_graph=True
-        )
+        first = torch.autograd.grad(output, [t for t, _ in wanted], grad_output, create_graph=True)
         variables = [t for t in (grad_output, input, offset, weight, mask) if t is not None]
         second = torch.autograd.grad(
-            first, variables, [grad for _, grad in wanted], allow_unused=True
+            first,
+            variables,
+            [grad for _, grad in wanted],
+            allow_unused=True,
+            create_graph=create_graph,
         )
     if mask is None:
         second = (*second, None)
@@ -377,3 +399,31 @@ def _double_backward(ctx, *grad_gradients):
 torch.library.register_autograd(
     "mmdcn::deform_conv2d_backward", _double_backward, setup_context=_setup_double_context
 )
+
+
+# ------------------------------------------------------------------------- counting of operations
+
+
+def multiply_adds(weight: torch.Size, output: torch.Size) -> int:
+    """Multiplications, each with its addition, of one call with tensors of these shapes.
+
+    Those of equation (2), as for a dense convolution of the same shape. The interpolation, which
+    takes four for each sample and channel, is left out, as in the figures that are published.
+    """
+    batch, out_channels, *size = output
+    return batch * out_channels * torch.Size(size).numel() * torch.Size(weight[1:]).numel()
+
+
+@register_flop_formula(torch.ops.mmdcn.deform_conv2d)
+def _flops(input, offset, weight, *_, out_shape, **__) -> int:
+    return 2 * multiply_adds(weight, out_shape)
+
+
+@register_flop_formula(torch.ops.mmdcn.deform_conv2d_backward)
+def _backward_flops(
+    grad_output, input, offset, weight, stride, padding, dilation, mask, output_mask, **__
+) -> int:
+    # Gradients with respect to the samples, from which those of input, offset and mask follow; and
+    # with respect to the weight.
+    products = any((output_mask[0], output_mask[1], output_mask[3])) + output_mask[2]
+    return 2 * products * multiply_adds(weight, grad_output)

@@ -68,7 +68,7 @@ def test_a_config_that_cannot_be_read(arguments, text, expected):
 
 def test_a_config_that_is_not_there():
     with pytest.raises(ConfigError, match=r"no config file 'missing\.py'"):
-        launch.load_config(argparse.Namespace(config="missing.py", local_rank=0))
+        launch.load_config(argparse.Namespace(config="missing.py", cfg_options=None, local_rank=0))
 
 
 @pytest.mark.parametrize("option", ["hooks.5.a=1", "hooks.name.a=1"])

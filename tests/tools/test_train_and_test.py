@@ -62,6 +62,22 @@ def test_resume_in_mixed_precision(project, trained):
     assert not (project.root / "executed").exists()
 
 
+def test_compiled_training_breaks_graphs_at_no_line_of_ours(project, trained, monkeypatch):
+    """What mmengine's `compile` does to the training step, without inductor's minutes."""
+    monkeypatch.setenv("TORCH_LOGS", "graph_breaks")
+    result = run_tool(
+        *("train.py", project.config, "--work-dir", "compiled"),
+        *("--cfg-options", "compile.backend=eager"),
+        cwd=project.root,
+    )
+    assert result.returncode == 0, result.stdout
+    assert 'Model has been "compiled"' in result.stdout
+    assert losses(project.root / "compiled") == pytest.approx(losses(trained), rel=1e-3)
+    places = re.findall(r"Graph break in user code at (\S+):\d+", result.stdout)
+    assert places, result.stdout  # of mmdet's
+    assert not [place for place in places if "mmdcn" in Path(place).parts], places
+
+
 def test_evaluation(project, trained):
     result = run_tool(
         *("test.py", project.config, trained / "epoch_1.pth", "--work-dir", "tested"),

@@ -1,0 +1,181 @@
+"""The network that is exported, and what cannot be."""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("mmdet")
+pytest.importorskip("onnxscript")
+
+import onnx
+from mmdet.registry import MODELS
+from mmdet.structures.bbox import bbox2roi
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from torch import nn
+
+from mmdcn.engine import export
+from mmdcn.engine.preflight import ConfigError
+
+MASKS = """
+_base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
+custom_imports = dict(imports=['mmdcn'], allow_failed_imports=False)
+model = dict(
+    backbone=dict(
+        base_channels=8,
+        init_cfg=None,
+        dcn=dict(type='DCNv2', deform_groups=1, fallback_on_stride=False),
+        stage_with_dcn=(False, False, True, True)),
+    neck=dict(in_channels=[32, 64, 128, 256], out_channels=16),
+    rpn_head=dict(in_channels=16, feat_channels=16),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=16),
+        bbox_head=dict(in_channels=16, fc_out_channels=32, num_classes=2),
+        mask_roi_extractor=dict(out_channels=16),
+        mask_head=dict(in_channels=16, conv_out_channels=16, num_convs=1, num_classes=2)))
+"""
+
+
+# Without deformable layers, and so with less to export.
+SMALL = {
+    "model.backbone.depth": 18,
+    "model.backbone.dcn": None,
+    "model.backbone.stage_with_dcn": (False,) * 4,
+    "model.neck.in_channels": [8, 16, 32, 64],
+}
+
+
+def detector(tmp_path, text: str = MASKS, **options) -> nn.Module:
+    path = tmp_path / "config.py"
+    path.write_text(text)
+    cfg = Config.fromfile(path)
+    cfg.merge_from_dict(options)
+    register_all_modules()
+    torch.manual_seed(0)
+    return MODELS.build(cfg.model)
+
+
+def inputs(height: int = 96, width: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """An image, and boxes of all sizes in it."""
+    corners = torch.rand(20, 2) * torch.tensor([width, height]) * 0.7
+    sizes = torch.rand(20, 2) * torch.tensor([width, height]) * 0.3 + 2
+    boxes = torch.cat([corners, corners + sizes], dim=1)
+    boxes[0] = torch.tensor([0.0, 0.0, 8 * width, 8 * height])  # of the last level
+    return torch.randn(1, 3, height, width), bbox2roi([boxes])
+
+
+def test_the_network_is_the_detectors(tmp_path):
+    model = detector(tmp_path).eval()
+    images, boxes = inputs()
+    with torch.no_grad():
+        features = model.extract_feat(images)
+        scores, offsets = model.rpn_head(features)
+        results = model.roi_head._bbox_forward(features, boxes)
+        masks = model.roi_head._mask_forward(features, boxes)["mask_preds"]
+        expected = [*scores, *offsets, results["cls_score"], results["bbox_pred"], masks]
+        network = export.Network(copy.deepcopy(model))
+        outputs = network(images, boxes)
+    assert len(outputs) == len(expected) == len(network.output_names)
+    for name, output, value in zip(network.output_names, outputs, expected):
+        assert torch.equal(output, value), name
+
+
+def test_masks_and_boxes_of_every_level_are_written(tmp_path):
+    network = export.Network(detector(tmp_path))
+    path = tmp_path / "model.onnx"
+    verified = export.export(network, [inputs(), inputs(64, 70)], path, seconds=0.01)
+    assert verified.largest_error < export.TOLERANCE
+    assert verified.output in network.output_names
+    assert verified.shape == (1, 3, 96, 128)
+    assert min(verified.milliseconds.values()) > 0
+    assert "roi_head.mask_preds" in [v.name for v in onnx.load(path).graph.output]
+
+
+class Untranslated(nn.Module):
+    def forward(self, x):
+        return torch.special.bessel_j0(x)
+
+
+class Traced(nn.Module):
+    """Reads the values of its input, which an export does not have."""
+
+    def forward(self, x):
+        return x * float(x.detach().numpy().sum())
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (Untranslated(), r"bessel_j0 \(prims.bessel_j0.default, in .*neck.extra\) has no"),
+        (Traced(), r"neck.extra \(Traced\) cannot be exported"),
+    ],
+)
+def test_what_has_no_counterpart_is_named(tmp_path, module, expected):
+    model = detector(tmp_path, **SMALL)
+    model.neck.extra = module
+    model.neck.register_forward_hook(lambda neck, args, output: tuple(map(neck.extra, output)))
+    path = tmp_path / "model.onnx"
+    with pytest.raises(export.ExportError, match=expected):
+        export.export(export.Network(model), [inputs()], path)
+    assert not list(tmp_path.glob("model*"))
+
+
+def test_a_wrong_file_is_not_kept(tmp_path, monkeypatch):
+    network = export.Network(detector(tmp_path, **SMALL))
+    write = export._write
+
+    def write_another(network, example, path):
+        write(network, example, path)
+        with torch.no_grad():
+            network.detector.rpn_head.rpn_cls.bias += 0.01
+
+    monkeypatch.setattr(export, "_write", write_another)
+    with pytest.raises(export.ExportError, match=r"rpn_head.cls_scores.0: .* an error of 0.0"):
+        export.export(network, [inputs()], tmp_path / "model.onnx")
+    assert not list(tmp_path.glob("model*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"model.roi_head.type": "CascadeRoIHead"}, "StandardRoIHead, got"),
+        (
+            {"model.roi_head.bbox_roi_extractor.roi_layer.pool_mode": "max"},
+            r"bbox_roi_extractor: RoIAlign\(.* has no counterpart",
+        ),
+    ],
+)
+def test_other_heads_are_refused(tmp_path, options, expected):
+    if "CascadeRoIHead" in options.values():
+        text = "_base_ = 'mmdet::cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py'\n"
+        model = detector(tmp_path, text)
+    else:
+        model = detector(tmp_path, MASKS, **options)
+    with pytest.raises(export.ExportError, match=expected):
+        export.Network(model)
+
+
+def test_other_models_are_refused():
+    with pytest.raises(export.ExportError, match=r"one-stage detector, or .*, got Linear"):
+        export.Network(nn.Linear(1, 1))
+
+
+def test_images_of_the_test_set_or_else_generated_ones(tmp_path):
+    folder = tmp_path / "set" / "val"
+    folder.mkdir(parents=True)
+    for name in ("b.jpg", "a.png", "notes.txt", "c.jpg", "d.jpg"):
+        (folder / name).touch()
+    dataset = dict(data_root=str(tmp_path / "set"), data_prefix=dict(img="val/"))
+    found = export.find_images(Config(dict(test_dataloader=dict(dataset=dataset))), tmp_path)
+    assert [path.name for path in found] == ["a.png", "b.jpg", "c.jpg"]
+    generated = export.find_images(Config(dict()), tmp_path)
+    assert len(generated) == 3 and all(path.is_file() for path in generated)
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    network = export.Network(detector(tmp_path))
+    cfg = Config.fromfile(tmp_path / "config.py")
+    with pytest.raises(ConfigError, match=r"cannot read the image .*broken.jpg"):
+        list(export.load_images(cfg, network, [tmp_path / "broken.jpg"]))

@@ -1,0 +1,160 @@
+"""The translation to ONNX, computed by onnxruntime, against the operator."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+import onnx
+import onnxruntime
+
+import mmdcn.ops.onnx  # noqa: F401
+from mmdcn.ops import deform_conv2d
+from tests.ops.problems import Problem
+from tests.pytorch.models import PACKS, backbone, scatter_samples
+
+DYNAMIC = torch.export.Dim.DYNAMIC
+PROBLEMS = {
+    "v1": Problem(has_mask=False, has_bias=False),
+    "v1 with bias": Problem(has_mask=False),
+    "v2": Problem(has_bias=False),
+    "v2 with bias": Problem(),
+    "groups": Problem(2, 12, 7, 8, 6, groups=3, deform_groups=4),
+    "an offset group per channel": Problem(1, 4, 7, 8, 4, groups=2, deform_groups=4),
+    "nothing square": Problem(
+        2, 6, 9, 14, 4, (2, 5), (2, 1), (1, 3), (3, 2), groups=2, deform_groups=3, spread=3.0
+    ),
+    "pointwise": Problem(1, 4, 5, 6, 4, (1, 1), padding=(0, 0)),
+    "far outside": Problem(spread=30.0),
+}
+
+
+class Call(nn.Module):
+    """The operator, with everything but input, offset and mask as constants."""
+
+    def __init__(self, problem: Problem, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        tensors = {
+            name: t if t is None else t.detach() for name, t in problem.tensors(dtype).items()
+        }
+        self.register_buffer("weight", tensors.pop("weight"))
+        self.register_buffer("bias", tensors.pop("bias"))
+        self.inputs = tuple(t for t in tensors.values() if t is not None)
+        self.geometry = problem.arguments()
+
+    def forward(self, input, offset, mask=None):
+        return deform_conv2d(input, offset, self.weight, self.bias, mask=mask, **self.geometry)
+
+
+def standard(path) -> onnx.ModelProto:
+    """The file's model, all of it in standard operators."""
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    assert not model.functions
+    assert {node.domain for node in model.graph.node} == {""}
+    return model
+
+
+def compare(path, model: nn.Module, inputs: tuple, tolerance: float = 1e-4) -> None:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+    with torch.no_grad():
+        expected = model(*inputs)
+    actual = session.run(None, dict(zip(names, (t.numpy() for t in inputs))))
+    expected = (expected,) if isinstance(expected, torch.Tensor) else expected
+    assert len(actual) == len(expected)
+    for ours, theirs in zip(expected, actual):
+        assert ours.shape == theirs.shape
+        difference = np.abs(theirs.astype(np.float64) - ours.double().numpy()).max()
+        assert difference <= tolerance * max(1.0, float(ours.abs().max()))
+
+
+@pytest.mark.parametrize("case", PROBLEMS)
+def test_standard_operator(case, tmp_path):
+    problem = PROBLEMS[case]
+    model, path = Call(problem), tmp_path / "model.onnx"
+    torch.onnx.export(model, model.inputs, path, dynamo=True, verbose=False)
+    (node,) = (n for n in standard(path).graph.node if n.op_type == "DeformConv")
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    assert attributes == {
+        "kernel_shape": list(problem.kernel),
+        "strides": list(problem.stride),
+        "pads": [*problem.padding, *problem.padding],
+        "dilations": list(problem.dilation),
+        "group": problem.groups,
+        "offset_group": problem.deform_groups,
+    }
+    compare(path, model, model.inputs)
+
+
+@pytest.mark.parametrize("opset", [19, 20, 21, 22, 23])
+def test_opsets(opset, tmp_path):
+    model, path = Call(PROBLEMS["nothing square"]), tmp_path / "model.onnx"
+    torch.onnx.export(model, model.inputs, path, dynamo=True, verbose=False, opset_version=opset)
+    assert [o.version for o in standard(path).opset_import if o.domain == ""] == [opset]
+    compare(path, model, model.inputs)
+
+
+def test_an_older_opset_is_refused_by_name(tmp_path):
+    model = Call(PROBLEMS["v1"])
+    with pytest.raises(torch.onnx.errors.OnnxExporterError, match="deform_conv2d"):
+        torch.onnx.export(model, model.inputs, dynamo=True, verbose=False, opset_version=18)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_dtypes(dtype, tmp_path):
+    model, path = Call(PROBLEMS["v2 with bias"], dtype), tmp_path / "model.onnx"
+    torch.onnx.export(model, model.inputs, path, dynamo=True, verbose=False)
+    if dtype != torch.bfloat16:  # which numpy does not have
+        compare(path, model, model.inputs, 1e-4 if dtype == torch.float64 else 2e-3)
+    else:
+        standard(path)
+
+
+def test_an_exported_program(tmp_path):
+    model, path = Call(PROBLEMS["groups"]), tmp_path / "model.onnx"
+    program = torch.export.export(model, model.inputs)
+    torch.onnx.export(program, f=path, dynamo=True, verbose=False)
+    standard(path)
+    compare(path, model, model.inputs)
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_layer_of_open_size(name, tmp_path):
+    model = scatter_samples(PACKS[name](8, 12, 3, stride=2, padding=1, deform_groups=2)).eval()
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(
+        model,
+        (torch.randn(2, 8, 9, 11),),
+        path,
+        dynamo=True,
+        verbose=False,
+        dynamic_shapes=({0: DYNAMIC, 2: DYNAMIC, 3: DYNAMIC},),
+    )
+    standard(path)
+    for shape in ((2, 8, 9, 11), (1, 8, 30, 20), (3, 8, 5, 64)):
+        compare(path, model, (torch.randn(shape),))
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("DCN", 2), ("DCNv2", 6), pytest.param("DCN", 6, marks=pytest.mark.slow)],
+)
+def test_backbone_of_open_size(name, blocks, tmp_path):
+    pytest.importorskip("mmdet")
+    model, path = backbone(name, blocks=blocks, training=False), tmp_path / "model.onnx"
+    torch.onnx.export(
+        model,
+        (torch.randn(2, 3, 64, 96),),
+        path,
+        dynamo=True,
+        verbose=False,
+        dynamic_shapes=({0: DYNAMIC, 2: DYNAMIC, 3: DYNAMIC},),
+    )
+    operators = [node.op_type for node in standard(path).graph.node]
+    assert operators.count("DeformConv") == sum(min(blocks, count) for count in (4, 6, 3))
+    for shape in ((2, 3, 64, 96), (1, 3, 97, 70)):
+        compare(path, model, (torch.randn(shape),))

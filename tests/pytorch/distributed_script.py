@@ -1,0 +1,61 @@
+"""Run as ``python -m tests.pytorch.distributed_script ddp|fsdp2``: a backbone in two processes.
+
+Compares the loss and the gradients of a training step with those in one process.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.pytorch.models import assert_same, backbone, gradients, loss
+
+PROCESSES = 2
+
+
+def wrap(model: nn.Module, wrapper: str) -> nn.Module:
+    if wrapper == "ddp":
+        return DistributedDataParallel(model)
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    for module in model.modules():
+        # Each deformable layer is a unit of its own.
+        if hasattr(module, "conv_offset"):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def run(rank: int, wrapper: str, file: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=PROCESSES)
+    try:
+        for name in ("DCN", "DCNv2"):
+            torch.manual_seed(0)
+            x = torch.randn(PROCESSES, 3, 48, 64)
+            expected = gradients(backbone(name, blocks=2), x)
+
+            model = wrap(backbone(name, blocks=2), wrapper)
+            loss(model(x[rank : rank + 1])).backward()
+            actual = {}
+            for parameter_name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    grad = parameter.grad
+                    full = grad.full_tensor() if isinstance(grad, DTensor) else grad
+                    actual[parameter_name.removeprefix("module.")] = full
+            assert_same(actual, expected)
+            if rank == 0:
+                print(f"{name}: same as in one process", flush=True)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(run, (sys.argv[1], str(Path(folder) / "rendezvous")), nprocs=PROCESSES)

@@ -1,0 +1,54 @@
+"""Export a detector's network to ONNX, and compare it with PyTorch in onnxruntime.
+
+The file holds backbone, neck and heads, up to the heads' raw outputs, in standard operators of
+ONNX. Batch and image size stay open.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import mmdcn  # noqa: F401  # registers the layers, for configs that do not import them
+from mmdcn.engine import export, launch
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="config file")
+    parser.add_argument("checkpoint", help="checkpoint file or address")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="the ONNX file to write")
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="images to compare on (default: some of the config's test set, or where that is not "
+        "on disk, generated ones)",
+    )
+    launch.add_config_options(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = launch.read_config(args.config, args.cfg_options)
+    network = export.build(cfg, args.checkpoint)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = args.images or export.find_images(cfg, Path(folder))
+        images = list(export.load_images(cfg, network, paths))
+    print(f"comparing on {', '.join(path.name for path in paths)}")
+    verified = export.export(network, images, args.out)
+
+    print(
+        f"wrote {args.out}: {', '.join(network.input_names)} -> {len(network.output_names)} outputs"
+    )
+    print(f"largest error: {verified.largest_error:.1e} of the largest element ({verified.output})")
+    size = "×".join(map(str, verified.shape))
+    for name, milliseconds in verified.milliseconds.items():
+        print(f"{name}: {milliseconds:.0f} ms for images of {size}")
+
+
+if __name__ == "__main__":
+    launch.run(main)
