@@ -12,6 +12,16 @@ STABLE_TORCH_LIBRARY(mmdcn, m) {
       "deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, "
       "int[2] stride, int[2] padding, int[2] dilation, Tensor? mask, bool[4] output_mask) -> "
       "(Tensor grad_input, Tensor grad_offset, Tensor grad_weight, Tensor grad_mask)");
+  // `rois` and `offset` are float64 beside float64 features and float32 beside all others. Where
+  // position_sensitive, the input's channels are ordered by bin, then by output channel.
+  m.def(
+      "deform_roi_pool(Tensor input, Tensor rois, Tensor? offset, int[2] output_size, "
+      "float spatial_scale, int sampling_ratio, float gamma, bool position_sensitive) -> Tensor");
+  // `output_mask` says which gradients are wanted, of input and offset.
+  m.def(
+      "deform_roi_pool_backward(Tensor grad_output, Tensor input, Tensor rois, Tensor? offset, "
+      "int[2] output_size, float spatial_scale, int sampling_ratio, float gamma, "
+      "bool position_sensitive, bool[2] output_mask) -> (Tensor grad_input, Tensor grad_offset)");
   // The instruction set that the CPU kernels use.
   m.def("cpu_capability() -> str");
 }

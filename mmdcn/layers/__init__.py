@@ -1,4 +1,4 @@
-"""Deformable convolution layers: what configs name, and plain PyTorch modules otherwise."""
+"""Deformable layers: what configs name, and plain PyTorch modules otherwise."""
 
 from mmdcn.layers.deform_conv import (
     DeformConv2d,
@@ -6,10 +6,18 @@ from mmdcn.layers.deform_conv import (
     ModulatedDeformConv2d,
     ModulatedDeformConv2dPack,
 )
+from mmdcn.layers.deform_roi_pool import (
+    DeformRoIPool,
+    DeformRoIPoolPack,
+    ModulatedDeformRoIPoolPack,
+)
 
 __all__ = [
     "DeformConv2d",
     "DeformConv2dPack",
+    "DeformRoIPool",
+    "DeformRoIPoolPack",
     "ModulatedDeformConv2d",
     "ModulatedDeformConv2dPack",
+    "ModulatedDeformRoIPoolPack",
 ]

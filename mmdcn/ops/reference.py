@@ -1,4 +1,4 @@
-"""The equations of deformable convolution in plain PyTorch, written to be read.
+"""The equations of the deformable operators in plain PyTorch, written to be read.
 
 Nothing here is fast. It is what the compiled operators are tested against, in float64, and it is
 differentiable any number of times.
@@ -11,8 +11,11 @@ Notation: R is the regular grid of the kernel's N taps, p0 an output position, p
     (4) G(q, p) = max(0, 1 - |q_y - p_y|) · max(0, 1 - |q_x - p_x|)
 
 Sources: Deformable Convolutional Networks (arXiv 1703.06211), eq. (2)-(4); Deformable ConvNets v2
-(arXiv 1811.11168), eq. (1), for the modulation.
+(arXiv 1811.11168), eq. (1), for the modulation. The other operators' equations are where they are
+computed.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -49,6 +52,26 @@ def sample(input: Tensor, p_y: Tensor, p_x: Tensor) -> Tensor:
             # Not g * x_of_q alone: 0 · inf would be NaN where the position does not exist.
             x_of_p = x_of_p + torch.where(exists.unsqueeze(1), g.unsqueeze(1) * x_of_q, 0.0)
     return x_of_p
+
+
+def sample_with_border(input: Tensor, p_y: Tensor, p_x: Tensor) -> Tensor:
+    """X(p) as RoI pooling has it: the input's border goes on for one more pixel on every side.
+
+    Arguments and result are those of :func:`sample`. A point outside [-1, H] × [-1, W], or with a
+    coordinate that is not finite, gives 0 and passes no gradient; any other point is moved to the
+    nearest one in [0, H - 1] × [0, W - 1], and no gradient passes through a coordinate that moved.
+    """
+    height, width = input.shape[-2:]
+    inside = (p_y >= -1) & (p_y <= height) & (p_x >= -1) & (p_x <= width)
+
+    def moved(p: Tensor, size: int) -> Tensor:
+        p = torch.where(p < 0, 0.0, p)
+        return torch.where(p >= size - 1, size - 1.0, p)
+
+    nowhere = -2.0  # Outside for `sample`.
+    p_y = torch.where(inside, moved(p_y, height), nowhere)
+    p_x = torch.where(inside, moved(p_x, width), nowhere)
+    return sample(input, p_y, p_x)
 
 
 def deform_conv2d(
@@ -99,3 +122,67 @@ def deform_conv2d(
         weight.reshape(groups, out_channels // groups, channels_per_group, taps),
     ).reshape(batch, out_channels, out_h, out_w)
     return output if bias is None else output + bias.view(-1, 1, 1)
+
+
+def deform_roi_pool(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None,
+    output_size: int | tuple[int, int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 0,
+    gamma: float = 0.1,
+    position_sensitive: bool = False,
+) -> Tensor:
+    """RoI pooling at moved bins: arguments and result as of :func:`mmdcn.ops.deform_roi_pool`.
+
+    y(i, j) = Σ_p X(p0 + p + Δp_ij) / n_ij, over the n_ij points p of bin (i, j) of a RoI whose top
+    left corner is p0 (arXiv 1703.06211, eq. (5)); where position_sensitive, X is another map for
+    each bin (eq. (6)).
+    """
+    batch, channels, height, width = input.shape
+    bins_h, bins_w = _pair(output_size)
+    bins = bins_h * bins_w
+    if offset is None:
+        offset = rois.new_zeros(len(rois), 2, bins_h, bins_w)
+    groups = offset.shape[1] // 2
+
+    # X, of shape (batch, groups, maps, channels of a group, height, width): a map for each bin, or
+    # one for all.
+    if position_sensitive:
+        channels //= bins
+        maps = input.reshape(batch, groups, channels // groups, bins, height, width).transpose(2, 3)
+    else:
+        maps = input.reshape(batch, groups, 1, channels // groups, height, width)
+
+    def bin_points(start: Tensor, end: Tensor, number: int) -> Tensor:
+        """The points of `number` bins along one dimension, of shape (number, points)."""
+        length = (end - start) / number
+        # As many points as pixels, if no number is given; 0 for NaN too.
+        adaptive = min(math.ceil(length), 2**24) if length > 0 else 0
+        points = sampling_ratio if sampling_ratio > 0 else adaptive
+        first = torch.arange(number, dtype=rois.dtype, device=rois.device)
+        within = torch.arange(points, dtype=rois.dtype, device=rois.device) + 0.5
+        return start + (first.unsqueeze(1) + within / max(points, 1)) * length
+
+    pooled = [input.new_zeros(0, channels, bins_h, bins_w)]
+    for roi, delta in zip(rois.detach(), offset):
+        # In pixels of the features, whose centres are at whole numbers.
+        x1, y1, x2, y2 = roi[1:] * spatial_scale - 0.5
+        y, x = bin_points(y1, y2, bins_h), bin_points(x1, x2, bins_w)
+        count = max(y.shape[1] * x.shape[1], 1)
+        delta_x, delta_y = delta.view(groups, 2, bins_h, bins_w, 1, 1).unbind(1)
+        p_y = y.view(bins_h, 1, -1, 1) + gamma * (y2 - y1) * delta_y
+        p_x = x.view(1, bins_w, 1, -1) + gamma * (x2 - x1) * delta_x
+        p_y, p_x = torch.broadcast_tensors(p_y, p_x)  # (groups, bins_h, bins_w, points, points)
+
+        own = maps[int(roi[0])]
+        number = own.shape[1]  # of maps
+        sampled = sample_with_border(
+            own.flatten(0, 1),
+            p_y.reshape(groups * number, -1),
+            p_x.reshape(groups * number, -1),
+        ).view(groups, number, channels // groups, bins // number, -1)
+        mean = sampled.sum(-1) / count
+        pooled.append(mean.transpose(1, 2).reshape(1, channels, bins_h, bins_w))
+    return torch.cat(pooled)
