@@ -292,8 +292,8 @@ def install() -> None:
     else:
         _log(
             "Deformable convolution and RoI pooling now run on mmdcn's operators, in configs (DCN, "
-            "DCNv2, DeformRoIPoolPack) and in mmcv.ops; mmdcn.plugin.report() lists what was taken over and "
-            "mmdcn.plugin.uninstall() gives it back."
+            "DCNv2, DeformRoIPoolPack) and in mmcv.ops; mmdcn.plugin.report() lists what was taken "
+            "over and mmdcn.plugin.uninstall() gives it back."
         )
 
 

@@ -180,6 +180,80 @@ def test_mmengine_treats_the_offset_branch_apart():
     }
 
 
+# ----------------------------------------------------------------------------------- RoI pooling
+
+ROI_LAYER_TYPES = {
+    "DeformRoIPool": layers.DeformRoIPool,
+    "DeformRoIPoolPack": layers.DeformRoIPoolPack,
+    "ModulatedDeformRoIPoolPack": layers.ModulatedDeformRoIPoolPack,
+}
+ROIS = torch.tensor([[0, 4.0, 4.0, 40.0, 60.0], [1, 20.0, 10.0, 120.0, 90.0]])
+
+
+def roi_layer(name: str) -> dict:
+    config = dict(type=name, output_size=3, sampling_ratio=2)
+    return config if name == "DeformRoIPool" else config | dict(output_channels=4)
+
+
+@pytest.mark.parametrize("name", ROI_LAYER_TYPES)
+def test_roi_extractors_of_mmdet_build_our_layers(name):
+    registry = pytest.importorskip("mmdet.registry").MODELS
+    extractor = registry.build(
+        dict(
+            type="SingleRoIExtractor",
+            roi_layer=roi_layer(name),
+            out_channels=4,
+            featmap_strides=[4, 8],
+        )
+    )
+    for layer, stride in zip(extractor.roi_layers, (4, 8)):
+        assert isinstance(layer, ROI_LAYER_TYPES[name])
+        assert layer.spatial_scale == 1 / stride
+    levels = [torch.randn(2, 4, 128 // s, 128 // s, requires_grad=True) for s in (4, 8)]
+    passes = 1 if name == "DeformRoIPool" else 2
+    with KernelCalls() as calls:
+        pooled = extractor(levels, ROIS)
+        pooled.square().sum().backward()
+    assert pooled.shape == (2, 4, 3, 3)
+    assert (calls.roi_pool_forward, calls.roi_pool_backward, calls.mmcv) == (passes, passes, 0)
+    assert extractor(levels, ROIS[:0]).shape == (0, 4, 3, 3)
+
+    plugin.uninstall()
+    assert getattr(mmcv.ops, name).__module__ == "mmcv.ops.deform_roi_pool"
+
+
+@pytest.mark.parametrize("scope", ["", "mmdcn."])
+@pytest.mark.parametrize("name", ROI_LAYER_TYPES)
+def test_roi_layers_are_registered(name, scope):
+    layer = MODELS.build(roi_layer(name) | dict(type=scope + name))
+    assert isinstance(layer, ROI_LAYER_TYPES[name])
+    theirs = sys.modules["mmcv.ops.deform_roi_pool"]
+    # Of mmcv's classes, and of those that have taken their names.
+    for module in (theirs, mmcv.ops):
+        assert isinstance(layer, getattr(module, name))
+        assert isinstance(layer, module.DeformRoIPool)
+    assert repr(layer).startswith(f"{name}(")
+    x = torch.randn(2, 4, 16, 16)
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(copied) is type(layer)
+        assert torch.equal(copied(x, ROIS), layer(x, ROIS))
+
+
+@pytest.mark.parametrize("name", ROI_LAYER_TYPES)
+def test_mmcvs_own_roi_layers_run_our_kernels(name):
+    theirs = getattr(sys.modules["mmcv.ops.deform_roi_pool"], name)
+    arguments = {key: value for key, value in roi_layer(name).items() if key != "type"}
+    layer, ours = theirs(**arguments), ROI_LAYER_TYPES[name](**arguments)
+    ours.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 4, 16, 16, requires_grad=True)
+    with KernelCalls() as calls:
+        pooled = layer(x, ROIS)
+        pooled.sum().backward()
+    passes = 1 if name == "DeformRoIPool" else 2
+    assert (calls.roi_pool_forward, calls.roi_pool_backward, calls.mmcv) == (passes, passes, 0)
+    assert torch.equal(pooled, ours(x, ROIS))
+
+
 # ------------------------------------------------------------------------------------- functions
 
 

@@ -94,8 +94,7 @@ struct BinPoints {
 
   // Lists the pixels of points [begin, end), each once, and returns how many there are: at most
   // 2 (end - begin), and at most `size`.
-  MMDCN_HOST_DEVICE int64_t list_pixels(int64_t begin, int64_t end,
-                                        BinPixel<coord_t>* list) const {
+  MMDCN_HOST_DEVICE int64_t list_pixels(int64_t begin, int64_t end, BinPixel<coord_t>* list) const {
     int64_t pixels = 0;
     for (int64_t i = begin; i < end; ++i) {
       visit_pixels(i, [&](int64_t position, coord_t weight, coord_t slope) {
@@ -152,8 +151,7 @@ struct RoISide {
   MMDCN_HOST_DEVICE BinPoints<coord_t> bin(int64_t sampling_ratio, int64_t index,
                                            coord_t offset) const {
     const coord_t bin_length = length / static_cast<coord_t>(bins);
-    const coord_t bin_start =
-        start + reach * offset + static_cast<coord_t>(index) * bin_length;
+    const coord_t bin_start = start + reach * offset + static_cast<coord_t>(index) * bin_length;
     int64_t count = sampling_ratio;
     if (sampling_ratio < 1) {
       // One to a pixel; none in a box that is empty, inverted or not a number.

@@ -14,10 +14,9 @@ inline DeformRoIPoolShape deform_roi_pool_shape(const Tensor& input, const Tenso
                                                 const std::vector<int64_t>& output_size,
                                                 double spatial_scale, int64_t sampling_ratio,
                                                 double gamma, bool position_sensitive) {
-#define MMDCN_REQUIRE(condition)                                                                   \
-  STD_TORCH_CHECK(condition,                                                                       \
-                  "mmdcn::deform_roi_pool: arguments do not fit together (", #condition,           \
-                  "); call mmdcn.ops.deform_roi_pool, which says what must change")
+#define MMDCN_REQUIRE(condition)                                                        \
+  STD_TORCH_CHECK(condition, "mmdcn::deform_roi_pool: arguments do not fit together (", \
+                  #condition, "); call mmdcn.ops.deform_roi_pool, which says what must change")
   MMDCN_REQUIRE(input.dim() == 4 && rois.dim() == 2 && rois.size(1) == 5);
   // Rows and columns are counted in 32 bits.
   constexpr int64_t too_long = INT64_C(1) << 30;

@@ -37,8 +37,8 @@ def deform_roi_pool(
 
     Divides each RoI into kh × kw bins, moves bin (i, j) by ``Δp = gamma · Δp̂ ∘ (w, h)``, where Δp̂
     is its offset and w × h the size of the RoI, and averages the input, sampled with bilinear
-    interpolation, over a grid of points in the bin: equation (5) of Deformable Convolutional
-    Networks (arXiv 1703.06211, section 2.2), and equation (6) where `position_sensitive`.
+    interpolation, over a grid of points in the bin: equation (6) of Deformable Convolutional
+    Networks (arXiv 1703.06211, section 2.2), and its PS RoI pooling where `position_sensitive`.
     Arguments and results are those of ``mmcv.ops.deform_roi_pool``.
 
     A point between -1 and 0, or between the last pixel and one further, reads the border; a point
@@ -107,13 +107,15 @@ def deform_roi_pool(
 
 def _check_numbers(spatial_scale: float, sampling_ratio: int, gamma: float) -> None:
     for name, value in (("spatial_scale", spatial_scale), ("gamma", gamma)):
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        numbers = (int, float, torch.SymInt, torch.SymFloat)
+        if not isinstance(value, numbers) or isinstance(value, bool):
             raise TypeError(f"{name}: expected a number, got {value!r}")
-        if not math.isfinite(value):
+        if not -math.inf < value < math.inf:
             raise ValueError(f"{name}: expected a finite number, got {value!r}")
     if spatial_scale <= 0:
         raise ValueError(f"spatial_scale: expected a positive number, got {spatial_scale!r}")
-    if not isinstance(sampling_ratio, int) or isinstance(sampling_ratio, bool):
+    whole = isinstance(sampling_ratio, (int, torch.SymInt))
+    if not whole or isinstance(sampling_ratio, bool):
         raise TypeError(f"sampling_ratio: expected an int, got {sampling_ratio!r}")
     if sampling_ratio > MOST_POINTS:
         raise ValueError(
@@ -136,9 +138,7 @@ def _check_tensors(**arguments: Tensor | None) -> None:
             )
 
 
-def _autocast(
-    input: Tensor, rois: Tensor, offset: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _autocast(input: Tensor, rois: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Boxes and offsets in float32 beside float32 or half features, where autocast is on.
 
     What a layer inside autocast predicts from the features is in half precision, whatever they are.
@@ -221,9 +221,7 @@ def _check_shapes(
 
 
 @torch.library.register_fake("mmdcn::deform_roi_pool")
-def _(
-    input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, position_sensitive
-):
+def _(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, position_sensitive):
     channels = input.shape[1]
     if position_sensitive:
         channels = channels // (output_size[0] * output_size[1])

@@ -137,8 +137,8 @@ def deform_roi_pool(
     """RoI pooling at moved bins: arguments and result as of :func:`mmdcn.ops.deform_roi_pool`.
 
     y(i, j) = Σ_p X(p0 + p + Δp_ij) / n_ij, over the n_ij points p of bin (i, j) of a RoI whose top
-    left corner is p0 (arXiv 1703.06211, eq. (5)); where position_sensitive, X is another map for
-    each bin (eq. (6)).
+    left corner is p0 (arXiv 1703.06211, eq. (6)); where position_sensitive, X is another map for
+    each bin.
     """
     batch, channels, height, width = input.shape
     bins_h, bins_w = _pair(output_size)
@@ -155,26 +155,27 @@ def deform_roi_pool(
     else:
         maps = input.reshape(batch, groups, 1, channels // groups, height, width)
 
-    def bin_points(start: Tensor, end: Tensor, number: int) -> Tensor:
-        """The points of `number` bins along one dimension, of shape (number, points)."""
+    def bin_points(start: Tensor, end: Tensor, number: int, delta: Tensor) -> Tensor:
+        """The points of bins along one dimension, from the bins' offsets (groups, number, …)."""
         length = (end - start) / number
         # As many points as pixels, if no number is given; 0 for NaN too.
         adaptive = min(math.ceil(length), 2**24) if length > 0 else 0
         points = sampling_ratio if sampling_ratio > 0 else adaptive
-        first = torch.arange(number, dtype=rois.dtype, device=rois.device)
-        within = torch.arange(points, dtype=rois.dtype, device=rois.device) + 0.5
-        return start + (first.unsqueeze(1) + within / max(points, 1)) * length
+        bin = torch.arange(number, dtype=rois.dtype, device=rois.device).unsqueeze(1)
+        point = torch.arange(points, dtype=rois.dtype, device=rois.device) + 0.5
+        first = start + gamma * (end - start) * delta + bin * length
+        return first + point * length / max(points, 1)
 
     pooled = [input.new_zeros(0, channels, bins_h, bins_w)]
     for roi, delta in zip(rois.detach(), offset):
         # In pixels of the features, whose centres are at whole numbers.
         x1, y1, x2, y2 = roi[1:] * spatial_scale - 0.5
-        y, x = bin_points(y1, y2, bins_h), bin_points(x1, x2, bins_w)
-        count = max(y.shape[1] * x.shape[1], 1)
-        delta_x, delta_y = delta.view(groups, 2, bins_h, bins_w, 1, 1).unbind(1)
-        p_y = y.view(bins_h, 1, -1, 1) + gamma * (y2 - y1) * delta_y
-        p_x = x.view(1, bins_w, 1, -1) + gamma * (x2 - x1) * delta_x
-        p_y, p_x = torch.broadcast_tensors(p_y, p_x)  # (groups, bins_h, bins_w, points, points)
+        delta_x, delta_y = delta.view(groups, 2, bins_h, bins_w).unbind(1)
+        # (groups, bins_w, bins_h, points) and (groups, bins_h, bins_w, points).
+        p_y = bin_points(y1, y2, bins_h, delta_y.transpose(1, 2).unsqueeze(-1)).transpose(1, 2)
+        p_x = bin_points(x1, x2, bins_w, delta_x.unsqueeze(-1))
+        count = max(p_y.shape[-1] * p_x.shape[-1], 1)
+        p_y, p_x = torch.broadcast_tensors(p_y.unsqueeze(-1), p_x.unsqueeze(-2))
 
         own = maps[int(roi[0])]
         number = own.shape[1]  # of maps

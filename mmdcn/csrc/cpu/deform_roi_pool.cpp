@@ -46,9 +46,9 @@ template <typename T>
 Tensor forward(const DeformRoIPoolShape& shape, const Tensor& input, const Tensor& rois,
                const std::optional<Tensor>& offset) {
   using acc_t = accumulator_t<T>;
-  Tensor output = new_tensor(
-      input, {shape.rois, shape.out_channels, shape.out_height, shape.out_width},
-      input.scalar_type());
+  Tensor output =
+      new_tensor(input, {shape.rois, shape.out_channels, shape.out_height, shape.out_width},
+                 input.scalar_type());
   const Tensor boxes = torch::stable::contiguous(rois);
   check_images(shape, const_data<acc_t>(boxes));
   if (output.numel() == 0) return output;
@@ -87,10 +87,9 @@ Gradients backward(const DeformRoIPoolShape& shape, const Tensor& grad_output, c
   using acc_t = accumulator_t<T>;
   const ScalarType acc_type = rois.scalar_type();
   const bool wants_offset = wanted[1] && offset.has_value();
-  Tensor grad_input = wanted[0]
-                          ? new_tensor(input, sizes_of(input), input.scalar_type(),
-                                       layout_of(input))
-                          : new_tensor(input, {0}, input.scalar_type());
+  Tensor grad_input =
+      wanted[0] ? new_tensor(input, sizes_of(input), input.scalar_type(), layout_of(input))
+                : new_tensor(input, {0}, input.scalar_type());
   Tensor grad_offset = wants_offset ? new_tensor(input, sizes_of(*offset), acc_type)
                                     : new_tensor(input, {0}, acc_type);
   const Tensor boxes = torch::stable::contiguous(rois);
@@ -148,16 +147,16 @@ Gradients backward(const DeformRoIPoolShape& shape, const Tensor& grad_output, c
   if (wants_offset) {
     acc_t* target = data<acc_t>(grad_offset);
     const int64_t elements = grad_offset.numel();
-    torch::stable::parallel_for(
-        0, elements, grain(elements, elements * group_parts), [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) {
-            acc_t total = 0;
-            for (int64_t part = 0; part < group_parts; ++part) {
-              total += partial.get()[part * elements + i];
-            }
-            target[i] = total;
-          }
-        });
+    torch::stable::parallel_for(0, elements, grain(elements, elements * group_parts),
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t i = begin; i < end; ++i) {
+                                    acc_t total = 0;
+                                    for (int64_t part = 0; part < group_parts; ++part) {
+                                      total += partial.get()[part * elements + i];
+                                    }
+                                    target[i] = total;
+                                  }
+                                });
   }
   if (wanted[0] && convert) torch::stable::copy_(grad_input, sum);
   return {grad_input, grad_offset};
@@ -166,9 +165,8 @@ Gradients backward(const DeformRoIPoolShape& shape, const Tensor& grad_output, c
 Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
                        const std::vector<int64_t>& output_size, double spatial_scale,
                        int64_t sampling_ratio, double gamma, bool position_sensitive) {
-  const DeformRoIPoolShape shape =
-      deform_roi_pool_shape(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma,
-                            position_sensitive);
+  const DeformRoIPoolShape shape = deform_roi_pool_shape(
+      input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, position_sensitive);
   return with_element_type("deform_roi_pool", input, [&](auto element) {
     return forward<decltype(element)>(shape, input, rois, offset);
   });
@@ -179,9 +177,8 @@ Gradients deform_roi_pool_backward(const Tensor& grad_output, const Tensor& inpu
                                    const std::vector<int64_t>& output_size, double spatial_scale,
                                    int64_t sampling_ratio, double gamma, bool position_sensitive,
                                    const std::vector<bool>& output_mask) {
-  const DeformRoIPoolShape shape =
-      deform_roi_pool_shape(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma,
-                            position_sensitive);
+  const DeformRoIPoolShape shape = deform_roi_pool_shape(
+      input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, position_sensitive);
   check_grad_output(shape, grad_output, input, output_mask);
   return with_element_type("deform_roi_pool", input, [&](auto element) {
     return backward<decltype(element)>(shape, grad_output, input, rois, offset, output_mask);

@@ -1,8 +1,8 @@
 // The CPU kernels of deform_roi_pool. Compiled once for each instruction set, with
 // MMDCN_CPU_CAPABILITY naming the namespace.
 //
-// For each bin, the rows and the columns of the features that its points are next to are listed with
-// their weights; then the pixels where these cross are added up, as vectors of channels.
+// For each bin, the rows and the columns of the features that its points are next to are listed
+// with their weights; then the pixels where these cross are added up, as vectors of channels.
 #include "deform_roi_pool_kernel.h"
 
 #include "channel_rows.h"
@@ -34,8 +34,7 @@ struct Scratch {
 // number r that reaches the features.
 template <typename T, typename A, typename Visit>
 inline void for_each_bin(const DeformRoIPoolShape& shape, const RoIPoolTensors<T>& tensors,
-                         int64_t group, int64_t r, const Scratch<A>& scratch,
-                         const Visit& visit) {
+                         int64_t group, int64_t r, const Scratch<A>& scratch, const Visit& visit) {
   const RoISide<A> side[2] = {{shape, tensors.rois + 5 * r, 0}, {shape, tensors.rois + 5 * r, 1}};
   const auto list = [&](int d, int64_t index, int64_t bin, BinPixel<A>* pixels) {
     const A offset =
@@ -115,8 +114,8 @@ void backward(const DeformRoIPoolShape& shape, const RoIPoolTensors<T>& tensors,
     for_each_bin(
         shape, tensors, channels.group, r, scratch,
         [&](int64_t bin, int64_t rows, int64_t columns) {
-          const T* grad_bin = tensors.grad_output +
-                              (r * shape.bins() + bin) * shape.out_channels + channels.begin;
+          const T* grad_bin =
+              tensors.grad_output + (r * shape.bins() + bin) * shape.out_channels + channels.begin;
           A* grad = scratch.values;
           for (int64_t c = 0; c < count; ++c) grad[c] = load(grad_bin + c);
 

@@ -1,5 +1,5 @@
-// What the CPU kernels of deform_roi_pool are given and give. The kernels are compiled once for each
-// instruction set; deform_roi_pool.cpp chooses one, owns all memory and runs the threads.
+// What the CPU kernels of deform_roi_pool are given and give. The kernels are compiled once for
+// each instruction set; deform_roi_pool.cpp chooses one, owns all memory and runs the threads.
 #pragma once
 
 #include <cstddef>
@@ -19,13 +19,13 @@ struct RoIPoolChannels {
 template <typename T>
 struct RoIPoolTensors {
   using acc_t = accumulator_t<T>;
-  const T* input;         // (N, H, W, C)
-  const acc_t* rois;      // (R, 5), their images in range
-  const acc_t* offset;    // (R, deform_groups, x and y, bins), or null
-  T* output;              // (R, Co, bins)
-  const T* grad_output;   // (R, bins, Co)
-  acc_t* grad_input;      // (N, H, W, C), added to; or null
-  acc_t* grad_offset;     // as offset: what these channels contribute; or null
+  const T* input;        // (N, H, W, C)
+  const acc_t* rois;     // (R, 5), their images in range
+  const acc_t* offset;   // (R, deform_groups, x and y, bins), or null
+  T* output;             // (R, Co, bins)
+  const T* grad_output;  // (R, bins, Co)
+  acc_t* grad_input;     // (N, H, W, C), added to; or null
+  acc_t* grad_offset;    // as offset: what these channels contribute; or null
 };
 
 template <typename T>

@@ -1,5 +1,5 @@
-// What the CPU's registration files have in common: scratch memory, the size of a thread's share, and
-// the choice of a kernel by instruction set and element type.
+// What the CPU's registration files have in common: scratch memory, the size of a thread's share,
+// and the choice of a kernel by instruction set and element type.
 #pragma once
 
 #include <algorithm>

@@ -1,6 +1,5 @@
 // Kernels and launches of deformable RoI pooling: the block programs, bound to the GPU.
 #include "deform_roi_pool.h"
-
 #include "deform_roi_pool_backward.h"
 #include "deform_roi_pool_forward.h"
 #include "launch.cuh"
@@ -30,9 +29,8 @@ int64_t blocks_for(const DeformRoIPoolShape& shape) {
 
 }  // namespace
 
-void deform_roi_pool_forward(Precision precision, const DeformRoIPoolShape& shape,
-                             const void* input, const void* rois, const void* offset, void* output,
-                             const Stream& stream) {
+void roi_pool_forward(Precision precision, const DeformRoIPoolShape& shape, const void* input,
+                      const void* rois, const void* offset, void* output, const Stream& stream) {
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
@@ -42,10 +40,10 @@ void deform_roi_pool_forward(Precision precision, const DeformRoIPoolShape& shap
   });
 }
 
-void deform_roi_pool_backward(Precision precision, const DeformRoIPoolShape& shape,
-                              const void* grad_output, const void* input, const void* rois,
-                              const void* offset, void* grad_input, void* grad_offset,
-                              const Stream& stream) {
+void roi_pool_backward(Precision precision, const DeformRoIPoolShape& shape,
+                       const void* grad_output, const void* input, const void* rois,
+                       const void* offset, void* grad_input, void* grad_offset,
+                       const Stream& stream) {
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;

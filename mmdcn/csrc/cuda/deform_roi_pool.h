@@ -12,16 +12,15 @@ namespace mmdcn::cuda {
 // throws std::runtime_error.
 
 // `output`, contiguous, every element written once.
-void deform_roi_pool_forward(Precision precision, const DeformRoIPoolShape& shape,
-                             const void* input, const void* rois, const void* offset, void* output,
-                             const Stream& stream);
+void roi_pool_forward(Precision precision, const DeformRoIPoolShape& shape, const void* input,
+                      const void* rois, const void* offset, void* output, const Stream& stream);
 
 // `grad_output` is channels-last. `grad_input`, channels-last, float or double, must hold zeros: it
 // is added to atomically, in no fixed order. Every element of `grad_offset` is written once, in a
 // fixed order of summation. Either may be null.
-void deform_roi_pool_backward(Precision precision, const DeformRoIPoolShape& shape,
-                              const void* grad_output, const void* input, const void* rois,
-                              const void* offset, void* grad_input, void* grad_offset,
-                              const Stream& stream);
+void roi_pool_backward(Precision precision, const DeformRoIPoolShape& shape,
+                       const void* grad_output, const void* input, const void* rois,
+                       const void* offset, void* grad_input, void* grad_offset,
+                       const Stream& stream);
 
 }  // namespace mmdcn::cuda

@@ -38,8 +38,8 @@ MMDCN_BLOCK void deform_roi_pool_backward_block(const Ctx& ctx, const DeformRoIP
       Items::for_each(ctx, shape, storage.bins, channel, [&](int i, int place, int64_t c) {
         const Bin& bin = storage.bins.bin[place];
         const int64_t pooled = bin.roi * shape.bins() + bin.bin;
-        grad[i] = static_cast<acc_t>(
-            grad_output[pooled * shape.out_channels + bin.group * channels + c]);
+        grad[i] =
+            static_cast<acc_t>(grad_output[pooled * shape.out_channels + bin.group * channels + c]);
       });
       for_each_pixel(ctx, shape, channel, storage.bins,
                      [&](int i, int, int64_t, int64_t position, const BinPixel<acc_t>& row,
@@ -70,10 +70,13 @@ MMDCN_BLOCK void deform_roi_pool_backward_block(const Ctx& ctx, const DeformRoIP
       for (const BinGradient<acc_t>& part : storage.partial[place]) {
         sum = {sum.y + part.y, sum.x + part.x};
       }
+      // The box of a bin that reaches nothing may be infinite.
+      const acc_t reach_y = storage.bins.side[0][place].reach;
+      const acc_t reach_x = storage.bins.side[1][place].reach;
       ctx.store(&grad_offset[roi_offset_index(shape, bin.roi, bin.group, 0, bin.bin)],
-                storage.bins.side[0][place].reach * sum.y);
+                sum.y != 0 ? reach_y * sum.y : acc_t(0));
       ctx.store(&grad_offset[roi_offset_index(shape, bin.roi, bin.group, 1, bin.bin)],
-                storage.bins.side[1][place].reach * sum.x);
+                sum.x != 0 ? reach_x * sum.x : acc_t(0));
     }
   }
 }

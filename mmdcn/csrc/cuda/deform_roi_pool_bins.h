@@ -1,5 +1,5 @@
-// What both passes of deformable RoI pooling share on CUDA: which bins a block pools, and the pixels
-// that their points read.
+// What both passes of deformable RoI pooling share on CUDA: which bins a block pools, and the
+// pixels that their points read.
 //
 // A block pools kBins bins of one offset group each, of all RoIs, at the same time. Along each
 // dimension the pixels of up to kPoints points are listed in shared memory by one thread for each
@@ -78,8 +78,8 @@ MMDCN_BLOCK void find_bins(const Ctx& ctx, const DeformRoIPoolShape& shape, cons
       const acc_t moved =
           offset ? offset[roi_offset_index(shape, bin.roi, bin.group, d, bin.bin)] : acc_t(0);
       side.reach = roi.reach;
-      side.points = roi.bin(shape.sampling_ratio,
-                            d == 0 ? row : bin.bin - row * shape.out_width, moved);
+      side.points =
+          roi.bin(shape.sampling_ratio, d == 0 ? row : bin.bin - row * shape.out_width, moved);
       side.points.reaching(side.begin, side.end);
     }
     side.list(0);
@@ -127,24 +127,24 @@ MMDCN_BLOCK void for_each_pixel(const Ctx& ctx, const DeformRoIPoolShape& shape,
       }
       ctx.sync();
     }
-    BinItems<Ctx>::for_each(ctx, shape, storage, first_channel, [&](int i, int place,
-                                                                   int64_t channel) {
-      const Bin& bin = storage.bin[place];
-      const BinSide<acc_t>& rows = storage.side[0][place];
-      const BinSide<acc_t>& columns = storage.side[1][place];
-      const int64_t start = bin.image * shape.pixels() * shape.channels +
-                            shape.first_channel(bin.bin) +
-                            bin.group * shape.deform_group_channels() + channel;
-      for (int y = 0; y < rows.pixels; ++y) {
-        for (int x = 0; x < columns.pixels; ++x) {
-          const BinPixel<acc_t>& row = rows.pixel[y];
-          const BinPixel<acc_t>& column = columns.pixel[x];
-          visit(i, place, channel,
-                start + (row.position * shape.width + column.position) * shape.channels, row,
-                column);
-        }
-      }
-    });
+    BinItems<Ctx>::for_each(
+        ctx, shape, storage, first_channel, [&](int i, int place, int64_t channel) {
+          const Bin& bin = storage.bin[place];
+          const BinSide<acc_t>& rows = storage.side[0][place];
+          const BinSide<acc_t>& columns = storage.side[1][place];
+          const int64_t start = bin.image * shape.pixels() * shape.channels +
+                                shape.first_channel(bin.bin) +
+                                bin.group * shape.deform_group_channels() + channel;
+          for (int y = 0; y < rows.pixels; ++y) {
+            for (int x = 0; x < columns.pixels; ++x) {
+              const BinPixel<acc_t>& row = rows.pixel[y];
+              const BinPixel<acc_t>& column = columns.pixel[x];
+              visit(i, place, channel,
+                    start + (row.position * shape.width + column.position) * shape.channels, row,
+                    column);
+            }
+          }
+        });
   }
 }
 

@@ -26,9 +26,8 @@ MMDCN_BLOCK void deform_roi_pool_forward_block(const Ctx& ctx, const DeformRoIPo
       Items::for_each(ctx, shape, storage, channel, [&](int i, int place, int64_t c) {
         const Bin& bin = storage.bin[place];
         const int64_t out_channel = bin.group * channels + c;
-        ctx.store(
-            &output[(bin.roi * shape.out_channels + out_channel) * shape.bins() + bin.bin],
-            static_cast<scalar_t>(sum[i]));
+        ctx.store(&output[(bin.roi * shape.out_channels + out_channel) * shape.bins() + bin.bin],
+                  static_cast<scalar_t>(sum[i]));
       });
     }
   }
