@@ -234,6 +234,8 @@ ROI_LAYERS = {
 LAYERS = {
     "DCN": DeformConv2dPack,
     "DCNv2": ModulatedDeformConv2dPack,
+    "DCNv3": layers.DCNv3,
+    "DCNv4": layers.DCNv4,
     "DeformConv2d": DeformConv2d,
     "DeformConv2dPack": DeformConv2dPack,
     "ModulatedDeformConv2d": ModulatedDeformConv2d,

@@ -180,6 +180,46 @@ def test_mmengine_treats_the_offset_branch_apart():
     }
 
 
+# ------------------------------------------------------------------------------ DCNv3 and DCNv4
+
+
+@pytest.mark.parametrize("scope", ["", "mmdcn."])
+@pytest.mark.parametrize("name", ["DCNv3", "DCNv4"])
+def test_backbones_take_v3_and_v4(name, scope):
+    registry = pytest.importorskip("mmdet.registry").MODELS
+    backbone = registry.build(
+        dict(
+            type="mmdet.ResNet",
+            depth=50,
+            base_channels=8,
+            stem_channels=8,
+            dcn=dict(type=scope + name, deform_groups=2, fallback_on_stride=False),
+            stage_with_dcn=(False, True, True, True),
+        )
+    )
+    backbone.init_weights()
+    built = [m for m in backbone.modules() if isinstance(m, getattr(layers, name))]
+    assert len(built) == 4 + 6 + 3
+    assert {layer.stride for layer in built} == {(1, 1), (2, 2)}
+    backbone.train()
+    levels = backbone(torch.randn(2, 3, 64, 64))
+    assert [tuple(level.shape[2:]) for level in levels] == [(16, 16), (8, 8), (4, 4), (2, 2)]
+    sum(level.square().mean() for level in levels).backward()
+    for layer in built:
+        assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
+        branch = layer.offset if name == "DCNv3" else layer.offset_mask
+        assert branch.weight.grad.any()
+
+
+@pytest.mark.parametrize("name", ["DCNv3", "DCNv4"])
+def test_conv_module_takes_v3_and_v4(name):
+    module = mmcv.cnn.ConvModule(
+        8, 6, 3, padding=1, conv_cfg=dict(type=name), norm_cfg=dict(type="BN")
+    )
+    assert module.conv.output_proj.bias is None
+    assert module(torch.randn(2, 8, 6, 6)).shape == (2, 6, 6, 6)
+
+
 # ----------------------------------------------------------------------------------- RoI pooling
 
 ROI_LAYER_TYPES = {

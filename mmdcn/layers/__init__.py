@@ -1,5 +1,6 @@
 """Deformable layers: what configs name, and plain PyTorch modules otherwise."""
 
+from mmdcn.layers.deform_aggregate import DCNv3, DCNv4
 from mmdcn.layers.deform_conv import (
     DeformConv2d,
     DeformConv2dPack,
@@ -13,6 +14,8 @@ from mmdcn.layers.deform_roi_pool import (
 )
 
 __all__ = [
+    "DCNv3",
+    "DCNv4",
     "DeformConv2d",
     "DeformConv2dPack",
     "DeformRoIPool",

@@ -187,3 +187,99 @@ def deform_roi_pool(
         mean = sampled.sum(-1) / count
         pooled.append(mean.transpose(1, 2).reshape(1, channels, bins_h, bins_w))
     return torch.cat(pooled)
+
+
+def deform_aggregate(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    offset_scale: float,
+    remove_center: bool,
+) -> Tensor:
+    """What DCNv3 and DCNv4 compute in each group of channels, with scale s:
+
+    Y(p0) = Σ_k m_k · X(p0 + s · (p_k + Δp_k)), where p0 is the middle of the kernel.
+
+    Sources: InternImage (arXiv 2211.05778), eq. (2); Efficient Deformable ConvNets (arXiv
+    2401.06197), eq. (1).
+
+    Args:
+        input: X, of shape (N, H, W, C).
+        offset: Δp, of shape (N, Ho, Wo, groups, 2 · K): x then y of each tap, column by column.
+        mask: m, of shape (N, Ho, Wo, groups, K).
+
+    Returns:
+        Tensor of shape (N, Ho, Wo, C).
+    """
+    batch, out_h, out_w, groups, _ = offset.shape
+    channels = input.shape[3] // groups
+
+    def axis(length: int, d: int) -> tuple[Tensor, Tensor]:
+        """p0 of every output position and p_k of every tap, along dimension d."""
+        middle = dilation[d] * (kernel_size[d] - 1) // 2
+        position = torch.arange(length, dtype=offset.dtype, device=offset.device)
+        tap = torch.arange(kernel_size[d], dtype=offset.dtype, device=offset.device)
+        return position * stride[d] - padding[d] + middle, tap * dilation[d] - middle
+
+    (p0_y, tap_y), (p0_x, tap_x) = axis(out_h, 0), axis(out_w, 1)
+    p_k = torch.cartesian_prod(tap_x, tap_y).view(-1, 2)
+    if remove_center:
+        center = len(p_k) // 2
+        p_k = torch.cat([p_k[:center], p_k[center + 1 :]])
+    delta = offset.unflatten(-1, (-1, 2))
+    # (N, Ho, Wo, groups, K)
+    p_y = p0_y.view(-1, 1, 1, 1) + offset_scale * (p_k[:, 1] + delta[..., 1])
+    p_x = p0_x.view(-1, 1, 1) + offset_scale * (p_k[:, 0] + delta[..., 0])
+
+    def by_group(points: Tensor) -> Tensor:
+        return points.permute(0, 3, 1, 2, 4).reshape(batch * groups, -1)
+
+    sampled = sample(
+        input.permute(0, 3, 1, 2).reshape(batch * groups, channels, *input.shape[1:3]),
+        by_group(p_y),
+        by_group(p_x),
+    )
+    modulated = sampled * by_group(mask).unsqueeze(1)
+    total = modulated.view(batch, groups, channels, out_h, out_w, -1).sum(-1)
+    return total.permute(0, 3, 4, 1, 2).reshape(batch, out_h, out_w, groups * channels)
+
+
+def dcnv3(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    group: int = 1,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+) -> Tensor:
+    """Arguments and result as of :func:`mmdcn.ops.dcnv3`, unchecked."""
+    geometry = (_pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation))
+    offset, mask = offset.unflatten(3, (group, -1)), mask.unflatten(3, (group, -1))
+    return deform_aggregate(input, offset, mask, *geometry, offset_scale, remove_center)
+
+
+def dcnv4(
+    input: Tensor,
+    offset_mask: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    group: int = 1,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+) -> Tensor:
+    """Arguments and result as of :func:`mmdcn.ops.dcnv4`, unchecked."""
+    geometry = (_pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation))
+    taps = geometry[0][0] * geometry[0][1] - remove_center
+    points = offset_mask[..., : 3 * taps * group].unflatten(3, (group, 3 * taps))
+    offset, mask = points.split([2 * taps, taps], dim=-1)
+    return deform_aggregate(input, offset, mask, *geometry, offset_scale, remove_center)

@@ -43,7 +43,7 @@ def host_operators(tmp_path_factory):
         *("-isystem", str(TORCH / "include"), f"-L{TORCH / 'lib'}", "-ltorch_cpu"),
     )
     definitions = torch.library.Library("mmdcn_host", "DEF")
-    for operator in ("deform_conv2d", "deform_roi_pool"):
+    for operator in ("deform_conv2d", "deform_roi_pool", "deform_aggregate"):
         for name in (operator, f"{operator}_backward"):
             schema = str(getattr(torch.ops.mmdcn, name).default._schema)
             definitions.define(schema.removeprefix("mmdcn::"))

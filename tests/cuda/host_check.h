@@ -71,6 +71,11 @@ bool differ(const char* name, const std::vector<T>& one, const std::vector<T>& s
   return false;
 }
 
+template <typename T>
+struct Type {
+  using type = T;
+};
+
 // Whether all problems agree; Check::agrees<Several, T>(seed) draws one and compares.
 template <typename Check, typename Several>
 bool all_agree(unsigned first, unsigned problems) {

@@ -26,11 +26,6 @@ DeformRoIPoolShape draw_shape(Draw& draw, bool has_offset) {
 }
 
 template <typename T>
-struct Type {
-  using type = T;
-};
-
-template <typename T>
 struct Results {
   std::vector<T> output, grad_input, grad_offset;
 };

@@ -119,9 +119,11 @@ def run_roi_pool(function, tensors: dict, grad_output: Tensor | None = None, **a
     return results
 
 
-def compare_roi_pool(problem: RoIProblem, dtype: torch.dtype, function=deform_roi_pool) -> None:
+def compare_roi_pool(
+    problem: RoIProblem, dtype: torch.dtype, function=deform_roi_pool, device: str = "cpu"
+) -> None:
     """Forward and every gradient against the reference in float64."""
-    tensors = problem.tensors(dtype)
+    tensors = problem.tensors(dtype, device)
     shape = (problem.rois, problem.channels, *problem.output_size)
     # Rounded once, so that both sides differentiate along the same direction.
     grad_output = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)

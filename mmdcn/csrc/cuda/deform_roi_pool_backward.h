@@ -13,7 +13,7 @@ struct BinGradient {
 template <typename acc_t>
 struct RoIPoolBackwardStorage {
   BinStorage<acc_t> bins;
-  BinGradient<acc_t> partial[kBins][kChannels];
+  BinGradient<acc_t> partial[kBins][kBinChannels];
 };
 
 // Each block computes all of the gradient of its bins' offsets, in a fixed order.
@@ -33,7 +33,7 @@ MMDCN_BLOCK void deform_roi_pool_backward_block(const Ctx& ctx, const DeformRoIP
     BinGradient<acc_t> moved[Items::kPerThread];
     MMDCN_UNROLL
     for (int i = 0; i < Items::kPerThread; ++i) moved[i] = {0, 0};
-    for (int64_t channel = 0; channel < channels; channel += kChannels) {
+    for (int64_t channel = 0; channel < channels; channel += kBinChannels) {
       acc_t grad[Items::kPerThread] = {};
       Items::for_each(ctx, shape, storage.bins, channel, [&](int i, int place, int64_t c) {
         const Bin& bin = storage.bins.bin[place];
@@ -60,7 +60,7 @@ MMDCN_BLOCK void deform_roi_pool_backward_block(const Ctx& ctx, const DeformRoIP
     MMDCN_UNROLL
     for (int i = 0; i < Items::kPerThread; ++i) {
       const int item = ctx.thread() + i * Ctx::kThreads;
-      storage.partial[item / kChannels][item % kChannels] = moved[i];
+      storage.partial[item / kBinChannels][item % kBinChannels] = moved[i];
     }
     ctx.sync();
     for (int place = ctx.thread(); place < kBins; place += Ctx::kThreads) {

@@ -2,8 +2,8 @@
 // pixels that their points read.
 //
 // A block pools kBins bins of one offset group each, of all RoIs, at the same time. Along each
-// dimension the pixels of up to kPoints points are listed in shared memory by one thread for each
-// bin; then all threads work on channels. Bins of more points take several rounds.
+// dimension the pixels of up to kBinPoints points are listed in shared memory by one thread for
+// each bin; then all threads work on channels. Bins of more points take several rounds.
 #pragma once
 
 #include "../deform_roi_pool_shape.h"
@@ -12,8 +12,8 @@
 namespace mmdcn::cuda {
 
 constexpr int kBins = 8;
-constexpr int kChannels = 32;  // that a block works on together, of each of its bins
-constexpr int kPoints = 8;
+constexpr int kBinChannels = 32;  // that a block works on together, of each of its bins
+constexpr int kBinPoints = 8;
 
 // One bin, of one offset group of one RoI.
 struct Bin {
@@ -26,13 +26,13 @@ struct BinSide {
   int64_t begin, end;  // points that may reach the features
   acc_t reach;         // pixels that the bin moves by for an offset of 1
   int pixels;          // listed
-  BinPixel<acc_t> pixel[2 * kPoints];
+  BinPixel<acc_t> pixel[2 * kBinPoints];
 
-  MMDCN_BLOCK int64_t rounds() const { return divide_up(end - begin, kPoints); }
+  MMDCN_BLOCK int64_t rounds() const { return divide_up(end - begin, kBinPoints); }
   // Lists the pixels of a round of points.
   MMDCN_BLOCK void list(int64_t round) {
-    const int64_t first = begin + round * kPoints;
-    const int64_t last = smaller(first + kPoints, end);
+    const int64_t first = begin + round * kBinPoints;
+    const int64_t last = smaller(first + kBinPoints, end);
     pixels = first < last ? static_cast<int>(points.list_pixels(first, last, pixel)) : 0;
   }
 };
@@ -91,7 +91,7 @@ MMDCN_BLOCK void find_bins(const Ctx& ctx, const DeformRoIPoolShape& shape, cons
 // exists; i < kPerThread. Consecutive threads have consecutive channels.
 template <typename Ctx>
 struct BinItems {
-  static constexpr int kItems = kBins * kChannels;
+  static constexpr int kItems = kBins * kBinChannels;
   static constexpr int kPerThread = kItems / Ctx::kThreads;
   static_assert(kPerThread * Ctx::kThreads == kItems, "uneven");
 
@@ -102,8 +102,8 @@ struct BinItems {
     MMDCN_UNROLL
     for (int i = 0; i < kPerThread; ++i) {
       const int item = ctx.thread() + i * Ctx::kThreads;
-      const int place = item / kChannels;
-      const int64_t channel = first_channel + item % kChannels;
+      const int place = item / kBinChannels;
+      const int64_t channel = first_channel + item % kBinChannels;
       const bool exists = storage.bin[place].image >= 0 && channel < shape.deform_group_channels();
       if (exists) visit(i, place, channel);
     }
@@ -111,7 +111,7 @@ struct BinItems {
 };
 
 // Calls visit(i, bin, channel, position, row, column) for every pixel that the items read, of
-// kChannels channels of an offset group from first_channel on; `position` is in elements of the
+// kBinChannels channels of an offset group from first_channel on; `position` is in elements of the
 // input. All threads of the block must call it together.
 template <typename Ctx, typename acc_t, typename Visit>
 MMDCN_BLOCK void for_each_pixel(const Ctx& ctx, const DeformRoIPoolShape& shape,

@@ -16,7 +16,7 @@ MMDCN_BLOCK void deform_roi_pool_forward_block(const Ctx& ctx, const DeformRoIPo
     ctx.sync();  // The previous bins have been pooled.
     find_bins(ctx, shape, rois, offset, first, storage);
     ctx.sync();
-    for (int64_t channel = 0; channel < channels; channel += kChannels) {
+    for (int64_t channel = 0; channel < channels; channel += kBinChannels) {
       acc_t sum[Items::kPerThread] = {};
       for_each_pixel(ctx, shape, channel, storage,
                      [&](int i, int, int64_t, int64_t position, const BinPixel<acc_t>& row,
