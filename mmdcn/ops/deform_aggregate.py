@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from . import _library, reference
+from ._determinism import alert_not_deterministic
 from .deform_conv import (
     FEATURE_DTYPES,
     LONGEST_SIDE,
-    _alert_not_deterministic,
     _autocast,
     _names,
     _pair,
@@ -261,7 +261,7 @@ def _backward(ctx, grad_output):
     output_mask = list(ctx.needs_input_grad[:3])
     gradients = [None] * 3
     if output_mask[0] and grad_output.is_cuda:
-        _alert_not_deterministic("dcnv3 or dcnv4")
+        alert_not_deterministic("dcnv3 or dcnv4")
     if any(output_mask):
         computed = torch.ops.mmdcn.deform_aggregate_backward(
             grad_output, *ctx.saved_tensors, *ctx.geometry, output_mask

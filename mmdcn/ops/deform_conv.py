@@ -269,12 +269,12 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(input, offset, weight, mask)
 
 
-def _alert_not_deterministic(name: str) -> None:
+def _alert_not_deterministic() -> None:
     """What torch does for its own operators that add in no fixed order."""
     if not torch.are_deterministic_algorithms_enabled():
         return
     message = (
-        f"the gradient of {name} with respect to its input is not deterministic on CUDA, and "
+        "the gradient of deform_conv2d with respect to its input is not deterministic on CUDA, and "
         "torch.use_deterministic_algorithms(True) is set: set warn_only=True to accept that"
     )
     if not torch.is_deterministic_algorithms_warn_only_enabled():
@@ -288,7 +288,7 @@ def _backward(ctx, grad_output):
     output_mask = [wants_input, wants_offset, wants_weight, wants_mask]
     gradients = [None] * 4
     if wants_input and input.is_cuda:
-        _alert_not_deterministic("deform_conv2d")
+        _alert_not_deterministic()
     if any(output_mask):
         computed = torch.ops.mmdcn.deform_conv2d_backward(
             grad_output,

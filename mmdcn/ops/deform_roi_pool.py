@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from . import _library, reference
+from ._determinism import alert_not_deterministic
 from .deform_conv import (
     FEATURE_DTYPES,
     LONGEST_SIDE,
-    _alert_not_deterministic,
     _memory_format,
     _names,
     _pair,
@@ -267,7 +267,7 @@ def _backward(ctx, grad_output):
     output_mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
     gradients = [None, None]
     if output_mask[0] and input.is_cuda:
-        _alert_not_deterministic("deform_roi_pool")
+        alert_not_deterministic("deform_roi_pool")
     if any(output_mask):
         computed = torch.ops.mmdcn.deform_roi_pool_backward(
             grad_output, input, rois, offset, *ctx.arguments, output_mask

@@ -22,10 +22,10 @@ def compile_host(source: str, target: Path, *flags: str) -> Path:
 
 @pytest.fixture
 def host_check(tmp_path):
-    """Builds tests/cuda/host_check.cpp, or another of its kind, with the given flags."""
+    """Builds tests/cuda/host_check.cpp with the given flags and returns its path."""
 
-    def build(*flags: str, source: str = "host_check.cpp") -> Path:
-        return compile_host(source, tmp_path / "host_check", "-g1", "-pthread", *flags)
+    def build(*flags: str) -> Path:
+        return compile_host("host_check.cpp", tmp_path / "host_check", "-g1", "-pthread", *flags)
 
     return build
 
@@ -43,10 +43,9 @@ def host_operators(tmp_path_factory):
         *("-isystem", str(TORCH / "include"), f"-L{TORCH / 'lib'}", "-ltorch_cpu"),
     )
     definitions = torch.library.Library("mmdcn_host", "DEF")
-    for operator in ("deform_conv2d", "deform_roi_pool", "deform_aggregate"):
-        for name in (operator, f"{operator}_backward"):
-            schema = str(getattr(torch.ops.mmdcn, name).default._schema)
-            definitions.define(schema.removeprefix("mmdcn::"))
+    for name in ("deform_conv2d", "deform_conv2d_backward"):
+        schema = str(getattr(torch.ops.mmdcn, name).default._schema)
+        definitions.define(schema.removeprefix("mmdcn::"))
     torch.ops.load_library(str(library))
     yield torch.ops.mmdcn_host
     definitions._destroy()

@@ -22,9 +22,6 @@ namespace mmdcn::cuda {
 
 constexpr unsigned char kPoison = 0xFF;
 
-// Fewer blocks than there is work for, so that blocks stride over it.
-constexpr int64_t kHostBlocks = 3;
-
 // Stores to an element that had been stored before.
 inline std::atomic<int64_t> rewritten{0};
 
@@ -80,10 +77,6 @@ class HostContext {
   void store(T* address, T value) const {
     if (!is_poison(*address)) ++rewritten;
     *address = value;
-  }
-
-  void require_image(bool image_of_roi_exists) const {
-    if (!image_of_roi_exists) throw std::runtime_error("image_of_roi_exists: assertion failed");
   }
 
  private:

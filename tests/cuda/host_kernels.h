@@ -8,6 +8,9 @@
 
 namespace mmdcn::cuda {
 
+// Fewer blocks than tiles, so that blocks stride over several.
+constexpr int64_t kHostBlocks = 3;
+
 struct NoStorage {};
 
 template <typename Ctx, typename scalar_t, typename acc_t>

@@ -3,17 +3,13 @@
 // The registration file and the kernels are compiled from their own source. Only what it takes to
 // have a GPU is replaced: the launches run blocks on the host, there is no device to switch to, and
 // the dispatch key is the CPU's.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "../../mmdcn/csrc/cuda/deform_aggregate.h"
-#include "../../mmdcn/csrc/cuda/deform_roi_pool.h"
-#include "../../mmdcn/csrc/cuda/device.h"
-#include "../../mmdcn/csrc/deform_aggregate_tensors.h"
-#include "../../mmdcn/csrc/deform_roi_pool_tensors.h"
-#include "host_aggregate.h"
+#include "../../mmdcn/csrc/tensors.h"
 #include "host_kernels.h"
-#include "host_roi_pool.h"
 
 AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
   *guard = nullptr;
@@ -99,56 +95,6 @@ void deform_conv2d_backward_weight(Precision precision, const DeformConv2dProble
   });
 }
 
-void roi_pool_forward(Precision precision, const DeformRoIPoolShape& shape, const void* input,
-                      const void* rois, const void* offset, void* output, const Stream&) {
-  dispatch(precision, [&](auto scalar, auto acc) {
-    using scalar_t = typename decltype(scalar)::type;
-    using acc_t = typename decltype(acc)::type;
-    HostRoIPool<HostContext<1, 1>, scalar_t, acc_t>::forward(
-        shape, static_cast<const scalar_t*>(input), static_cast<const acc_t*>(rois),
-        static_cast<const acc_t*>(offset), static_cast<scalar_t*>(output));
-  });
-}
-
-void roi_pool_backward(Precision precision, const DeformRoIPoolShape& shape,
-                       const void* grad_output, const void* input, const void* rois,
-                       const void* offset, void* grad_input, void* grad_offset, const Stream&) {
-  dispatch(precision, [&](auto scalar, auto acc) {
-    using scalar_t = typename decltype(scalar)::type;
-    using acc_t = typename decltype(acc)::type;
-    HostRoIPool<HostContext<1, 1>, scalar_t, acc_t>::backward(
-        shape, static_cast<const scalar_t*>(grad_output), static_cast<const scalar_t*>(input),
-        static_cast<const acc_t*>(rois), static_cast<const acc_t*>(offset),
-        static_cast<acc_t*>(grad_input), static_cast<acc_t*>(grad_offset));
-  });
-}
-
-void aggregate_forward(Precision precision, const AggregateProblem& problem, const void* input,
-                       const void* offset, const void* mask, void* output, const Stream&) {
-  dispatch(precision, [&](auto scalar, auto acc) {
-    using scalar_t = typename decltype(scalar)::type;
-    using acc_t = typename decltype(acc)::type;
-    HostAggregate<HostContext<1, 1>, scalar_t, acc_t>::forward(
-        problem, static_cast<const scalar_t*>(input), static_cast<const acc_t*>(offset),
-        static_cast<const acc_t*>(mask), static_cast<scalar_t*>(output));
-  });
-}
-
-void aggregate_backward(Precision precision, const AggregateProblem& problem,
-                        const void* grad_output, const void* input, const void* offset,
-                        const void* mask, void* grad_input, void* grad_offset, void* grad_mask,
-                        const Stream&) {
-  dispatch(precision, [&](auto scalar, auto acc) {
-    using scalar_t = typename decltype(scalar)::type;
-    using acc_t = typename decltype(acc)::type;
-    HostAggregate<HostContext<1, 1>, scalar_t, acc_t>::backward(
-        problem, static_cast<const scalar_t*>(grad_output), static_cast<const scalar_t*>(input),
-        static_cast<const acc_t*>(offset), static_cast<const acc_t*>(mask),
-        static_cast<acc_t*>(grad_input), static_cast<acc_t*>(grad_offset),
-        static_cast<acc_t*>(grad_mask));
-  });
-}
-
 }  // namespace mmdcn::cuda
 
 // Every header is included by now: what follows renames the dispatch key and the operators'
@@ -161,6 +107,4 @@ using namespace mmdcn::cuda;
 }  // namespace mmdcn_host
 #define mmdcn mmdcn_host
 #define CUDA CPU
-#include "../../mmdcn/csrc/cuda/deform_aggregate.cpp"
 #include "../../mmdcn/csrc/cuda/deform_conv2d.cpp"
-#include "../../mmdcn/csrc/cuda/deform_roi_pool.cpp"

@@ -23,6 +23,17 @@ struct WeightedRows {
   }
 };
 
+template <typename A>
+inline A sum_of_lanes(register_t<A> value) {
+  A lane[kLanes<A>];
+  store_register(lane, value);
+#pragma GCC unroll 4
+  for (int half = kLanes<A> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  }
+  return lane[0];
+}
+
 template <int kRegisters, typename T, typename A>
 inline void add_rows_at(const T* image, const WeightedRows<A>& rows, A* target) {
   constexpr int64_t lanes = kLanes<A>;
@@ -82,7 +93,9 @@ inline void add_rows_backward(const T* image, const WeightedRows<A>& rows, int64
         }
       }
     }
-    if constexpr (wants_weights) sums_of<A>(products, sums);
+    if constexpr (wants_weights) {
+      for (int k = 0; k < 4; ++k) sums[k] = sum_of_lanes<A>(products[k]);
+    }
     for (int64_t k = 0; k < some; ++k) {
       const int64_t position = rows.position[first + k];
       for (int64_t c = whole; c < channels; ++c) {

@@ -153,9 +153,8 @@ Tensor deform_aggregate(const Tensor& input, const Tensor& offset, const Tensor&
                         double offset_scale, bool remove_center) {
   const DeformAggregateShape shape = deform_aggregate_shape(
       input, offset, mask, kernel_size, stride, padding, dilation, offset_scale, remove_center);
-  return with_element_type("deform_aggregate", input, [&](auto element) {
-    return forward<decltype(element)>(shape, input, offset, mask);
-  });
+  return with_element_type(
+      input, [&](auto element) { return forward<decltype(element)>(shape, input, offset, mask); });
 }
 
 Gradients deform_aggregate_backward(const Tensor& grad_output, const Tensor& input,
@@ -168,7 +167,7 @@ Gradients deform_aggregate_backward(const Tensor& grad_output, const Tensor& inp
   const DeformAggregateShape shape = deform_aggregate_shape(
       input, offset, mask, kernel_size, stride, padding, dilation, offset_scale, remove_center);
   check_grad_output(shape, grad_output, input, output_mask);
-  return with_element_type("deform_aggregate", input, [&](auto element) {
+  return with_element_type(input, [&](auto element) {
     return backward<decltype(element)>(shape, grad_output, input, offset, mask, output_mask);
   });
 }

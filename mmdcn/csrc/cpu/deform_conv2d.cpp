@@ -290,7 +290,7 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& we
                      const std::optional<Tensor>& mask) {
   const DeformConv2dShape shape =
       deform_conv2d_shape(input, offset, weight, bias, stride, padding, dilation, mask);
-  return with_element_type("deform_conv2d", input, [&](auto element) {
+  return with_element_type(input, [&](auto element) {
     return forward<decltype(element)>(shape, input, offset, weight, bias, mask);
   });
 }
@@ -305,7 +305,7 @@ Gradients deform_conv2d_backward(const Tensor& grad_output, const Tensor& input,
   const DeformConv2dShape shape =
       deform_conv2d_shape(input, offset, weight, std::nullopt, stride, padding, dilation, mask);
   check_grad_output(shape, grad_output, input, output_mask);
-  return with_element_type("deform_conv2d", input, [&](auto element) {
+  return with_element_type(input, [&](auto element) {
     return backward<decltype(element)>(shape, grad_output, input, offset, weight, mask,
                                        output_mask);
   });

@@ -167,9 +167,8 @@ Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, const std::optio
                        int64_t sampling_ratio, double gamma, bool position_sensitive) {
   const DeformRoIPoolShape shape = deform_roi_pool_shape(
       input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, position_sensitive);
-  return with_element_type("deform_roi_pool", input, [&](auto element) {
-    return forward<decltype(element)>(shape, input, rois, offset);
-  });
+  return with_element_type(
+      input, [&](auto element) { return forward<decltype(element)>(shape, input, rois, offset); });
 }
 
 Gradients deform_roi_pool_backward(const Tensor& grad_output, const Tensor& input,
@@ -180,7 +179,7 @@ Gradients deform_roi_pool_backward(const Tensor& grad_output, const Tensor& inpu
   const DeformRoIPoolShape shape = deform_roi_pool_shape(
       input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, position_sensitive);
   check_grad_output(shape, grad_output, input, output_mask);
-  return with_element_type("deform_roi_pool", input, [&](auto element) {
+  return with_element_type(input, [&](auto element) {
     return backward<decltype(element)>(shape, grad_output, input, rois, offset, output_mask);
   });
 }

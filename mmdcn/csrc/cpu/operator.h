@@ -54,7 +54,7 @@ class Buffer {
 
 // Calls `function` with a value of the type that the elements of `input` are stored in.
 template <typename F>
-auto with_element_type(const char* name, const Tensor& input, const F& function) {
+auto with_element_type(const Tensor& input, const F& function) {
   switch (input.scalar_type()) {
     case ScalarType::Double:
       return function(double{});
@@ -65,7 +65,7 @@ auto with_element_type(const char* name, const Tensor& input, const F& function)
     case ScalarType::BFloat16:
       return function(BFloat16{});
     default:
-      STD_TORCH_CHECK(false, "mmdcn::", name, ": input must be a floating-point tensor");
+      STD_TORCH_CHECK(false, "mmdcn: input must be a floating-point tensor");
   }
 }
 

@@ -10,7 +10,6 @@
 //   sync()                     barrier of the block
 //   atomic_add(address, value) addition that other blocks may make to the same address
 //   store(address, value)      writes an element of a result; made once per element
-//   require_image(exists)      ends the program with an error where it is false
 //
 // On the GPU these are threads and __syncthreads(). On the host a block may be a single thread, for
 // which the same source is valid as it stands (work is distributed by strided loops, and registers
@@ -21,8 +20,6 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
-#include <cassert>
-
 #define MMDCN_BLOCK __device__ __forceinline__
 #define MMDCN_UNROLL _Pragma("unroll")
 #else
@@ -52,10 +49,6 @@ struct DeviceContext {
   __device__ void store(T* address, T value) const {
     *address = value;
   }
-
-  // Without waiting for the GPU there is no other way to refuse what only the GPU sees. PyTorch
-  // reports it as it does an index out of range: device-side assert triggered.
-  __device__ void require_image(bool image_of_roi_exists) const { assert(image_of_roi_exists); }
 };
 
 }  // namespace mmdcn::cuda

@@ -2,7 +2,7 @@
 #include "deform_aggregate.h"
 #include "deform_aggregate_backward.h"
 #include "deform_aggregate_forward.h"
-#include "launch.cuh"
+#include "operator.cuh"
 
 namespace mmdcn::cuda {
 namespace {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../deform_aggregate_shape.h"
-#include "launch.h"
+#include "deform_conv2d.h"
 
 namespace mmdcn::cuda {
 

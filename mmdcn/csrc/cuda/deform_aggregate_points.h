@@ -7,7 +7,7 @@
 #pragma once
 
 #include "deform_aggregate.h"
-#include "integers.h"
+#include "deform_conv2d_columns.h"
 
 namespace mmdcn::cuda {
 

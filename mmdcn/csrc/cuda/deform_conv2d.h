@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "../deform_conv2d_shape.h"
-#include "launch.h"
 
 namespace mmdcn::cuda {
 
@@ -46,6 +45,16 @@ struct DeformConv2dProblem {
         group_out_channels(shape.group_out_channels()),
         deform_group_channels(shape.deform_group_channels()),
         columns(taps * group_channels) {}
+};
+
+// dtype of input, weight, bias, output and their gradients. Offset, mask, their gradients, all
+// workspaces and all arithmetic are double for kFloat64 and float for the others.
+enum class Precision { kFloat64, kFloat32, kFloat16, kBFloat16 };
+
+// Where to launch: a cudaStream_t and the device it belongs to, which becomes the current one.
+struct Stream {
+  int device;
+  void* handle;
 };
 
 // All pointers are to memory of the stream's device. Offset and mask and their gradients are

@@ -2,7 +2,7 @@
 #include "deform_roi_pool.h"
 #include "deform_roi_pool_backward.h"
 #include "deform_roi_pool_forward.h"
-#include "launch.cuh"
+#include "operator.cuh"
 
 namespace mmdcn::cuda {
 namespace {

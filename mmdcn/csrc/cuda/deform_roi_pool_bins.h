@@ -6,8 +6,14 @@
 // each bin; then all threads work on channels. Bins of more points take several rounds.
 #pragma once
 
+#ifdef __CUDACC__
+#include <cassert>
+#else
+#include <stdexcept>
+#endif
+
 #include "../deform_roi_pool_shape.h"
-#include "integers.h"
+#include "deform_conv2d_columns.h"
 
 namespace mmdcn::cuda {
 
@@ -57,6 +63,17 @@ MMDCN_BLOCK int64_t all_bins(const DeformRoIPoolShape& shape) {
   return shape.rois * shape.deform_groups * shape.bins();
 }
 
+// Ends the program with an error where a RoI is on no image. Without waiting for the GPU there is
+// no other way to refuse what only the GPU sees; PyTorch reports it as it does an index out of
+// range.
+MMDCN_BLOCK void require_image(bool image_of_roi_exists) {
+#ifdef __CUDACC__
+  assert(image_of_roi_exists);
+#else
+  if (!image_of_roi_exists) throw std::runtime_error("image_of_roi_exists: assertion failed");
+#endif
+}
+
 // Finds bins [first, first + kBins) and lists the pixels of their first round.
 template <typename Ctx, typename acc_t>
 MMDCN_BLOCK void find_bins(const Ctx& ctx, const DeformRoIPoolShape& shape, const acc_t* rois,
@@ -72,7 +89,7 @@ MMDCN_BLOCK void find_bins(const Ctx& ctx, const DeformRoIPoolShape& shape, cons
       bin.roi = divide(roi_and_group, shape.deform_groups);
       bin.group = roi_and_group - bin.roi * shape.deform_groups;
       bin.image = image_of_roi(shape, rois + 5 * bin.roi);
-      ctx.require_image(bin.image >= 0);
+      require_image(bin.image >= 0);
       const RoISide<acc_t> roi(shape, rois + 5 * bin.roi, d);
       const int64_t row = divide(bin.bin, shape.out_width);
       const acc_t moved =

@@ -7,7 +7,7 @@
 #include <optional>
 
 #include "../tensors.h"
-#include "launch.h"
+#include "deform_conv2d.h"
 
 namespace mmdcn::cuda {
 namespace {

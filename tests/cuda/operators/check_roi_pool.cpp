@@ -1,7 +1,7 @@
-// The kernels of deform_roi_pool under the host's sanitizers: see host_check.h.
+// The kernels of deform_roi_pool under the host's sanitizers: see check.h.
 #include <limits>
 
-#include "host_check.h"
+#include "check.h"
 #include "host_roi_pool.h"
 
 namespace mmdcn::cuda {

@@ -21,12 +21,12 @@ class HostDeformAggregate(torch.autograd.Function):
     def forward(ctx, input, offset, mask, *geometry):
         ctx.geometry = geometry
         ctx.save_for_backward(input, offset, mask)
-        return torch.ops.mmdcn_host.deform_aggregate(input, offset, mask, *geometry)
+        return torch.ops.mmdcn_host_operators.deform_aggregate(input, offset, mask, *geometry)
 
     @staticmethod
     def backward(ctx, grad_output):
         wanted = list(ctx.needs_input_grad[:3])
-        gradients = torch.ops.mmdcn_host.deform_aggregate_backward(
+        gradients = torch.ops.mmdcn_host_operators.deform_aggregate_backward(
             grad_output, *ctx.saved_tensors, *ctx.geometry, wanted
         )
         return *(g if want else None for g, want in zip(gradients, wanted)), *[None] * 6
@@ -92,7 +92,7 @@ def test_results_are_the_fake_kernels(host_operators, dtype, batch):
     for name, values in calls:
         meta = [v.to("meta") if isinstance(v, Tensor) else v for v in values]
         promised = getattr(torch.ops.mmdcn, name)(*meta)
-        actual = getattr(torch.ops.mmdcn_host, name)(*values)
+        actual = getattr(torch.ops.mmdcn_host_operators, name)(*values)
         if isinstance(actual, Tensor):
             promised, actual = [promised], [actual]
         for a, p in zip(actual, promised):
@@ -100,13 +100,9 @@ def test_results_are_the_fake_kernels(host_operators, dtype, batch):
 
 
 @pytest.mark.parametrize("sanitizers", ["address,undefined,float-cast-overflow", "thread"])
-def test_sanitizers(host_check, sanitizers):
-    program = host_check(
-        "-O1",
-        f"-fsanitize={sanitizers}",
-        "-fno-sanitize-recover=all",
-        source="host_check_aggregate.cpp",
-    )
+def test_sanitizers(check, sanitizers):
+    flags = ("-O1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all")
+    program = check("check_aggregate.cpp", *flags)
     runs = [("0", "25", "4")]
     if sanitizers != "thread":
         runs.append(("100", "1", "256"))  # the geometry of the GPU's blocks

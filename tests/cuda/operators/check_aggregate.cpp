@@ -1,8 +1,8 @@
-// The kernels of deform_aggregate under the host's sanitizers: see host_check.h.
+// The kernels of deform_aggregate under the host's sanitizers: see check.h.
 #include <limits>
 
+#include "check.h"
 #include "host_aggregate.h"
-#include "host_check.h"
 
 namespace mmdcn::cuda {
 namespace {

@@ -1,8 +1,8 @@
-// What the programs share that run kernels under the host's sanitizers: host_check*.cpp. They see
+// What the programs share that run kernels under the host's sanitizers: check_*.cpp. They see
 // every access out of bounds, every undefined conversion and, between the threads of a block, every
 // missing barrier.
 //
-//   host_check FIRST_SEED PROBLEMS THREADS
+//   check FIRST_SEED PROBLEMS THREADS
 //
 // draws problems, in buffers of exactly the right size, and runs them on blocks of one thread and
 // on blocks of THREADS: 4, or 256 as on the GPU. Both must agree: to the bit, but for what is added
@@ -15,7 +15,7 @@
 #include <random>
 #include <vector>
 
-#include "host_context.h"
+#include "../host_context.h"
 
 namespace mmdcn::cuda {
 namespace {
@@ -92,7 +92,7 @@ template <typename Check>
 int check_all(int argc, char** argv) {
   const int threads = argc == 4 ? std::atoi(argv[3]) : 0;
   if (threads != 4 && threads != 256) {
-    std::fprintf(stderr, "usage: host_check FIRST_SEED PROBLEMS THREADS, THREADS being 4 or 256\n");
+    std::fprintf(stderr, "usage: check FIRST_SEED PROBLEMS THREADS, THREADS being 4 or 256\n");
     return 2;
   }
   const unsigned first = std::atoi(argv[1]), problems = std::atoi(argv[2]);

@@ -1,9 +1,10 @@
 // The launches of mmdcn/csrc/cuda/deform_aggregate.cu, on the host.
 #pragma once
 
-#include "../../mmdcn/csrc/cuda/deform_aggregate_backward.h"
-#include "../../mmdcn/csrc/cuda/deform_aggregate_forward.h"
-#include "host_context.h"
+#include "../../../mmdcn/csrc/cuda/deform_aggregate_backward.h"
+#include "../../../mmdcn/csrc/cuda/deform_aggregate_forward.h"
+#include "../host_context.h"
+#include "blocks.h"
 
 namespace mmdcn::cuda {
 
@@ -14,7 +15,7 @@ struct HostAggregate {
     const int64_t elements = problem.shape.batch * problem.shape.pixels() * problem.shape.channels;
     poison(output, elements);
     run_blocks<Ctx, AggregateStorage<acc_t>>(
-        kHostBlocks, [&](const Ctx& ctx, AggregateStorage<acc_t>& storage) {
+        kFewBlocks, [&](const Ctx& ctx, AggregateStorage<acc_t>& storage) {
           aggregate_forward_block(ctx, problem, input, offset, mask, output, storage);
         });
     expect_stored(output, elements);
@@ -27,7 +28,7 @@ struct HostAggregate {
     if (grad_offset) poison(grad_offset, 2 * samples);
     if (grad_mask) poison(grad_mask, samples);
     run_blocks<Ctx, AggregateBackwardStorage<acc_t>>(
-        kHostBlocks, [&](const Ctx& ctx, AggregateBackwardStorage<acc_t>& storage) {
+        kFewBlocks, [&](const Ctx& ctx, AggregateBackwardStorage<acc_t>& storage) {
           aggregate_backward_block(ctx, problem, grad_output, input, offset, mask, grad_input,
                                    grad_offset, grad_mask, storage);
         });

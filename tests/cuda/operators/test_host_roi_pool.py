@@ -20,12 +20,12 @@ class HostDeformRoIPool(torch.autograd.Function):
     def forward(ctx, input, rois, offset, *arguments):
         ctx.arguments = arguments
         ctx.save_for_backward(input, rois, offset)
-        return torch.ops.mmdcn_host.deform_roi_pool(input, rois, offset, *arguments)
+        return torch.ops.mmdcn_host_operators.deform_roi_pool(input, rois, offset, *arguments)
 
     @staticmethod
     def backward(ctx, grad_output):
         wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
-        gradients = torch.ops.mmdcn_host.deform_roi_pool_backward(
+        gradients = torch.ops.mmdcn_host_operators.deform_roi_pool_backward(
             grad_output, *ctx.saved_tensors, *ctx.arguments, wanted
         )
         grad_input, grad_offset = (g if want else None for g, want in zip(gradients, wanted))
@@ -111,7 +111,7 @@ def test_results_are_the_fake_kernels(host_operators, dtype, channels_last, defo
     for name, values in calls:
         meta = [v.to("meta") if isinstance(v, Tensor) else v for v in values]
         promised = getattr(torch.ops.mmdcn, name)(*meta)
-        actual = getattr(torch.ops.mmdcn_host, name)(*values)
+        actual = getattr(torch.ops.mmdcn_host_operators, name)(*values)
         if isinstance(actual, Tensor):
             promised, actual = [promised], [actual]
         for a, p in zip(actual, promised):
@@ -119,13 +119,9 @@ def test_results_are_the_fake_kernels(host_operators, dtype, channels_last, defo
 
 
 @pytest.mark.parametrize("sanitizers", ["address,undefined,float-cast-overflow", "thread"])
-def test_sanitizers(host_check, sanitizers):
-    program = host_check(
-        "-O1",
-        f"-fsanitize={sanitizers}",
-        "-fno-sanitize-recover=all",
-        source="host_check_roi_pool.cpp",
-    )
+def test_sanitizers(check, sanitizers):
+    flags = ("-O1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all")
+    program = check("check_roi_pool.cpp", *flags)
     runs = [("0", "25", "4")]
     if sanitizers != "thread":
         runs.append(("100", "1", "256"))  # the geometry of the GPU's blocks

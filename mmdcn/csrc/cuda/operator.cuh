@@ -1,4 +1,4 @@
-// What binds the block programs of every operator to the GPU.
+// What binds the block programs of operators to the GPU: kernels, launches, element types.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,7 +9,7 @@
 #include <string>
 
 #include "context.h"
-#include "launch.h"
+#include "deform_conv2d.h"
 
 namespace mmdcn::cuda {
 namespace {
