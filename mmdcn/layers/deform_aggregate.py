@@ -8,6 +8,8 @@ load; what these call ``channels``, ``pad`` and ``group`` is ``in_channels``, ``
 change the number of channels, and may have a stride.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,14 +26,15 @@ class _DeformAggregateBase(nn.Module):
         in_channels: int,
         out_channels: int,
         kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int],
-        padding: int | tuple[int, int],
-        dilation: int | tuple[int, int],
-        groups: int,
-        deform_groups: int,
-        offset_scale: float,
-        center_feature_scale: bool,
-        remove_center: bool,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        deform_groups: int = 4,
+        *,
+        offset_scale: float = 1.0,
+        center_feature_scale: bool = False,
+        remove_center: bool = False,
     ) -> None:
         super().__init__()
         _check_int("in_channels", in_channels)
@@ -180,43 +183,22 @@ class DCNv3(_DeformAggregateBase):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        deform_groups: int = 4,
+        *args: Any,
         bias: bool = True,
-        *,
-        offset_scale: float = 1.0,
         dw_kernel_size: int | tuple[int, int] | None = None,
-        center_feature_scale: bool = False,
-        remove_center: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            deform_groups,
-            offset_scale,
-            center_feature_scale,
-            remove_center,
-        )
+        super().__init__(*args, **kwargs)
+        in_channels, samples = self.in_channels, self.deform_groups * self.taps
         self.dw_conv = nn.Sequential(
             self._depthwise(dw_kernel_size),
             nn.Sequential(_ToChannelsLast(), nn.LayerNorm(in_channels, eps=1e-6)),
             nn.GELU(),
         )
-        self.offset = nn.Linear(in_channels, deform_groups * self.taps * 2)
-        self.mask = nn.Linear(in_channels, deform_groups * self.taps)
+        self.offset = nn.Linear(in_channels, 2 * samples)
+        self.mask = nn.Linear(in_channels, samples)
         self.input_proj = nn.Linear(in_channels, in_channels)
-        self.output_proj = nn.Linear(in_channels, out_channels, bias=bias)
+        self.output_proj = nn.Linear(in_channels, self.out_channels, bias=bias)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -256,35 +238,14 @@ class DCNv4(_DeformAggregateBase):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        deform_groups: int = 4,
+        *args: Any,
         bias: bool = True,
-        *,
-        offset_scale: float = 1.0,
         dw_kernel_size: int | tuple[int, int] | None = None,
-        center_feature_scale: bool = False,
-        remove_center: bool = False,
         without_pointwise: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            deform_groups,
-            offset_scale,
-            center_feature_scale,
-            remove_center,
-        )
+        super().__init__(*args, **kwargs)
+        in_channels, out_channels = self.in_channels, self.out_channels
         if without_pointwise and out_channels != in_channels:
             raise ValueError(
                 f"out_channels: expected in_channels={in_channels} where without_pointwise, "
@@ -294,7 +255,7 @@ class DCNv4(_DeformAggregateBase):
         if dw_kernel_size is not None:
             self.offset_mask_dw = self._depthwise(dw_kernel_size)
         # A multiple of 8 channels, as in the authors' checkpoints.
-        self.offset_mask = nn.Linear(in_channels, (3 * deform_groups * self.taps + 7) // 8 * 8)
+        self.offset_mask = nn.Linear(in_channels, (3 * self.deform_groups * self.taps + 7) // 8 * 8)
         if not without_pointwise:
             self.value_proj = nn.Linear(in_channels, in_channels)
             self.output_proj = nn.Linear(in_channels, out_channels, bias=bias)

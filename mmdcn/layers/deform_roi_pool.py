@@ -12,6 +12,8 @@ Constructor arguments, parameter names and initial values are those of the layer
 in ``mmcv.ops``, so that configs, checkpoints and seeds carry over. Nothing here needs mmcv.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from mmdcn.layers.deform_conv import _check_int, _check_pair
@@ -162,31 +164,13 @@ class ModulatedDeformRoIPoolPack(DeformRoIPoolPack):
     equals half RoI Align. Arguments and errors are those of :class:`DeformRoIPoolPack`.
     """
 
-    def __init__(
-        self,
-        output_size: int | tuple[int, int],
-        output_channels: int,
-        deform_fc_channels: int = 1024,
-        spatial_scale: float = 1.0,
-        sampling_ratio: int = 0,
-        gamma: float = 0.1,
-        *,
-        position_sensitive: bool = False,
-    ) -> None:
-        super().__init__(
-            output_size,
-            output_channels,
-            deform_fc_channels,
-            spatial_scale,
-            sampling_ratio,
-            gamma,
-            position_sensitive=position_sensitive,
-        )
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         bins = self.output_size[0] * self.output_size[1]
         self.mask_fc = nn.Sequential(
-            nn.Linear(bins * output_channels, deform_fc_channels),
+            nn.Linear(bins * self.output_channels, self.deform_fc_channels),
             nn.ReLU(inplace=True),
-            nn.Linear(deform_fc_channels, bins),
+            nn.Linear(self.deform_fc_channels, bins),
             nn.Sigmoid(),
         )
         self.init_mask()

@@ -3,20 +3,13 @@
 The mathematics is in :mod:`mmdcn.ops.reference`; the kernels are in ``csrc/``.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from . import _library, reference
+from ._checks import check_number, check_types, is_whole
 from ._determinism import alert_not_deterministic
-from .deform_conv import (
-    FEATURE_DTYPES,
-    LONGEST_SIDE,
-    _autocast,
-    _names,
-    _pair,
-)
+from .deform_conv import LONGEST_SIDE, _autocast, _pair
 
 _library.load()
 
@@ -70,7 +63,7 @@ def dcnv3(
     geometry = _geometry(kernel_size, stride, padding, dilation, offset_scale, remove_center)
     _check_tensors(input=input, offset=offset, mask=mask)
     (input,) = _autocast(input)
-    _check_types(input, offset=offset, mask=mask)
+    check_types(input, offset=offset, mask=mask)
     taps, out_size = _check_input(input, group, *geometry)
     _check_points("offset", offset, input, out_size, 2 * taps, group)
     _check_points("mask", mask, input, out_size, taps, group)
@@ -105,7 +98,7 @@ def dcnv4(
     geometry = _geometry(kernel_size, stride, padding, dilation, offset_scale, remove_center)
     _check_tensors(input=input, offset_mask=offset_mask)
     (input,) = _autocast(input)
-    _check_types(input, offset_mask=offset_mask)
+    check_types(input, offset_mask=offset_mask)
     taps, out_size = _check_input(input, group, *geometry)
     channels = 3 * taps * group
     if offset_mask.shape[3] == (channels + 7) // 8 * 8:
@@ -132,11 +125,7 @@ def _geometry(kernel_size, stride, padding, dilation, offset_scale, remove_cente
     stride = _pair("stride", stride, at_least=1)
     padding = _pair("padding", padding, at_least=0)
     dilation = _pair("dilation", dilation, at_least=1)
-    numbers = (int, float, torch.SymInt, torch.SymFloat)
-    if not isinstance(offset_scale, numbers) or isinstance(offset_scale, bool):
-        raise TypeError(f"offset_scale: expected a number, got {offset_scale!r}")
-    if not -math.inf < offset_scale < math.inf:
-        raise ValueError(f"offset_scale: expected a finite number, got {offset_scale!r}")
+    check_number("offset_scale", offset_scale)
     if remove_center and (kernel_size[0] % 2 == 0 or kernel_size[1] % 2 == 0):
         raise ValueError(
             f"kernel_size: expected odd numbers where remove_center, as a kernel of even size has "
@@ -155,25 +144,6 @@ def _check_tensors(**arguments: Tensor) -> None:
             raise ValueError(f"{name}: expected 4 dimensions, got shape {tuple(argument.shape)}")
 
 
-def _check_types(input: Tensor, **points: Tensor) -> None:
-    if input.dtype not in FEATURE_DTYPES:
-        raise TypeError(
-            f"input: expected dtype {_names(FEATURE_DTYPES)}, got {_names((input.dtype,))}"
-        )
-    half = input.dtype in (torch.float16, torch.bfloat16)
-    dtypes = (input.dtype, torch.float32) if half else (input.dtype,)
-    for name, tensor in points.items():
-        if tensor.dtype not in dtypes:
-            raise TypeError(
-                f"{name}: expected dtype {_names(dtypes)} beside input of "
-                f"{_names((input.dtype,))}, got {_names((tensor.dtype,))}"
-            )
-        if tensor.device != input.device:
-            raise ValueError(
-                f"{name}: expected device {input.device} as input has, got {tensor.device}"
-            )
-
-
 def _check_input(
     input, group, kernel_size, stride, padding, dilation, offset_scale, remove_center
 ) -> tuple[int, tuple[int, int]]:
@@ -183,8 +153,7 @@ def _check_input(
         raise ValueError(f"input: expected a height and a width below 2**30, got {size}")
     if channels < 1:
         raise ValueError(f"input: expected at least one channel, got shape {tuple(input.shape)}")
-    whole = isinstance(group, (int, torch.SymInt)) and not isinstance(group, bool)
-    if not whole or group < 1 or channels % group != 0:
+    if not is_whole(group) or group < 1 or channels % group != 0:
         raise ValueError(f"group: expected a divisor of the {channels} channels, got {group!r}")
     out_size = tuple(
         (length + 2 * pad - dil * (kernel - 1) - 1) // step + 1

@@ -3,20 +3,13 @@
 The mathematics is in :mod:`mmdcn.ops.reference`; the kernels are in ``csrc/``.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from . import _library, reference
+from ._checks import check_number, check_types, is_whole
 from ._determinism import alert_not_deterministic
-from .deform_conv import (
-    FEATURE_DTYPES,
-    LONGEST_SIDE,
-    _memory_format,
-    _names,
-    _pair,
-)
+from .deform_conv import LONGEST_SIDE, _memory_format, _pair
 
 _library.load()
 
@@ -82,7 +75,7 @@ def deform_roi_pool(
     _check_numbers(spatial_scale, sampling_ratio, gamma)
     _check_tensors(input=input, rois=rois, offset=offset)
     rois, offset = _autocast(input, rois, offset)
-    _check_types(input, rois, offset)
+    check_types(input, rois=rois, offset=offset)
     _check_shapes(input, rois, offset, output_size, position_sensitive)
     _library.require_kernels_for(input.device)
     if position_sensitive:
@@ -106,16 +99,11 @@ def deform_roi_pool(
 
 
 def _check_numbers(spatial_scale: float, sampling_ratio: int, gamma: float) -> None:
-    for name, value in (("spatial_scale", spatial_scale), ("gamma", gamma)):
-        numbers = (int, float, torch.SymInt, torch.SymFloat)
-        if not isinstance(value, numbers) or isinstance(value, bool):
-            raise TypeError(f"{name}: expected a number, got {value!r}")
-        if not -math.inf < value < math.inf:
-            raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    check_number("spatial_scale", spatial_scale)
+    check_number("gamma", gamma)
     if spatial_scale <= 0:
         raise ValueError(f"spatial_scale: expected a positive number, got {spatial_scale!r}")
-    whole = isinstance(sampling_ratio, (int, torch.SymInt))
-    if not whole or isinstance(sampling_ratio, bool):
+    if not is_whole(sampling_ratio):
         raise TypeError(f"sampling_ratio: expected an int, got {sampling_ratio!r}")
     if sampling_ratio > MOST_POINTS:
         raise ValueError(
@@ -149,28 +137,6 @@ def _autocast(input: Tensor, rois: Tensor, offset: Tensor | None) -> tuple[Tenso
     halves = (torch.float16, torch.bfloat16)
     wide = input.dtype if input.dtype == torch.float64 else torch.float32
     return tuple(t.to(wide) if t is not None and t.dtype in halves else t for t in (rois, offset))
-
-
-def _check_types(input: Tensor, rois: Tensor, offset: Tensor | None) -> None:
-    half = input.dtype in (torch.float16, torch.bfloat16)
-    coordinates = (input.dtype, torch.float32) if half else (input.dtype,)
-    expected = {
-        "input": (input, FEATURE_DTYPES),
-        "rois": (rois, coordinates),
-        "offset": (offset, coordinates),
-    }
-    for name, (tensor, dtypes) in expected.items():
-        if tensor is None:
-            continue
-        if tensor.dtype not in dtypes:
-            beside = "" if name == "input" else f" beside input of {_names((input.dtype,))}"
-            raise TypeError(
-                f"{name}: expected dtype {_names(dtypes)}{beside}, got {_names((tensor.dtype,))}"
-            )
-        if tensor.device != input.device:
-            raise ValueError(
-                f"{name}: expected device {input.device} as input has, got {tensor.device}"
-            )
 
 
 def _check_shapes(
