@@ -1,9 +1,6 @@
 """DCNv3 and DCNv4 against the reference, gradcheck, their contract with torch, and bad calls."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -50,7 +47,7 @@ def test_reference_is_the_papers_equation():
                 torch.testing.assert_close(actual[0, y0, x0, c], total)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(problem=aggregate_problems())
 def test_matches_reference(dtype, problem):
@@ -384,32 +381,3 @@ def test_v4_refuses_other_channels(channels):
         dcnv4(x, torch.zeros(2, 7, 8, good), **problem.arguments())
     with pytest.raises(ValueError, match=f"offset_mask: expected 54 channels.*got {channels}"):
         dcnv4(x, torch.zeros(2, 7, 8, channels), **problem.arguments())
-
-
-# ------------------------------------------------------------------------------ instruction sets
-
-CHECK_CAPABILITY = """
-import torch
-from tests.ops.aggregate_problems import AggregateProblem, compare_aggregate
-for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-    compare_aggregate(AggregateProblem(channels=150, group=2), dtype)
-    compare_aggregate(AggregateProblem(channels=21, group=3, kernel=(5, 5), spread=9.0), dtype)
-"""
-
-
-@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512", "avx512_bf16"])
-def test_every_instruction_set(capability):
-    done = subprocess.run(
-        [sys.executable, "-c", CHECK_CAPABILITY],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "MMDCN_CPU_CAPABILITY": capability,
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "this machine has no" in done.stderr:
-        pytest.skip(f"no {capability} on this machine")
-    assert done.returncode == 0, done.stderr

@@ -42,7 +42,7 @@ def host_dcnv3(
     return HostDeformAggregate.apply(input, offset, mask, *pairs, offset_scale, remove_center)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(problem=aggregate_problems())
 def test_matches_reference(host_operators, dtype, problem):

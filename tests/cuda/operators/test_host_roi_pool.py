@@ -59,7 +59,7 @@ def host_deform_roi_pool(
     )
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(problem=roi_problems(dyadic=True))
 def test_matches_reference(host_operators, dtype, problem):
