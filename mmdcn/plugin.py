@@ -317,8 +317,9 @@ def uninstall() -> None:
     for theirs, ours, autograd_function in _FUNCTIONS:
         _rebind(ours, theirs)
         del autograd_function.apply  # The inherited one shows again.
-    if _mmcv_ops is not None:
-        vars(_mmcv_ops).update({name: getattr(_mmcv_roi_pool, name) for name in ROI_LAYERS})
+    for name, layer in ROI_LAYERS.items() if _mmcv_ops is not None else ():
+        if vars(_mmcv_ops)[name] is layer:  # Else replaced by somebody else, meanwhile.
+            vars(_mmcv_ops)[name] = getattr(_mmcv_roi_pool, name)
     checkpoint.uninstall()
     logging.getLogger("mmdcn").removeHandler(_TO_MMENGINE)
     _replaced_layers = None
