@@ -5,23 +5,29 @@
 - the names of :data:`LAYERS` in mmengine's root registry ``MODELS``, so that configs with
   ``dict(type='DCN')`` build our layers. In the scope ``mmdcn`` (``'mmdcn.DCN'``) the same names are
   always ours, also after :func:`uninstall`;
-- ``mmcv.ops.deform_conv2d`` and ``mmcv.ops.modulated_deform_conv2d``, in every module that has
-  imported them already and in every module that will;
+- ``mmcv.ops.deform_conv2d``, ``mmcv.ops.modulated_deform_conv2d`` and
+  ``mmcv.ops.deform_roi_pool``, in every module that has imported them already and in every module
+  that will;
+- the RoI pooling layers' names in ``mmcv.ops`` itself (:data:`ROI_LAYERS`), where mmdet's RoI
+  extractors look up ``roi_layer=dict(type='DeformRoIPoolPack')``;
 - mmengine's loading of checkpoints, so that it reads plain data only
   (:mod:`mmdcn.engine.checkpoint`).
 
 It also tells mmengine how to count our operator's operations (:mod:`mmdcn.engine.complexity`).
 
 mmcv's own layers (``mmcv.ops.DeformConv2d`` and so on) stay the classes they are, because code
-derives from them, pickles them and asks ``isinstance``. They compute through the two functions
-above, hence by our operator: existing instances and subclasses too. What configs build is an
-instance of our layer and, at the same time, of mmcv's layer of the same name, so that whoever asks
-(mmengine does, for ``paramwise_cfg``) keeps recognising it as deformable.
+derives from them, pickles them and asks ``isinstance``. They compute through the functions above,
+hence by our operators: existing instances and subclasses too. That holds for mmcv's RoI pooling
+layers as well, in ``mmcv.ops.deform_roi_pool``; those that ``mmcv.ops`` shows instead derive from
+them. What configs build is an instance of our layer and, at the same time, of mmcv's layer of the
+same name, so that whoever asks (mmengine does, for ``paramwise_cfg``) keeps recognising it as
+deformable.
 
 Out of reach is a function of mmcv's that was kept elsewhere than in a module before the
-installation: in a closure, say. ``mmcv.ops.DeformRoIPool`` stays mmcv's.
+installation: in a closure, say.
 """
 
+import importlib
 import logging
 import multiprocessing
 import os
@@ -44,6 +50,8 @@ try:
     from mmcv.ops import deform_conv as _mmcv_v1
     from mmcv.ops import modulated_deform_conv as _mmcv_v2
 
+    # Not from mmcv.ops: there, the module's name is the function's.
+    _mmcv_roi_pool = importlib.import_module("mmcv.ops.deform_roi_pool")
     _MMCV_PROBLEM = None
 except (ImportError, AssertionError) as error:  # mmcv asserts that its library has all functions.
     _mmcv_ops = None
@@ -125,6 +133,21 @@ def modulated_deform_conv2d(
     )
 
 
+def deform_roi_pool(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None,
+    output_size: int | tuple[int, int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 0,
+    gamma: float = 0.1,
+) -> Tensor:
+    """:func:`mmdcn.ops.deform_roi_pool`, whose arguments are those of ``mmcv.ops``."""
+    return ops.deform_roi_pool(
+        input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma
+    )
+
+
 def _check_groups(
     input: Tensor, offset: Tensor, weight: Tensor, groups: int, deform_groups: int
 ) -> None:
@@ -176,8 +199,11 @@ def _fit_to_output(
 # ------------------------------------------------------------------------- layers, as mmcv has them
 
 
-def _for_toolbox(layer: type[nn.Module]) -> type[nn.Module]:
-    """`layer`, whose instances are at the same time instances of mmcv's layer of the same name."""
+def _for_toolbox(layer: type[nn.Module], *bases: type[nn.Module]) -> type[nn.Module]:
+    """`layer`, whose instances are at the same time instances of mmcv's layer of the same name.
+
+    And of the `bases`, which take the place of mmcv's in ``mmcv.ops``.
+    """
     mmcv_layer = getattr(_mmcv_ops, layer.__name__, None)
     if mmcv_layer is None:
         return layer
@@ -188,22 +214,35 @@ def _for_toolbox(layer: type[nn.Module]) -> type[nn.Module]:
         "__repr__": nn.Module.__repr__,
         "_load_from_state_dict": nn.Module._load_from_state_dict,
     }
-    return type(layer.__name__, (layer, mmcv_layer), body)
+    return type(layer.__name__, (layer, *bases, mmcv_layer), body)
 
 
 DeformConv2d = _for_toolbox(layers.DeformConv2d)
 DeformConv2dPack = _for_toolbox(layers.DeformConv2dPack)
 ModulatedDeformConv2d = _for_toolbox(layers.ModulatedDeformConv2d)
 ModulatedDeformConv2dPack = _for_toolbox(layers.ModulatedDeformConv2dPack)
+DeformRoIPool = _for_toolbox(layers.DeformRoIPool)
+DeformRoIPoolPack = _for_toolbox(layers.DeformRoIPoolPack, DeformRoIPool)
+ModulatedDeformRoIPoolPack = _for_toolbox(layers.ModulatedDeformRoIPoolPack, DeformRoIPool)
+
+#: What the names in ``mmcv.ops`` are.
+ROI_LAYERS = {
+    "DeformRoIPool": DeformRoIPool,
+    "DeformRoIPoolPack": DeformRoIPoolPack,
+    "ModulatedDeformRoIPoolPack": ModulatedDeformRoIPoolPack,
+}
 
 #: What each ``type`` of a config builds.
 LAYERS = {
     "DCN": DeformConv2dPack,
     "DCNv2": ModulatedDeformConv2dPack,
+    "DCNv3": layers.DCNv3,
+    "DCNv4": layers.DCNv4,
     "DeformConv2d": DeformConv2d,
     "DeformConv2dPack": DeformConv2dPack,
     "ModulatedDeformConv2d": ModulatedDeformConv2d,
     "ModulatedDeformConv2dPack": ModulatedDeformConv2dPack,
+    **ROI_LAYERS,
 }
 
 _SCOPE = Registry("model", parent=MODELS, scope="mmdcn")
@@ -221,6 +260,11 @@ if _mmcv_ops is not None:
             _mmcv_v2.modulated_deform_conv2d,
             modulated_deform_conv2d,
             _mmcv_v2.ModulatedDeformConv2dFunction,
+        ),
+        (
+            _mmcv_roi_pool.deform_roi_pool,
+            deform_roi_pool,
+            _mmcv_roi_pool.DeformRoIPoolFunction,
         ),
     )
 
@@ -242,6 +286,8 @@ def install() -> None:
     for theirs, ours, autograd_function in _FUNCTIONS:
         _rebind(theirs, ours)
         autograd_function.apply = staticmethod(ours)
+    if _mmcv_ops is not None:
+        vars(_mmcv_ops).update(ROI_LAYERS)
     checkpoint.install()
     complexity.install()
     logging.getLogger("mmdcn").addHandler(_TO_MMENGINE)
@@ -250,9 +296,9 @@ def install() -> None:
         _log(_MMCV_PROBLEM, logging.WARNING)
     else:
         _log(
-            "Deformable convolution now runs on mmdcn's operators, in configs (DCN, DCNv2) and in "
-            "mmcv.ops; mmdcn.plugin.report() lists what was taken over and "
-            "mmdcn.plugin.uninstall() gives it back."
+            "Deformable convolution and RoI pooling now run on mmdcn's operators, in configs (DCN, "
+            "DCNv2, DeformRoIPoolPack) and in mmcv.ops; mmdcn.plugin.report() lists what was taken "
+            "over and mmdcn.plugin.uninstall() gives it back."
         )
 
 
@@ -274,6 +320,9 @@ def uninstall() -> None:
     for theirs, ours, autograd_function in _FUNCTIONS:
         _rebind(ours, theirs)
         del autograd_function.apply  # The inherited one shows again.
+    for name, layer in ROI_LAYERS.items() if _mmcv_ops is not None else ():
+        if vars(_mmcv_ops)[name] is layer:  # Else replaced by somebody else, meanwhile.
+            vars(_mmcv_ops)[name] = getattr(_mmcv_roi_pool, name)
     checkpoint.uninstall()
     logging.getLogger("mmdcn").removeHandler(_TO_MMENGINE)
     _replaced_layers = None

@@ -18,7 +18,10 @@ class _CountOperators(TorchDispatchMode):
 
 
 class KernelCalls(AbstractContextManager):
-    """``with KernelCalls() as calls: ...``, then read `forward`, `backward` and `mmcv`."""
+    """``with KernelCalls() as calls: ...``, then read `forward`, `backward` and `mmcv`.
+
+    The first two are of convolution; `roi_pool_forward` and `roi_pool_backward` of RoI pooling.
+    """
 
     MMCV_FUNCTIONS = (
         "deform_conv_forward",
@@ -26,6 +29,8 @@ class KernelCalls(AbstractContextManager):
         "deform_conv_backward_parameters",
         "modulated_deform_conv_forward",
         "modulated_deform_conv_backward",
+        "deform_roi_pool_forward",
+        "deform_roi_pool_backward",
     )
 
     def __enter__(self) -> "KernelCalls":
@@ -59,3 +64,11 @@ class KernelCalls(AbstractContextManager):
     @property
     def backward(self) -> int:
         return self._operators.calls[torch.ops.mmdcn.deform_conv2d_backward]
+
+    @property
+    def roi_pool_forward(self) -> int:
+        return self._operators.calls[torch.ops.mmdcn.deform_roi_pool]
+
+    @property
+    def roi_pool_backward(self) -> int:
+        return self._operators.calls[torch.ops.mmdcn.deform_roi_pool_backward]

@@ -180,6 +180,121 @@ def test_mmengine_treats_the_offset_branch_apart():
     }
 
 
+# ------------------------------------------------------------------------------ DCNv3 and DCNv4
+
+
+@pytest.mark.parametrize("scope", ["", "mmdcn."])
+@pytest.mark.parametrize("name", ["DCNv3", "DCNv4"])
+def test_backbones_take_v3_and_v4(name, scope):
+    registry = pytest.importorskip("mmdet.registry").MODELS
+    backbone = registry.build(
+        dict(
+            type="mmdet.ResNet",
+            depth=50,
+            base_channels=8,
+            stem_channels=8,
+            dcn=dict(type=scope + name, deform_groups=2, fallback_on_stride=False),
+            stage_with_dcn=(False, True, True, True),
+            zero_init_residual=False,  # Else nothing but the shortcuts passes a gradient at first.
+        )
+    )
+    backbone.init_weights()
+    built = [m for m in backbone.modules() if isinstance(m, getattr(layers, name))]
+    assert len(built) == 4 + 6 + 3
+    assert {layer.stride for layer in built} == {(1, 1), (2, 2)}
+    backbone.train()
+    levels = backbone(torch.randn(2, 3, 64, 64))
+    assert [tuple(level.shape[2:]) for level in levels] == [(16, 16), (8, 8), (4, 4), (2, 2)]
+    sum(level.square().mean() for level in levels).backward()
+    for layer in built:
+        assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
+        branch = layer.offset if name == "DCNv3" else layer.offset_mask
+        assert branch.weight.grad.any()
+
+
+@pytest.mark.parametrize("name", ["DCNv3", "DCNv4"])
+def test_conv_module_takes_v3_and_v4(name):
+    module = mmcv.cnn.ConvModule(
+        8, 6, 3, padding=1, conv_cfg=dict(type=name), norm_cfg=dict(type="BN")
+    )
+    assert module.conv.output_proj.bias is None
+    assert module(torch.randn(2, 8, 6, 6)).shape == (2, 6, 6, 6)
+
+
+# ----------------------------------------------------------------------------------- RoI pooling
+
+ROI_LAYER_TYPES = {
+    "DeformRoIPool": layers.DeformRoIPool,
+    "DeformRoIPoolPack": layers.DeformRoIPoolPack,
+    "ModulatedDeformRoIPoolPack": layers.ModulatedDeformRoIPoolPack,
+}
+ROIS = torch.tensor([[0, 4.0, 4.0, 40.0, 60.0], [1, 20.0, 10.0, 120.0, 90.0]])
+
+
+def roi_layer(name: str) -> dict:
+    config = dict(type=name, output_size=3, sampling_ratio=2)
+    return config if name == "DeformRoIPool" else config | dict(output_channels=4)
+
+
+@pytest.mark.parametrize("name", ROI_LAYER_TYPES)
+def test_roi_extractors_of_mmdet_build_our_layers(name):
+    registry = pytest.importorskip("mmdet.registry").MODELS
+    extractor = registry.build(
+        dict(
+            type="SingleRoIExtractor",
+            roi_layer=roi_layer(name),
+            out_channels=4,
+            featmap_strides=[4, 8],
+        )
+    )
+    for layer, stride in zip(extractor.roi_layers, (4, 8)):
+        assert isinstance(layer, ROI_LAYER_TYPES[name])
+        assert layer.spatial_scale == 1 / stride
+    levels = [torch.randn(2, 4, 128 // s, 128 // s, requires_grad=True) for s in (4, 8)]
+    passes = 1 if name == "DeformRoIPool" else 2
+    with KernelCalls() as calls:
+        pooled = extractor(levels, ROIS)
+        pooled.square().sum().backward()
+    assert pooled.shape == (2, 4, 3, 3)
+    assert (calls.roi_pool_forward, calls.roi_pool_backward, calls.mmcv) == (passes, passes, 0)
+    assert extractor(levels, ROIS[:0]).shape == (0, 4, 3, 3)
+
+    plugin.uninstall()
+    assert getattr(mmcv.ops, name).__module__ == "mmcv.ops.deform_roi_pool"
+
+
+@pytest.mark.parametrize("scope", ["", "mmdcn."])
+@pytest.mark.parametrize("name", ROI_LAYER_TYPES)
+def test_roi_layers_are_registered(name, scope):
+    layer = MODELS.build(roi_layer(name) | dict(type=scope + name))
+    assert isinstance(layer, ROI_LAYER_TYPES[name])
+    theirs = sys.modules["mmcv.ops.deform_roi_pool"]
+    # Of mmcv's classes, and of those that have taken their names.
+    for module in (theirs, mmcv.ops):
+        assert isinstance(layer, getattr(module, name))
+        assert isinstance(layer, module.DeformRoIPool)
+    assert repr(layer).startswith(f"{name}(")
+    x = torch.randn(2, 4, 16, 16)
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(copied) is type(layer)
+        assert torch.equal(copied(x, ROIS), layer(x, ROIS))
+
+
+@pytest.mark.parametrize("name", ROI_LAYER_TYPES)
+def test_mmcvs_own_roi_layers_run_our_kernels(name):
+    theirs = getattr(sys.modules["mmcv.ops.deform_roi_pool"], name)
+    arguments = {key: value for key, value in roi_layer(name).items() if key != "type"}
+    layer, ours = theirs(**arguments), ROI_LAYER_TYPES[name](**arguments)
+    ours.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 4, 16, 16, requires_grad=True)
+    with KernelCalls() as calls:
+        pooled = layer(x, ROIS)
+        pooled.sum().backward()
+    passes = 1 if name == "DeformRoIPool" else 2
+    assert (calls.roi_pool_forward, calls.roi_pool_backward, calls.mmcv) == (passes, passes, 0)
+    assert torch.equal(pooled, ours(x, ROIS))
+
+
 # ------------------------------------------------------------------------------------- functions
 
 

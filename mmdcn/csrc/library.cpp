@@ -12,6 +12,28 @@ STABLE_TORCH_LIBRARY(mmdcn, m) {
       "deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, "
       "int[2] stride, int[2] padding, int[2] dilation, Tensor? mask, bool[4] output_mask) -> "
       "(Tensor grad_input, Tensor grad_offset, Tensor grad_weight, Tensor grad_mask)");
+  // `rois` and `offset` are float64 beside float64 features and float32 beside all others. Where
+  // position_sensitive, the input's channels are ordered by bin, then by output channel.
+  m.def(
+      "deform_roi_pool(Tensor input, Tensor rois, Tensor? offset, int[2] output_size, "
+      "float spatial_scale, int sampling_ratio, float gamma, bool position_sensitive) -> Tensor");
+  // `output_mask` says which gradients are wanted, of input and offset.
+  m.def(
+      "deform_roi_pool_backward(Tensor grad_output, Tensor input, Tensor rois, Tensor? offset, "
+      "int[2] output_size, float spatial_scale, int sampling_ratio, float gamma, "
+      "bool position_sensitive, bool[2] output_mask) -> (Tensor grad_input, Tensor grad_offset)");
+  // `input` is (N, H, W, C), `offset` (N, Ho, Wo, groups, 2 taps) and `mask` (N, Ho, Wo, groups,
+  // taps), the last two float64 beside float64 features and float32 beside all others.
+  m.def(
+      "deform_aggregate(Tensor input, Tensor offset, Tensor mask, int[2] kernel_size, "
+      "int[2] stride, int[2] padding, int[2] dilation, float offset_scale, bool remove_center) -> "
+      "Tensor");
+  // `output_mask` says which gradients are wanted, of input, offset and mask.
+  m.def(
+      "deform_aggregate_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor mask, "
+      "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, float offset_scale, "
+      "bool remove_center, bool[3] output_mask) -> "
+      "(Tensor grad_input, Tensor grad_offset, Tensor grad_mask)");
   // The instruction set that the CPU kernels use.
   m.def("cpu_capability() -> str");
 }

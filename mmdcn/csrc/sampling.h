@@ -74,6 +74,29 @@ struct Corners {
     return true;
   }
 
+  // The same in a feature map whose border goes on for one more pixel on every side, as RoI pooling
+  // has it: a point in [-1, size] is moved to the nearest one in [0, size - 1], and does not move
+  // with p where that is another one, or the last pixel.
+  MMDCN_HOST_DEVICE bool locate_with_border(const coord_t (&p)[R], const int64_t (&size)[R]) {
+    int64_t low[R];
+    coord_t fraction[R];
+    bool held[R];
+    for (int d = 0; d < R; ++d) {
+      // False for NaN.
+      if (!(p[d] >= coord_t(-1) && p[d] <= coord_t(size[d])) || size[d] < 1) return false;
+      const coord_t last = coord_t(size[d] - 1);
+      held[d] = p[d] < coord_t(0) || p[d] >= last;
+      split(p[d] < coord_t(0) ? coord_t(0) : p[d] < last ? p[d] : last, low[d], fraction[d]);
+    }
+    fill(low, fraction, size);
+    for (int d = 0; d < R; ++d) {
+      for (int q = 0; q < kCount; ++q) {
+        if (held[d]) weight_gradient[d][q] = coord_t(0);
+      }
+    }
+    return true;
+  }
+
   // Fills the corners of the point low + fraction.
   MMDCN_HOST_DEVICE void fill(const int64_t (&low)[R], const coord_t (&fraction)[R],
                               const int64_t (&size)[R]) {

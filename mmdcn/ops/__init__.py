@@ -1,5 +1,7 @@
 """Deformable operators: functions on tensors, independent of the detection toolbox."""
 
+from .deform_aggregate import dcnv3, dcnv4
 from .deform_conv import deform_conv2d
+from .deform_roi_pool import deform_roi_pool
 
-__all__ = ["deform_conv2d"]
+__all__ = ["dcnv3", "dcnv4", "deform_conv2d", "deform_roi_pool"]

@@ -3,14 +3,12 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <cstdlib>
-#include <memory>
 #include <tuple>
 #include <vector>
 
 #include "../tensors.h"
-#include "capability.h"
 #include "deform_conv2d_kernel.h"
+#include "operator.h"
 
 namespace mmdcn {
 namespace {
@@ -20,48 +18,10 @@ namespace {
 constexpr int64_t kPartialBytes = 2 << 20;
 constexpr int64_t kSpanTiles = 24;
 
-// Less than so many multiply-adds are not worth waking a thread for. An element that is sampled,
-// packed or added up takes about as long as some of them.
-constexpr int64_t kWorthAThread = 1 << 20;
-constexpr int64_t kElementWork = 16;
-
-// How many of the units that so many multiply-adds fall into a thread should get at least.
-int64_t grain(int64_t units, int64_t work) {
-  return std::max<int64_t>(kWorthAThread * units / work, 1);
-}
-
 // Work of sampling the input for some output pixels, and multiplying the samples by the weight.
 int64_t pass_work(const DeformConv2dShape& shape, int64_t pixels) {
   return pixels * shape.channels * shape.taps() * (shape.group_out_channels() + kElementWork);
 }
-
-// The kernels of the instruction set in use.
-#ifdef __x86_64__
-#define MMDCN_KERNEL(name, T)                                       \
-  (capability() == Capability::kAvx512Bf16 ? avx512_bf16::name<T>() \
-   : capability() == Capability::kAvx512   ? avx512::name<T>()      \
-   : capability() == Capability::kAvx2     ? avx2::name<T>()        \
-                                           : portable::name<T>())
-#else
-#define MMDCN_KERNEL(name, T) portable::name<T>()
-#endif
-
-template <typename A>
-class Buffer {
- public:
-  explicit Buffer(int64_t count)
-      : data_(static_cast<A*>(std::aligned_alloc(64, (count * sizeof(A) + 63) / 64 * 64))) {
-    STD_TORCH_CHECK(data_ != nullptr || count == 0, "mmdcn: out of memory for ", count,
-                    " elements of scratch space");
-  }
-  A* get() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(A* pointer) const { std::free(pointer); }
-  };
-  std::unique_ptr<A, Free> data_;
-};
 
 // Layout of the images of a tensor that is contiguous in one of the two ways.
 ImageLayout image_layout(const Tensor& tensor) {
@@ -322,23 +282,6 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
     });
   }
   return {grad_input, grad_offset, grad_weight, grad_mask};
-}
-
-// Calls `function` with a value of the type that the elements of `input` are stored in.
-template <typename F>
-auto with_element_type(const Tensor& input, const F& function) {
-  switch (input.scalar_type()) {
-    case ScalarType::Double:
-      return function(double{});
-    case ScalarType::Float:
-      return function(float{});
-    case ScalarType::Half:
-      return function(Half{});
-    case ScalarType::BFloat16:
-      return function(BFloat16{});
-    default:
-      STD_TORCH_CHECK(false, "mmdcn::deform_conv2d: input must be a floating-point tensor");
-  }
 }
 
 Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& weight,

@@ -1,0 +1,56 @@
+// What the CUDA registration files have in common: optional tensors, precision, device and stream.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <optional>
+
+#include "../tensors.h"
+#include "deform_conv2d.h"
+
+namespace mmdcn::cuda {
+namespace {
+
+inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+  if (!tensor.has_value()) return std::nullopt;
+  return torch::stable::contiguous(*tensor);
+}
+
+inline const void* pointer(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+}
+
+inline Precision precision_of(const char* name, const Tensor& input) {
+  switch (input.scalar_type()) {
+    case ScalarType::Double:
+      return Precision::kFloat64;
+    case ScalarType::Float:
+      return Precision::kFloat32;
+    case ScalarType::Half:
+      return Precision::kFloat16;
+    case ScalarType::BFloat16:
+      return Precision::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "mmdcn::", name, ": input must be a floating-point tensor");
+  }
+}
+
+// Makes the device of a tensor the current one for its lifetime.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {}
+
+  Stream current_stream() const {
+    void* handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &handle));
+    return {index_, handle};
+  }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+}  // namespace
+}  // namespace mmdcn::cuda

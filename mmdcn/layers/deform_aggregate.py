@@ -1,0 +1,291 @@
+"""DCNv3 and DCNv4 as layers: drop-ins for a convolution, as ``dcn=`` of a backbone builds it.
+
+Both project the input by a linear layer, add up samples of it in each group of channels, and
+project the result: a depth-wise and a point-wise step instead of a dense kernel. Parameter names
+are those of InternImage's ``DCNv3`` and of ``DCNv4`` by its authors, so that their checkpoints
+load; what these call ``channels``, ``pad`` and ``group`` is ``in_channels``, ``padding`` and
+``deform_groups`` here, as in the other layers. Unlike theirs, these take and give (N, C, H, W), may
+change the number of channels, and may have a stride.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmdcn.layers.deform_conv import _check_int, _check_pair
+from mmdcn.ops import dcnv3, dcnv4
+
+
+class _DeformAggregateBase(nn.Module):
+    """The arguments and geometry that both layers have in common."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        deform_groups: int = 4,
+        *,
+        offset_scale: float = 1.0,
+        center_feature_scale: bool = False,
+        remove_center: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_int("in_channels", in_channels)
+        _check_int("out_channels", out_channels)
+        _check_int("deform_groups", deform_groups)
+        if in_channels % deform_groups:
+            raise ValueError(
+                f"in_channels: expected a multiple of deform_groups={deform_groups}, "
+                f"got {in_channels}"
+            )
+        if groups != 1:
+            raise ValueError(
+                f"groups: expected 1, as {type(self).__name__} has no dense kernel to divide (its "
+                f"own groups are deform_groups), got {groups!r}"
+            )
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = _check_pair("kernel_size", kernel_size, 1)
+        self.stride = _check_pair("stride", stride, 1)
+        self.padding = _check_pair("padding", padding, 0)
+        self.dilation = _check_pair("dilation", dilation, 1)
+        self.groups = groups
+        self.deform_groups = deform_groups
+        self.offset_scale = float(offset_scale)
+        self.center_feature_scale = center_feature_scale
+        self.remove_center = remove_center
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        if remove_center and (taps % 2 == 0 or taps == 1):
+            raise ValueError(
+                "kernel_size: expected odd numbers and more than one tap where remove_center, "
+                f"got {kernel_size!r}"
+            )
+        self.taps = taps - int(remove_center)
+        # Read by code that handles convolutions of any kind, such as mmcv's ConvModule.
+        self.transposed = False
+        self.output_padding = (0, 0)
+        if center_feature_scale:
+            self.center_feature_scale_proj_weight = nn.Parameter(
+                torch.zeros(deform_groups, in_channels)
+            )
+            self.center_feature_scale_proj_bias = nn.Parameter(torch.zeros(deform_groups))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
+            f"deform_groups={self.deform_groups}, offset_scale={self.offset_scale}, "
+            f"center_feature_scale={self.center_feature_scale}, "
+            f"remove_center={self.remove_center}"
+        )
+
+    def _depthwise(self, kernel_size: int | tuple[int, int] | None) -> nn.Conv2d:
+        """A depth-wise convolution whose output has the height and width of the layer's."""
+        kernel = self.kernel_size if kernel_size is None else kernel_size
+        kernel = _check_pair("dw_kernel_size", kernel, 1)
+        # As much more padding on each side as the kernel is larger.
+        larger = tuple(
+            dil * (k - own) for dil, k, own in zip(self.dilation, kernel, self.kernel_size)
+        )
+        padding = tuple(pad + more // 2 for pad, more in zip(self.padding, larger))
+        if any(more % 2 for more in larger) or min(padding) < 0:
+            raise ValueError(
+                f"dw_kernel_size: expected a kernel that differs by an even number from "
+                f"kernel_size={self.kernel_size}, and not by more than padding={self.padding} on "
+                f"each side, got {kernel_size!r}"
+            )
+        channels = self.in_channels
+        return nn.Conv2d(
+            channels, channels, kernel, self.stride, padding, self.dilation, groups=channels
+        )
+
+    @property
+    def _geometry(self) -> tuple:
+        """What follows the tensors in the functions' arguments."""
+        return (
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.deform_groups,
+            self.offset_scale,
+            self.remove_center,
+        )
+
+    def _at_middles(self, x: Tensor) -> Tensor:
+        """`x`, (N, H, W, C), at the middle of the kernel at each output position, or next to it."""
+        for d in range(2):
+            length, reach = x.shape[1 + d], self.dilation[d] * (self.kernel_size[d] - 1)
+            out_length = (length + 2 * self.padding[d] - reach - 1) // self.stride[d] + 1
+            first = reach // 2 - self.padding[d]
+            if (out_length, self.stride[d], first) == (length, 1, 0):
+                continue
+            middles = torch.arange(out_length, device=x.device) * self.stride[d] + first
+            x = x.index_select(1 + d, middles.clamp(0, length - 1))
+        return x
+
+    def _mix_in_middle(self, aggregated: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+        """Blend in the projected input itself, where the layer has center_feature_scale."""
+        if not self.center_feature_scale:
+            return aggregated
+        scale = F.linear(
+            seen, self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias
+        ).sigmoid()
+        scale = scale.repeat_interleave(self.in_channels // self.deform_groups, dim=-1)
+        return torch.lerp(aggregated, self._at_middles(value).to(aggregated.dtype), scale)
+
+
+def _as_input(output: Tensor, input: Tensor) -> Tensor:
+    """`output`, (N, H, W, C), as (N, C, H, W) in the layout of the layer's input."""
+    output = output.permute(0, 3, 1, 2)
+    last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    return output.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+class _ToChannelsLast(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
+
+
+class DCNv3(_DeformAggregateBase):
+    """Deformable convolution v3 (InternImage, arXiv 2211.05778, eq. 2).
+
+    Offsets and modulations come from a depth-wise convolution of the input, layer normalisation and
+    GELU; a softmax over the taps of each group normalises the modulations. Both start at zero: a
+    fresh layer averages the taps of the regular grid.
+
+    Args:
+        in_channels: channels of the input, C.
+        out_channels: channels of the output, Co.
+        kernel_size: height and width of the kernel, kh × kw.
+        stride: step between output positions, in input pixels.
+        padding: zeros that surround the input, in pixels.
+        dilation: distance between the taps of the kernel, in pixels.
+        groups: accepted from code that builds any convolution, and 1.
+        deform_groups: number of groups, each of which samples and modulates by itself; divides C.
+        bias: whether the output projection has a bias.
+        offset_scale: what the kernel and its offsets are multiplied by.
+        dw_kernel_size: of the depth-wise convolution; kernel_size where it is None.
+        center_feature_scale: whether to blend in the projected input at the middle of the kernel,
+            by a sigmoid for each group.
+        remove_center: whether the kernel's middle tap is left out.
+
+    Raises:
+        ValueError: if an argument is out of range, or does not divide the channels.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        bias: bool = True,
+        dw_kernel_size: int | tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        in_channels, samples = self.in_channels, self.deform_groups * self.taps
+        self.dw_conv = nn.Sequential(
+            self._depthwise(dw_kernel_size),
+            nn.Sequential(_ToChannelsLast(), nn.LayerNorm(in_channels, eps=1e-6)),
+            nn.GELU(),
+        )
+        self.offset = nn.Linear(in_channels, 2 * samples)
+        self.mask = nn.Linear(in_channels, samples)
+        self.input_proj = nn.Linear(in_channels, in_channels)
+        self.output_proj = nn.Linear(in_channels, self.out_channels, bias=bias)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Zero offsets, modulations and biases, Glorot's initialisation for the projections."""
+        for branch in (self.offset, self.mask):
+            nn.init.zeros_(branch.weight)
+            nn.init.zeros_(branch.bias)
+        _init_projection(self.input_proj)
+        _init_projection(self.output_proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo)."""
+        value = self.input_proj(x.permute(0, 2, 3, 1))
+        seen = self.dw_conv(x)
+        mask = self.mask(seen).unflatten(-1, (self.deform_groups, self.taps))
+        mask = mask.softmax(-1).flatten(-2)
+        aggregated = dcnv3(value, self.offset(seen), mask, *self._geometry)
+        mixed = self._mix_in_middle(aggregated, value, seen)
+        return _as_input(self.output_proj(mixed), x)
+
+
+class DCNv4(_DeformAggregateBase):
+    """Deformable convolution v4 (arXiv 2401.06197): modulations that nothing bounds.
+
+    Offsets and modulations come from one linear layer. Offsets start at zero and modulations at
+    1 / taps, so that a fresh layer averages the taps of the regular grid, as DCNv3 does. (The
+    authors' start at zero, where the layer gives nothing but its bias, and a batch normalisation
+    after it has nothing to normalise.)
+
+    Args:
+        dw_kernel_size: of a depth-wise convolution before that linear layer; None leaves it out.
+            The layer then sees the input in the middle of the kernel.
+        without_pointwise: whether both projections are left out; Co is C then.
+
+    The other arguments and the errors are those of :class:`DCNv3`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        bias: bool = True,
+        dw_kernel_size: int | tuple[int, int] | None = None,
+        without_pointwise: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        in_channels, out_channels = self.in_channels, self.out_channels
+        if without_pointwise and out_channels != in_channels:
+            raise ValueError(
+                f"out_channels: expected in_channels={in_channels} where without_pointwise, "
+                f"got {out_channels}"
+            )
+        self.without_pointwise = without_pointwise
+        if dw_kernel_size is not None:
+            self.offset_mask_dw = self._depthwise(dw_kernel_size)
+        # A multiple of 8 channels, as in the authors' checkpoints.
+        self.offset_mask = nn.Linear(in_channels, (3 * self.deform_groups * self.taps + 7) // 8 * 8)
+        if not without_pointwise:
+            self.value_proj = nn.Linear(in_channels, in_channels)
+            self.output_proj = nn.Linear(in_channels, out_channels, bias=bias)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Zero offsets and biases, equal modulations, Glorot's initialisation for projections."""
+        nn.init.zeros_(self.offset_mask.weight)
+        nn.init.zeros_(self.offset_mask.bias)
+        with torch.no_grad():
+            used = self.offset_mask.bias[: 3 * self.deform_groups * self.taps]
+            used.view(self.deform_groups, 3, self.taps)[:, 2] = 1 / self.taps
+        if not self.without_pointwise:
+            _init_projection(self.value_proj)
+            _init_projection(self.output_proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo)."""
+        last = x.permute(0, 2, 3, 1)
+        value = last if self.without_pointwise else self.value_proj(last)
+        if hasattr(self, "offset_mask_dw"):
+            seen = self.offset_mask_dw(x).permute(0, 2, 3, 1)
+        else:
+            seen = self._at_middles(last)
+        output = dcnv4(value, self.offset_mask(seen), *self._geometry)
+        output = self._mix_in_middle(output, value, output)
+        return _as_input(output if self.without_pointwise else self.output_proj(output), x)
+
+
+def _init_projection(projection: nn.Linear) -> None:
+    nn.init.xavier_uniform_(projection.weight)
+    if projection.bias is not None:
+        nn.init.zeros_(projection.bias)

@@ -1,0 +1,273 @@
+"""The operators of DCNv3 and DCNv4, which are one: grouped deformable aggregation, top to bottom.
+
+The mathematics is in :mod:`mmdcn.ops.reference`; the kernels are in ``csrc/``.
+"""
+
+import torch
+from torch import Tensor
+
+from . import _library, reference
+from ._checks import check_number, check_types, is_whole
+from ._determinism import alert_not_deterministic
+from .deform_conv import LONGEST_SIDE, _autocast, _pair
+
+_library.load()
+
+
+def dcnv3(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    group: int = 1,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+) -> Tensor:
+    """Deformable convolution v3: each group of channels adds up samples of its own.
+
+    ``Y(p0) = Σ_k m_k · X(p0 + offset_scale · (p_k + Δp_k))`` in each channel of a group: equation
+    (2) of InternImage (arXiv 2211.05778) without the weights, which a linear layer applies
+    afterwards. p0 is where the middle of the kernel lies. Channels come last, taps column by
+    column, and x before y, all as in InternImage.
+
+    A sample with a coordinate that is not finite, or outside (-1, H) × (-1, W), contributes zero
+    and has zero gradient. float16 and bfloat16 accumulate in float32. On the CPU the result is the
+    same, bit for bit, for any number of threads; on CUDA the gradient of the input is not, and
+    raises under ``torch.use_deterministic_algorithms(True)``.
+
+    Args:
+        input: features of shape (N, H, W, C); float32, float64, float16 or bfloat16. N may be 0.
+        offset: Δp in pixels, of shape (N, Ho, Wo, group · K · 2): for each group and each tap, x
+            then y. K is kh · kw, or one less where `remove_center`. In the input's dtype, or in
+            float32 beside half-precision features.
+        mask: modulation m of shape (N, Ho, Wo, group · K), as the caller has normalised it: in the
+            paper by a softmax over the K taps. In a dtype that the offset may have.
+        kernel_size: kh and kw.
+        stride, padding, dilation: one number, or one for each of height and width, in pixels.
+        group: number of groups; C / group consecutive channels share their samples.
+        offset_scale: what the kernel and its offsets are multiplied by.
+        remove_center: whether the tap in the middle is left out; kh and kw are odd then.
+
+    Returns:
+        Tensor of shape (N, Ho, Wo, C) in the input's dtype, where
+        ``Ho = (H + 2 · padding - dilation · (kh - 1) - 1) // stride + 1``, and Wo likewise.
+
+    Raises:
+        TypeError: an argument is no tensor or number, or has another dtype than it must.
+        ValueError: a shape, a device or a number does not fit the others.
+        RuntimeError: there is no compiled kernel for the device of the input.
+    """
+    geometry = _geometry(kernel_size, stride, padding, dilation, offset_scale, remove_center)
+    _check_tensors(input=input, offset=offset, mask=mask)
+    (input,) = _autocast(input)
+    check_types(input, offset=offset, mask=mask)
+    taps, out_size = _check_input(input, group, *geometry)
+    _check_points("offset", offset, input, out_size, 2 * taps, group)
+    _check_points("mask", mask, input, out_size, taps, group)
+    return _aggregate(
+        input, offset.unflatten(3, (group, -1)), mask.unflatten(3, (group, -1)), geometry
+    )
+
+
+def dcnv4(
+    input: Tensor,
+    offset_mask: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    group: int = 1,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+) -> Tensor:
+    """Deformable convolution v4: as :func:`dcnv3`, with a modulation that nothing bounds.
+
+    Efficient Deformable ConvNets (arXiv 2401.06197), section 3.1: the same sum, without a softmax.
+    Offsets and modulations come in one tensor, as in the authors' implementation.
+
+    Args:
+        offset_mask: shape (N, Ho, Wo, group · K · 3), or padded to a multiple of 8 channels, of
+            which the last are ignored: for each group the offsets of its taps, x then y, then their
+            modulations. In the input's dtype, or in float32 beside half-precision features.
+
+    The other arguments, the result and the errors are those of :func:`dcnv3`.
+    """
+    geometry = _geometry(kernel_size, stride, padding, dilation, offset_scale, remove_center)
+    _check_tensors(input=input, offset_mask=offset_mask)
+    (input,) = _autocast(input)
+    check_types(input, offset_mask=offset_mask)
+    taps, out_size = _check_input(input, group, *geometry)
+    channels = 3 * taps * group
+    if offset_mask.shape[3] == (channels + 7) // 8 * 8:
+        offset_mask = offset_mask[..., :channels]
+    _check_points("offset_mask", offset_mask, input, out_size, 3 * taps, group)
+    points = offset_mask.unflatten(3, (group, -1))
+    return _aggregate(input, points[..., : 2 * taps], points[..., 2 * taps :], geometry)
+
+
+def _aggregate(input: Tensor, offset: Tensor, mask: Tensor, geometry: tuple) -> Tensor:
+    _library.require_kernels_for(input.device)
+    coordinate_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return torch.ops.mmdcn.deform_aggregate(
+        input, offset.to(coordinate_dtype), mask.to(coordinate_dtype), *geometry
+    )
+
+
+# ---------------------------------------------------------------------------------------- checks
+
+
+def _geometry(kernel_size, stride, padding, dilation, offset_scale, remove_center) -> tuple:
+    """The numbers as the compiled operator takes them."""
+    kernel_size = _pair("kernel_size", kernel_size, at_least=1)
+    stride = _pair("stride", stride, at_least=1)
+    padding = _pair("padding", padding, at_least=0)
+    dilation = _pair("dilation", dilation, at_least=1)
+    check_number("offset_scale", offset_scale)
+    if remove_center and (kernel_size[0] % 2 == 0 or kernel_size[1] % 2 == 0):
+        raise ValueError(
+            f"kernel_size: expected odd numbers where remove_center, as a kernel of even size has "
+            f"no tap in the middle, got {kernel_size}"
+        )
+    if remove_center and kernel_size == (1, 1):
+        raise ValueError("kernel_size: expected more than one tap where remove_center, got (1, 1)")
+    return kernel_size, stride, padding, dilation, offset_scale, bool(remove_center)
+
+
+def _check_tensors(**arguments: Tensor) -> None:
+    for name, argument in arguments.items():
+        if not isinstance(argument, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(argument).__name__}")
+        if argument.dim() != 4:
+            raise ValueError(f"{name}: expected 4 dimensions, got shape {tuple(argument.shape)}")
+
+
+def _check_input(
+    input, group, kernel_size, stride, padding, dilation, offset_scale, remove_center
+) -> tuple[int, tuple[int, int]]:
+    """The number of taps, and the height and width of the output."""
+    size, channels = tuple(input.shape[1:3]), input.shape[3]
+    if max(size) >= LONGEST_SIDE:
+        raise ValueError(f"input: expected a height and a width below 2**30, got {size}")
+    if channels < 1:
+        raise ValueError(f"input: expected at least one channel, got shape {tuple(input.shape)}")
+    if not is_whole(group) or group < 1 or channels % group != 0:
+        raise ValueError(f"group: expected a divisor of the {channels} channels, got {group!r}")
+    out_size = tuple(
+        (length + 2 * pad - dil * (kernel - 1) - 1) // step + 1
+        for length, pad, dil, kernel, step in zip(size, padding, dilation, kernel_size, stride)
+    )
+    if max(out_size) >= LONGEST_SIDE:
+        raise ValueError(
+            f"padding: expected an output with a height and a width below 2**30, got {out_size} "
+            f"with padding {padding}"
+        )
+    if min(out_size) < 1:
+        raise ValueError(
+            f"input: expected height and width of at least the dilated kernel's, "
+            f"{tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel_size))}, with padding "
+            f"{padding} on each side, got {size}"
+        )
+    return kernel_size[0] * kernel_size[1] - int(remove_center), out_size
+
+
+def _check_points(
+    name: str, tensor: Tensor, input: Tensor, out_size: tuple[int, int], channels: int, group: int
+) -> None:
+    """That there are so many channels for each group, at every output position."""
+    if tensor.shape[3] != channels * group:
+        raise ValueError(
+            f"{name}: expected {channels * group} channels in the last dimension, {channels} for "
+            f"each of {group} groups, got {tensor.shape[3]}"
+        )
+    expected = (input.shape[0], *out_size, tensor.shape[3])
+    if tensor.shape != expected:
+        raise ValueError(
+            f"{name}: expected shape {expected}, the batch of input and the height and width of "
+            f"the output, got {tuple(tensor.shape)}"
+        )
+
+
+# ------------------------------------------------------------------- what the compiler must know
+
+
+@torch.library.register_fake("mmdcn::deform_aggregate")
+def _(input, offset, mask, kernel_size, stride, padding, dilation, offset_scale, remove_center):
+    return input.new_empty((*offset.shape[:3], input.shape[3]))
+
+
+@torch.library.register_fake("mmdcn::deform_aggregate_backward")
+def _(
+    grad_output,
+    input,
+    offset,
+    mask,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+    offset_scale,
+    remove_center,
+    output_mask,
+):
+    return tuple(
+        tensor.new_empty(tensor.shape if wanted else 0)
+        for tensor, wanted in zip((input, offset, mask), output_mask)
+    )
+
+
+# -------------------------------------------------------------------------------------- autograd
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.geometry = *inputs[:3], inputs[3:]
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad_output):
+    output_mask = list(ctx.needs_input_grad[:3])
+    gradients = [None] * 3
+    if output_mask[0] and grad_output.is_cuda:
+        alert_not_deterministic("dcnv3 or dcnv4")
+    if any(output_mask):
+        computed = torch.ops.mmdcn.deform_aggregate_backward(
+            grad_output, *ctx.saved_tensors, *ctx.geometry, output_mask
+        )
+        gradients = [g if wanted else None for g, wanted in zip(computed, output_mask)]
+    return *gradients, *[None] * len(ctx.geometry)
+
+
+torch.library.register_autograd("mmdcn::deform_aggregate", _backward, setup_context=_setup_context)
+
+
+def _setup_double_context(ctx, inputs, output) -> None:
+    *tensors, ctx.geometry, ctx.output_mask = *inputs[:4], inputs[4:-1], inputs[-1]
+    ctx.save_for_backward(*tensors)
+
+
+def _double_backward(ctx, *grad_gradients):
+    """Second derivatives, by differentiating the reference twice: right, not fast."""
+    tensors = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+    grad_output, input, offset, mask = tensors
+    with torch.enable_grad():
+        # As the kernels do, compute in the coordinates' precision.
+        output = reference.deform_aggregate(input.to(offset.dtype), offset, mask, *ctx.geometry)
+        wanted = [
+            (tensor, grad)
+            for tensor, want, grad in zip((input, offset, mask), ctx.output_mask, grad_gradients)
+            if want and grad is not None
+        ]
+        first = torch.autograd.grad(
+            output, [t for t, _ in wanted], grad_output.to(output.dtype), create_graph=True
+        )
+        second = torch.autograd.grad(
+            first, tensors, [grad for _, grad in wanted], allow_unused=True
+        )
+    return *second, *[None] * len(ctx.geometry), None
+
+
+torch.library.register_autograd(
+    "mmdcn::deform_aggregate_backward", _double_backward, setup_context=_setup_double_context
+)

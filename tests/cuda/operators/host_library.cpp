@@ -1,0 +1,115 @@
+// deform_roi_pool and deform_aggregate on CUDA, registration and all, for CPU tensors: namespace
+// mmdcn_host_operators.
+//
+// The registration files and the kernels are compiled from their own source. Only what it takes to
+// have a GPU is replaced: the launches run blocks on the host, there is no device to switch to, and
+// the dispatch key is the CPU's.
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "../../../mmdcn/csrc/cuda/deform_aggregate.h"
+#include "../../../mmdcn/csrc/cuda/deform_roi_pool.h"
+#include "../../../mmdcn/csrc/cuda/device.h"
+#include "../../../mmdcn/csrc/deform_aggregate_tensors.h"
+#include "../../../mmdcn/csrc/deform_roi_pool_tensors.h"
+#include "host_aggregate.h"
+#include "host_roi_pool.h"
+
+AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+  *guard = nullptr;
+  return AOTI_TORCH_SUCCESS;
+}
+AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return AOTI_TORCH_SUCCESS; }
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return AOTI_TORCH_SUCCESS;
+}
+
+namespace mmdcn::cuda {
+namespace {
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+template <typename Run>
+void dispatch(Precision precision, const Run& run) {
+  switch (precision) {
+    case Precision::kFloat64:
+      return run(Type<double>{}, Type<double>{});
+    case Precision::kFloat32:
+      return run(Type<float>{}, Type<float>{});
+    case Precision::kFloat16:
+      return run(Type<torch::headeronly::Half>{}, Type<float>{});
+    case Precision::kBFloat16:
+      return run(Type<torch::headeronly::BFloat16>{}, Type<float>{});
+  }
+}
+
+}  // namespace
+
+void roi_pool_forward(Precision precision, const DeformRoIPoolShape& shape, const void* input,
+                      const void* rois, const void* offset, void* output, const Stream&) {
+  dispatch(precision, [&](auto scalar, auto acc) {
+    using scalar_t = typename decltype(scalar)::type;
+    using acc_t = typename decltype(acc)::type;
+    HostRoIPool<HostContext<1, 1>, scalar_t, acc_t>::forward(
+        shape, static_cast<const scalar_t*>(input), static_cast<const acc_t*>(rois),
+        static_cast<const acc_t*>(offset), static_cast<scalar_t*>(output));
+  });
+}
+
+void roi_pool_backward(Precision precision, const DeformRoIPoolShape& shape,
+                       const void* grad_output, const void* input, const void* rois,
+                       const void* offset, void* grad_input, void* grad_offset, const Stream&) {
+  dispatch(precision, [&](auto scalar, auto acc) {
+    using scalar_t = typename decltype(scalar)::type;
+    using acc_t = typename decltype(acc)::type;
+    HostRoIPool<HostContext<1, 1>, scalar_t, acc_t>::backward(
+        shape, static_cast<const scalar_t*>(grad_output), static_cast<const scalar_t*>(input),
+        static_cast<const acc_t*>(rois), static_cast<const acc_t*>(offset),
+        static_cast<acc_t*>(grad_input), static_cast<acc_t*>(grad_offset));
+  });
+}
+
+void aggregate_forward(Precision precision, const AggregateProblem& problem, const void* input,
+                       const void* offset, const void* mask, void* output, const Stream&) {
+  dispatch(precision, [&](auto scalar, auto acc) {
+    using scalar_t = typename decltype(scalar)::type;
+    using acc_t = typename decltype(acc)::type;
+    HostAggregate<HostContext<1, 1>, scalar_t, acc_t>::forward(
+        problem, static_cast<const scalar_t*>(input), static_cast<const acc_t*>(offset),
+        static_cast<const acc_t*>(mask), static_cast<scalar_t*>(output));
+  });
+}
+
+void aggregate_backward(Precision precision, const AggregateProblem& problem,
+                        const void* grad_output, const void* input, const void* offset,
+                        const void* mask, void* grad_input, void* grad_offset, void* grad_mask,
+                        const Stream&) {
+  dispatch(precision, [&](auto scalar, auto acc) {
+    using scalar_t = typename decltype(scalar)::type;
+    using acc_t = typename decltype(acc)::type;
+    HostAggregate<HostContext<1, 1>, scalar_t, acc_t>::backward(
+        problem, static_cast<const scalar_t*>(grad_output), static_cast<const scalar_t*>(input),
+        static_cast<const acc_t*>(offset), static_cast<const acc_t*>(mask),
+        static_cast<acc_t*>(grad_input), static_cast<acc_t*>(grad_offset),
+        static_cast<acc_t*>(grad_mask));
+  });
+}
+
+}  // namespace mmdcn::cuda
+
+// Every header is included by now: what follows renames the dispatch key and the operators'
+// namespace in the registration itself, and nothing else.
+namespace mmdcn_host_operators {
+using namespace mmdcn;
+namespace cuda {
+using namespace mmdcn::cuda;
+}
+}  // namespace mmdcn_host_operators
+#define mmdcn mmdcn_host_operators
+#define CUDA CPU
+#include "../../../mmdcn/csrc/cuda/deform_aggregate.cpp"
+#include "../../../mmdcn/csrc/cuda/deform_roi_pool.cpp"

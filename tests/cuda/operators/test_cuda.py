@@ -1,0 +1,135 @@
+"""RoI pooling, DCNv3 and DCNv4 on a GPU: against the reference, and what CUDA programs expect."""
+
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from mmdcn.ops import dcnv3, deform_roi_pool
+from tests.ops.aggregate_problems import AggregateProblem, compare_aggregate
+from tests.ops.problems import TOLERANCE, divisors, run
+from tests.ops.roi_problems import RoIProblem, compare_roi_pool, run_roi_pool
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+DTYPES = list(TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(15))
+def test_roi_pool_matches_reference(dtype, seed):
+    draw = random.Random(seed)
+    channels = draw.choice([1, 6, 17, 70, 130])
+    problem = RoIProblem(
+        batch=draw.randint(1, 3),
+        channels=channels,
+        height=draw.randint(1, 30),
+        width=draw.randint(1, 30),
+        rois=draw.randint(1, 20),
+        output_size=(draw.choice([1, 2, 4]), draw.choice([1, 2, 4])),
+        sampling_ratio=draw.choice([0, 1, 2, 16]),
+        deform_groups=draw.choice([0, *divisors(channels)]),
+        position_sensitive=draw.random() < 0.3,
+        channels_last=draw.random() < 0.5,
+        float32_coordinates=draw.random() < 0.5,
+        seed=seed,
+    )
+    compare_roi_pool(problem, dtype, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(15))
+def test_aggregate_matches_reference(dtype, seed):
+    draw = random.Random(seed)
+    channels = draw.choice([1, 6, 17, 64, 130])
+    kernel = draw.choice([(3, 3), (1, 5), (7, 7)])
+    problem = AggregateProblem(
+        batch=draw.randint(1, 3),
+        channels=channels,
+        height=draw.randint(7, 25),
+        width=draw.randint(7, 25),
+        kernel=kernel,
+        stride=(draw.randint(1, 2), draw.randint(1, 2)),
+        padding=(draw.randint(0, 3), draw.randint(0, 3)),
+        group=draw.choice(divisors(channels)),
+        offset_scale=draw.choice([0.5, 1.0]),
+        remove_center=draw.random() < 0.5,
+        float32_points=draw.random() < 0.5,
+        seed=seed,
+    )
+    compare_aggregate(problem, dtype, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    # grad_input is added up in no fixed order.
+    close = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
+    x, rois, offset = RoIProblem().tensors(dtype, "cuda").values()
+    arguments = (x, rois.to(wide), offset.detach().to(wide).requires_grad_())
+    arguments += ([2, 4], 0.25, 2, 0.5, False)
+    opcheck(torch.ops.mmdcn.deform_roi_pool, arguments, **close)
+    x, offset, mask = AggregateProblem().tensors(dtype, "cuda").values()
+    points = [t.detach().to(wide).unflatten(3, (2, -1)).requires_grad_() for t in (offset, mask)]
+    arguments = (x, *points, [3, 3], [1, 1], [1, 1], [1, 1], 1.0, False)
+    opcheck(torch.ops.mmdcn.deform_aggregate, arguments, **close)
+
+
+def test_all_but_grad_input_are_deterministic():
+    roi, aggregate = RoIProblem(channels=130, rois=50), AggregateProblem(channels=130)
+    for problem, function, call in (
+        (roi, deform_roi_pool, run_roi_pool),
+        (aggregate, dcnv3, run),
+    ):
+        first, second = (
+            call(function, problem.tensors(torch.float32, "cuda"), **problem.arguments())
+            for _ in range(2)
+        )
+        for name in first:
+            if name != "grad_input":
+                assert torch.equal(first[name], second[name]), name
+
+
+def test_host_is_not_synchronised():
+    roi, aggregate = RoIProblem(), AggregateProblem()
+    calls = [
+        (run_roi_pool, deform_roi_pool, roi, torch.ones(5, 4, 2, 4, device="cuda")),
+        (run, dcnv3, aggregate, torch.ones(2, 7, 8, 8, device="cuda")),
+    ]
+    for call, function, problem, grad_output in calls:
+        tensors = problem.tensors(torch.float32, "cuda")
+        call(function, tensors, grad_output, **problem.arguments())
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call(function, tensors, grad_output, **problem.arguments())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_images_that_do_not_exist_stop_the_program():
+    """In a process of its own: what a device-side assertion leaves behind is of no use."""
+    code = """
+import torch
+from mmdcn.ops import deform_roi_pool
+rois = torch.tensor([[2.0, 0, 0, 4, 4]], device="cuda")
+deform_roi_pool(torch.zeros(2, 3, 8, 8, device="cuda"), rois, None, 2)
+torch.cuda.synchronize()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "image_of_roi_exists" in done.stderr
+    assert "device-side assert" in done.stderr

@@ -1,0 +1,383 @@
+"""DCNv3 and DCNv4 against the reference, gradcheck, their contract with torch, and bad calls."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from torch.library import opcheck
+
+from mmdcn.ops import dcnv3, dcnv4, reference
+from tests.ops.aggregate_problems import AggregateProblem, aggregate_problems, compare_aggregate
+from tests.ops.problems import TOLERANCE, exact, largest_error, run
+
+DTYPES = list(TOLERANCE)
+NAMES = ("input", "offset", "mask")
+
+
+# ------------------------------------------------------------------------------- the mathematics
+
+
+def test_reference_is_the_papers_equation():
+    """The oracle itself, against sums over all integer positions q, written out with loops."""
+    problem = AggregateProblem(
+        1, 4, 4, 5, (3, 3), (2, 1), (1, 2), (1, 2), 2, 0.5, remove_center=True
+    )
+    tensors = {name: t.detach() for name, t in problem.tensors().items()}
+    x, offset, mask = (tensors[name] for name in NAMES)
+    actual = reference.dcnv3(**tensors, **problem.arguments())
+    # Relative to the middle, column by column, as InternImage numbers the taps.
+    taps = [(j - 1, 2 * (i - 1)) for i in range(3) for j in range(3) if (i, j) != (1, 1)]
+    for c in range(4):
+        g = c // 2
+        for y0 in range(problem.out_size[0]):
+            for x0 in range(problem.out_size[1]):
+                total = 0
+                for k, (p_k_y, p_k_x) in enumerate(taps):
+                    delta_x, delta_y = offset[0, y0, x0, 16 * g + 2 * k : 16 * g + 2 * k + 2]
+                    p_y = y0 * 2 - 1 + 1 + 0.5 * (p_k_y + delta_y)
+                    p_x = x0 * 1 - 2 + 2 + 0.5 * (p_k_x + delta_x)
+                    x_of_p = sum(
+                        max(0, 1 - abs(q_y - p_y)) * max(0, 1 - abs(q_x - p_x)) * x[0, q_y, q_x, c]
+                        for q_y in range(4)
+                        for q_x in range(5)
+                    )
+                    total = total + mask[0, y0, x0, 8 * g + k] * x_of_p
+                torch.testing.assert_close(actual[0, y0, x0, c], total)
+
+
+@settings(max_examples=15)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(problem=aggregate_problems())
+def test_matches_reference(dtype, problem):
+    compare_aggregate(problem, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "problem",
+    [
+        # Groups of several parts whose gradients are added up.
+        AggregateProblem(channels=300, group=1),
+        AggregateProblem(channels=144, group=2),
+        # More taps than are located side by side.
+        AggregateProblem(kernel=(5, 7), padding=(2, 3)),
+        AggregateProblem(kernel=(7, 7), padding=(3, 3), remove_center=True, channels=34),
+    ],
+    ids=str,
+)
+def test_matches_reference_across_blocks(dtype, problem):
+    compare_aggregate(problem, dtype)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("remove_center", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_v4_matches_reference(dtype, remove_center, padded):
+    problem = AggregateProblem(channels=12, group=3, remove_center=remove_center)
+    tensors = problem.packed(dtype, padded)
+    actual = run(dcnv4, tensors, **problem.arguments())
+    expected = run(reference.dcnv4, exact(problem.packed(dtype)), **problem.arguments())
+    for name, value in expected.items():
+        result = actual[name]
+        if name == "grad_offset_mask":
+            assert torch.count_nonzero(result[..., value.shape[3] :]) == 0
+            result = result[..., : value.shape[3]]
+        assert largest_error(result, value) <= TOLERANCE[dtype], name
+    split = problem.tensors(dtype)
+    assert torch.equal(actual["output"], dcnv3(**split, **problem.arguments()))
+
+
+def test_regular_grid_is_average_pooling():
+    problem = AggregateProblem(kernel=(3, 5), stride=(2, 1), padding=(1, 2))
+    tensors = problem.tensors()
+    x = tensors["input"]
+    output = dcnv3(
+        x,
+        torch.zeros_like(tensors["offset"]),
+        torch.full_like(tensors["mask"], 1 / 15),
+        **problem.arguments(),
+    )
+    expected = F.avg_pool2d(x.permute(0, 3, 1, 2), (3, 5), (2, 1), (1, 2))
+    torch.testing.assert_close(output, expected.permute(0, 2, 3, 1))
+
+
+def test_one_tap_per_channel_is_a_depthwise_convolution():
+    """Modulations that are the same everywhere are the weights of a depth-wise kernel."""
+    problem = AggregateProblem(channels=3, group=3, kernel=(3, 2), dilation=(2, 3))
+    tensors = problem.tensors()
+    x, weight = tensors["input"], torch.randn(3, 3, 2, dtype=torch.float64)
+    columns = weight.transpose(1, 2).reshape(-1)
+    output = dcnv3(
+        x,
+        torch.zeros_like(tensors["offset"]),
+        columns.expand_as(tensors["mask"]),
+        **problem.arguments(),
+    )
+    expected = F.conv2d(
+        x.permute(0, 3, 1, 2), weight.unsqueeze(1), None, 1, (1, 1), (2, 3), groups=3
+    )
+    torch.testing.assert_close(output, expected.permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("remove_center", [False, True])
+def test_gradcheck(remove_center):
+    problem = AggregateProblem(
+        1, 4, 4, 3, (3, 3), (2, 1), (1, 1), (1, 1), 2, 0.5, remove_center=remove_center
+    )
+    tensors = problem.tensors()
+    with torch.no_grad():  # Away from integer coordinates, where the derivative jumps.
+        tensors["offset"].copy_(2 * torch.rand_like(tensors["offset"]) * 0.4 + 0.1)
+
+    def call(*values):
+        return dcnv3(*values, **problem.arguments())
+
+    variables = [tensors[name] for name in NAMES]
+    assert torch.autograd.gradcheck(call, variables)
+    assert torch.autograd.gradgradcheck(call, variables, fast_mode=True)
+
+
+# ---------------------------------------------------------------------------- decided semantics
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 6e4, 1e30, -1e30])
+def test_offsets_that_reach_nothing(dtype, value):
+    """Whatever the coordinate and the modulation, the sample is zero; so is every gradient."""
+    problem = AggregateProblem(float32_points=True)
+    tensors = problem.tensors(dtype)
+    with torch.no_grad():
+        tensors["offset"].fill_(value)
+        tensors["mask"].fill_(float("nan"))
+    for name, result in run(dcnv3, tensors, **problem.arguments()).items():
+        assert torch.count_nonzero(result) == 0, name
+
+
+def test_one_bad_offset_leaves_the_others_alone():
+    problem = AggregateProblem()
+    tensors = problem.tensors()
+    with torch.no_grad():
+        tensors["offset"][0, 2, 2, 5] = float("nan")
+    actual = run(dcnv3, tensors, **problem.arguments())
+    expected = run(reference.dcnv3, exact(tensors), **problem.arguments())
+    for name, value in expected.items():
+        assert torch.isfinite(actual[name]).all(), name
+        assert largest_error(actual[name], value) < 1e-12, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_empty_batch(dtype):
+    problem = AggregateProblem(batch=0)
+    tensors = problem.tensors(dtype)
+    results = run(dcnv3, tensors, **problem.arguments())
+    assert results["output"].shape == (0, 7, 8, 8)
+    for name in NAMES:
+        assert results[f"grad_{name}"].shape == tensors[name].shape
+
+
+def test_arguments_need_not_be_contiguous():
+    problem = AggregateProblem()
+    expected = run(dcnv3, problem.tensors(), **problem.arguments())
+    views = {
+        "last": lambda t: torch.stack([t, t * 0 + 9], dim=-1)[..., 0],
+        "images first": lambda t: t.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+        "wide": lambda t: torch.cat([t, t * 0 + 9], dim=2)[:, :, : t.shape[2]],
+        "channels": lambda t: torch.cat([t, t * 0 + 9], dim=3)[..., : t.shape[3]],
+        "batch": lambda t: torch.stack([t, t * 0 + 9], dim=1)[:, 0],
+    }
+    for how, view in views.items():
+        tensors = {name: view(t.detach()).requires_grad_() for name, t in problem.tensors().items()}
+        actual = run(dcnv3, tensors, **problem.arguments())
+        for name, value in expected.items():
+            assert torch.equal(actual[name], value), (how, name)
+
+
+@pytest.mark.parametrize("wanted", NAMES)
+@pytest.mark.parametrize("channels", [8, 160])
+def test_each_gradient_alone(wanted, channels):
+    problem = AggregateProblem(channels=channels)
+    expected = run(dcnv3, problem.tensors(), **problem.arguments())
+    tensors = problem.tensors()
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name == wanted)
+    actual = run(dcnv3, tensors, **problem.arguments())
+    assert torch.equal(actual[f"grad_{wanted}"], expected[f"grad_{wanted}"])
+    assert all(actual[f"grad_{name}"] is None for name in NAMES if name != wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "problem",
+    [
+        AggregateProblem(channels=64, group=4, height=40, width=41),
+        AggregateProblem(channels=200, group=1, height=30, width=31),
+    ],
+    ids=str,
+)
+def test_same_bits_for_any_number_of_threads(problem, dtype):
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(run(dcnv3, problem.tensors(dtype), **problem.arguments()))
+    torch.set_num_threads(2)
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+# ------------------------------------------------------------------------------ contract with torch
+
+
+def compiled_arguments(dtype: torch.dtype) -> tuple:
+    """What the compiled operator takes."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x, offset, mask = AggregateProblem().tensors(dtype).values()
+    offset, mask = (
+        t.detach().to(wide).unflatten(3, (2, -1)).contiguous().requires_grad_()
+        for t in (offset, mask)
+    )
+    return x, offset, mask, [3, 3], [1, 1], [1, 1], [1, 1], 1.0, False
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype):
+    arguments = compiled_arguments(dtype)
+    opcheck(torch.ops.mmdcn.deform_aggregate, arguments)
+    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    grad_output = torch.randn(2, 7, 8, 8).to(dtype)
+    for wanted in ([True] * 3, [True, False, False], [False, True, True], [False, False, True]):
+        opcheck(torch.ops.mmdcn.deform_aggregate_backward, (grad_output, *arguments, wanted))
+
+
+def test_compiled_operator_refuses_what_does_not_fit():
+    """Called past the checks in Python, it still reads nothing out of bounds."""
+    good = list(compiled_arguments(torch.float32))
+    x, offset, mask = (t.detach() for t in good[:3])
+    op = torch.ops.mmdcn.deform_aggregate
+    op(*good)
+    for place, bad in (
+        (0, x[0]),
+        (0, x[..., :7]),
+        (0, x[:, :, :1].expand(-1, -1, 2**30, -1)),
+        (1, offset[:1]),
+        (1, offset[..., :-1]),
+        (1, offset.double()),
+        (2, mask[:, :-1]),
+        (2, mask[:, :, :, :1]),
+        (2, mask[..., :-1]),
+        (2, mask.double()),
+        (3, [3, 4]),
+        (8, True),
+    ):
+        arguments = [*good]
+        arguments[place] = bad
+        with pytest.raises(RuntimeError, match="deform_aggregate"):
+            op(*arguments)
+
+
+def test_autocast_casts_features_and_leaves_coordinates():
+    problem = AggregateProblem()
+    tensors = problem.tensors(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = dcnv3(**tensors, **problem.arguments())
+    assert output.dtype == torch.bfloat16
+    half = {**tensors, "input": tensors["input"].bfloat16()}
+    assert torch.equal(output, dcnv3(**half, **problem.arguments()))
+    output.sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in tensors.values())
+
+
+@pytest.mark.parametrize("function", [dcnv3, dcnv4])
+def test_compile_in_one_graph(function):
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for height in (7, 9):
+        problem = AggregateProblem(height=height)
+        make = problem.tensors if function is dcnv3 else problem.packed
+        expected = run(function, make(), **problem.arguments())
+        actual = run(compiled, make(), **problem.arguments())
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name], value, msg=name)
+
+
+# ------------------------------------------------------------------------------------- bad calls
+
+# What is changed in a good call, and what the error must name.
+BAD_CALLS = {
+    "input of 3 dimensions": ({"input": torch.zeros(7, 8, 8)}, ValueError, r"input.*\(7, 8, 8\)"),
+    "input of integers": (
+        {"input": torch.zeros(2, 7, 8, 8, dtype=torch.int64)},
+        TypeError,
+        "input.*float32.*int64",
+    ),
+    "input without channels": ({"input": torch.zeros(2, 7, 8, 0)}, ValueError, "input.*channel"),
+    "input too wide": (
+        {"input": torch.zeros(2, 7, 1, 8).expand(-1, -1, 2**30, -1)},
+        ValueError,
+        r"input.*2\*\*30",
+    ),
+    "offset missing": ({"offset": None}, TypeError, "offset.*NoneType"),
+    "offset of another width": (
+        {"offset": torch.zeros(2, 7, 7, 36)},
+        ValueError,
+        r"offset.*\(2, 7, 8, 36\).*\(2, 7, 7, 36\)",
+    ),
+    "offset of 34 channels": (
+        {"offset": torch.zeros(2, 7, 8, 34)},
+        ValueError,
+        "offset.*36 channels.*18 for each of 2 groups.*got 34",
+    ),
+    "offset of another dtype": (
+        {"offset": torch.zeros(2, 7, 8, 36).double()},
+        TypeError,
+        "offset.*float32.*float64",
+    ),
+    "mask of 9 channels": ({"mask": torch.zeros(2, 7, 8, 9)}, ValueError, "mask.*18.*got 9"),
+    "mask of another batch": ({"mask": torch.zeros(1, 7, 8, 18)}, ValueError, "mask.*shape"),
+    "mask elsewhere": (
+        {"mask": torch.zeros(2, 7, 8, 18, device="meta")},
+        ValueError,
+        "mask.*cpu.*meta",
+    ),
+    "groups that do not divide": ({"group": 3}, ValueError, "group.*8 channels.*got 3"),
+    "no groups": ({"group": 0}, ValueError, "group.*got 0"),
+    "kernel of zero": ({"kernel_size": 0}, ValueError, "kernel_size.*at least 1.*got 0"),
+    "stride 0": ({"stride": 0}, ValueError, "stride.*at least 1.*got 0"),
+    "negative padding": ({"padding": -1}, ValueError, "padding.*at least 0.*-1"),
+    "padding too large": ({"padding": 2**30}, ValueError, r"padding.*2\*\*30"),
+    "dilation of a fraction": ({"dilation": 0.5}, TypeError, "dilation.*int.*0.5"),
+    "kernel larger than input": ({"dilation": 9}, ValueError, r"input.*\(19, 19\).*\(7, 8\)"),
+    "scale by name": ({"offset_scale": "2"}, TypeError, "offset_scale.*number.*'2'"),
+    "scale of infinity": ({"offset_scale": float("inf")}, ValueError, "offset_scale.*finite"),
+    "no middle": (
+        {"kernel_size": (3, 2), "remove_center": True},
+        ValueError,
+        r"kernel_size.*odd.*\(3, 2\)",
+    ),
+    "nothing but the middle": (
+        {"kernel_size": 1, "remove_center": True},
+        ValueError,
+        "kernel_size.*more than one tap",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_call_names_argument_expectation_and_value(case):
+    problem = AggregateProblem()
+    tensors = {n: t.detach() for n, t in problem.tensors(torch.float32).items()}
+    arguments = {**tensors, **problem.arguments()}
+    changed, error, pattern = BAD_CALLS[case]
+    dcnv3(**arguments)
+    with pytest.raises(error, match=re.compile(pattern, re.DOTALL)):
+        dcnv3(**{**arguments, **changed})
+
+
+@pytest.mark.parametrize("channels", [53, 55, 57, 64])
+def test_v4_refuses_other_channels(channels):
+    problem = AggregateProblem()
+    x = torch.zeros(2, 7, 8, 8)
+    for good in (54, 56):
+        dcnv4(x, torch.zeros(2, 7, 8, good), **problem.arguments())
+    with pytest.raises(ValueError, match=f"offset_mask: expected 54 channels.*got {channels}"):
+        dcnv4(x, torch.zeros(2, 7, 8, channels), **problem.arguments())

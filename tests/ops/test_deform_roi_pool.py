@@ -1,0 +1,482 @@
+"""The operator against the reference, RoI Align, gradcheck, its contract with torch, bad calls."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch.library import opcheck
+
+from mmdcn.ops import deform_roi_pool, reference
+from tests.ops.problems import TOLERANCE, largest_error
+from tests.ops.roi_problems import (
+    NAMES,
+    RoIProblem,
+    compare_roi_pool,
+    exact_roi_tensors,
+    roi_problems,
+    run_roi_pool,
+)
+
+DTYPES = list(TOLERANCE)
+
+
+# ------------------------------------------------------------------------------- the mathematics
+
+
+def test_reference_is_the_papers_equation():
+    """The oracle itself, against sums over all integer positions q, written out with loops."""
+    problem = RoIProblem(
+        1, 4, 4, 5, 1, (2, 3), 0.5, 2, deform_groups=2, position_sensitive=True, dyadic=False
+    )
+    tensors = {name: t.detach() for name, t in problem.tensors().items()}
+    tensors["rois"] = torch.tensor([[0.0, 1.3, 0.4, 8.1, 6.9]], dtype=torch.float64)
+    x, rois, offset = (tensors[name] for name in NAMES)
+    offset *= 0.1
+    actual = reference.deform_roi_pool(**tensors, **problem.arguments())
+    left, top, right, bottom = (rois[0, 1:] * 0.5 - 0.5).tolist()
+    for c in range(4):
+        for i in range(2):
+            for j in range(3):
+                total = 0
+                delta_x, delta_y = offset[0, 2 * (c // 2) : 2 * (c // 2) + 2, i, j].tolist()
+                for k in range(4):
+                    p_y = top + (bottom - top) * (0.5 * delta_y + (i + (k // 2 + 0.5) / 2) / 2)
+                    p_x = left + (right - left) * (0.5 * delta_x + (j + (k % 2 + 0.5) / 2) / 3)
+                    p_y, p_x = min(max(p_y, 0), 3), min(max(p_x, 0), 4)
+                    total = total + sum(
+                        max(0, 1 - abs(q_y - p_y))
+                        * max(0, 1 - abs(q_x - p_x))
+                        * x[0, 6 * c + 3 * i + j, q_y, q_x]
+                        for q_y in range(4)
+                        for q_x in range(5)
+                    )
+                torch.testing.assert_close(actual[0, c, i, j], total / 4)
+
+
+@settings(max_examples=15)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(problem=roi_problems(dyadic=True))
+def test_matches_reference(dtype, problem):
+    compare_roi_pool(problem, dtype)
+
+
+@settings(max_examples=15)
+@given(problem=roi_problems(dyadic=False))
+def test_matches_reference_at_any_point(problem):
+    compare_roi_pool(problem, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "problem",
+    [
+        # Channels that one thread pools in several parts, and gradients in several blocks.
+        RoIProblem(channels=300, output_size=(16, 16), rois=3),
+        RoIProblem(channels=200, deform_groups=2, channels_last=True),
+        # Bins of more pixels than are added up at a time; more points than pixels, and fewer.
+        RoIProblem(height=60, width=70, output_size=(1, 2), sampling_ratio=0),
+        RoIProblem(height=6, width=7, output_size=(1, 2), sampling_ratio=32),
+        RoIProblem(height=60, width=70, output_size=(1, 2), sampling_ratio=4),
+    ],
+    ids=str,
+)
+def test_matches_reference_across_blocks(dtype, problem):
+    compare_roi_pool(problem, dtype)
+
+
+@pytest.mark.parametrize("sampling_ratio", [0, 2, 3])
+def test_without_offsets_it_is_roi_align(sampling_ratio):
+    mmcv_ops = pytest.importorskip("mmcv.ops")
+    problem = RoIProblem(2, 5, 12, 15, 8, (3, 7), 0.25, sampling_ratio, 0.1, 0, dyadic=False)
+    tensors = problem.tensors()
+    box = tensors["rois"][:, 1:].unflatten(1, (2, 2)).sort(dim=1).values  # None inverted.
+    tensors["rois"] = torch.cat([tensors["rois"][:, :1], box.flatten(1)], dim=1)
+
+    def roi_align(input, rois, offset):
+        return mmcv_ops.roi_align(input, rois, (3, 7), 0.25, sampling_ratio, "avg", True)
+
+    expected = run_roi_pool(roi_align, exact_roi_tensors(tensors))
+    actual = run_roi_pool(deform_roi_pool, tensors, **problem.arguments())
+    for name in ("output", "grad_input"):
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-12, atol=1e-12)
+
+
+def test_an_offset_moves_its_bin():
+    """Offsets are x, then y, in fractions of the RoI's size times gamma."""
+    x = torch.arange(20.0).view(1, 1, 1, 20) + 100 * torch.arange(20.0).view(1, 1, 20, 1)
+    rois = torch.tensor([[0, 4.5, 2.5, 12.5, 6.5]])  # x from 4 to 12, y from 2 to 6
+    offset = torch.zeros(1, 2, 2, 2)
+    regular = deform_roi_pool(x, rois, offset, 2, 1.0, 2, 0.25)
+    torch.testing.assert_close(regular[0, 0], torch.tensor([[306.0, 310.0], [506.0, 510.0]]))
+    offset[0, :, 0, 1] = torch.tensor([0.5, 2.0])  # gamma · 0.5 · 8 = 1 and gamma · 2 · 4 = 2
+    moved = deform_roi_pool(x, rois, offset, 2, 1.0, 2, 0.25) - regular
+    torch.testing.assert_close(moved[0, 0], torch.tensor([[0.0, 201.0], [0.0, 0.0]]))
+
+
+def test_position_sensitive_bins_pool_their_own_channels():
+    problem = RoIProblem(2, 3, 12, 15, 8, (3, 2), position_sensitive=True, dyadic=False)
+    tensors = problem.tensors()
+    actual = deform_roi_pool(**tensors, **problem.arguments())
+    everything = deform_roi_pool(**tensors, **{**problem.arguments(), "position_sensitive": False})
+    for c in range(3):
+        for i in range(3):
+            for j in range(2):
+                own = everything[:, 6 * c + 2 * i + j, i, j]
+                torch.testing.assert_close(actual[:, c, i, j], own, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+@pytest.mark.parametrize("deform_groups, position_sensitive", [(0, False), (2, False), (1, True)])
+def test_gradcheck(sampling_ratio, deform_groups, position_sensitive):
+    problem = RoIProblem(
+        *(2, 2, 5, 6, 3, (2, 2), 0.5, sampling_ratio, 0.3),
+        *(deform_groups, position_sensitive),
+        dyadic=False,
+        spread=0.3,
+    )
+    tensors = problem.tensors()
+    variables = [tensors[name] for name in ("input", "offset") if tensors[name] is not None]
+
+    def call(input, offset=None):
+        return deform_roi_pool(input, tensors["rois"], offset, **problem.arguments())
+
+    assert torch.autograd.gradcheck(call, variables)
+    assert torch.autograd.gradgradcheck(call, variables, fast_mode=True)
+
+
+def test_gradients_match_the_reference_on_many_rois():
+    """A batch of the size that a detector trains on, at points that are nobody's special case."""
+    problem = RoIProblem(
+        2, 16, 25, 34, 128, (7, 7), 1 / 16, 0, 0.1, dyadic=False, spread=0.5, seed=3
+    )
+    tensors = problem.tensors()
+    actual = run_roi_pool(deform_roi_pool, tensors, **problem.arguments())
+    expected = run_roi_pool(
+        reference.deform_roi_pool, exact_roi_tensors(tensors), **problem.arguments()
+    )
+    for name, value in expected.items():
+        assert largest_error(actual[name], value) < 1e-12, name
+
+
+# ---------------------------------------------------------------------------- decided semantics
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 6e4, -6e4])
+@pytest.mark.parametrize("where", ["rois", "offset"])
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_points_that_reach_nothing(dtype, value, where, sampling_ratio):
+    """Whatever the coordinate, the bin is zero, and so is every gradient through it."""
+    problem = RoIProblem(sampling_ratio=sampling_ratio, spatial_scale=1.0)
+    tensors = problem.tensors(dtype)
+    tensors["rois"][:, 1:] = torch.tensor([2.0, 2.0, 7.0, 7.0])
+    with torch.no_grad():
+        if where == "rois":
+            tensors["rois"][:, 1:] = value
+        else:
+            tensors["offset"].fill_(value)
+    results = run_roi_pool(deform_roi_pool, tensors, **problem.arguments())
+    for name, result in results.items():
+        assert torch.count_nonzero(result) == 0, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("side", [1e4, 1e7, 1e20, 1e38])
+def test_giant_boxes_are_pooled_at_once(dtype, side):
+    """Millions of points a bin, of which those on the features count; nothing overflows."""
+    x = torch.ones(1, 1, 4, 4, dtype=dtype, requires_grad=True)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    rois = torch.tensor([[0, -side, -side, side, side]], dtype=wide)
+    offset = torch.zeros(1, 2, 2, 2, dtype=wide, requires_grad=True)
+    output = deform_roi_pool(x, rois, offset, 2)
+    output.sum().backward()
+    assert torch.isfinite(offset.grad).all()
+    # From -1 to the origin, and from there to 4: so many points of `side` a dimension.
+    if side == 1e4:
+        expected = torch.tensor([[1.0, 4.0], [4.0, 16.0]]) * 2.25 / side**2
+        torch.testing.assert_close(output[0, 0].double(), expected.double(), rtol=1.0, atol=0)
+    assert (output >= 0).all()
+    assert (output < 1e-6).all()
+
+
+def test_an_infinite_box_beside_good_ones():
+    problem = RoIProblem()
+    tensors = problem.tensors()
+    expected = run_roi_pool(deform_roi_pool, problem.tensors(), **problem.arguments())
+    tensors["rois"][2, 3] = float("inf")
+    actual = run_roi_pool(deform_roi_pool, tensors, **problem.arguments())
+    for name in ("output", "grad_offset"):
+        assert torch.count_nonzero(actual[name][2]) == 0
+        kept = [0, 1, 3, 4]
+        assert torch.equal(actual[name][kept], expected[name][kept])
+
+
+def test_inverted_and_empty_boxes():
+    x = torch.arange(10.0).expand(1, 1, 10, 10).contiguous()
+    box, inverted, empty = [2.0, 2.0, 8.0, 8.0], [8.0, 8.0, 2.0, 2.0], [4.0, 4.0, 4.0, 4.0]
+    rois = torch.tensor([[0.0, *b] for b in (box, inverted, empty)])
+    forward, backward, point = deform_roi_pool(x, rois, None, 3, 1.0, 2)
+    torch.testing.assert_close(backward, forward.flip(1, 2))
+    torch.testing.assert_close(point, torch.full((1, 3, 3), 3.5))
+    adaptive = deform_roi_pool(x, rois, None, 3, 1.0, 0)
+    torch.testing.assert_close(adaptive[0], forward)
+    assert torch.count_nonzero(adaptive[1:]) == 0
+
+
+def test_border_goes_on_for_a_pixel():
+    x = torch.full((1, 1, 4, 4), 5.0)
+    for distance, expected in ((0.0, 5.0), (1.0, 5.0), (1.01, 0.0)):
+        # The only point of the bin lies `distance` before the first column.
+        rois = torch.tensor([[0, 0.5 - distance - 1, 0.5, 0.5 - distance + 1, 4.5]])
+        assert deform_roi_pool(x, rois, None, 1, 1.0, 1).item() == expected
+        rois = torch.tensor([[0, 0.5, 3.5 + distance - 1, 4.5, 3.5 + distance + 1]])
+        assert deform_roi_pool(x, rois, None, 1, 1.0, 1).item() == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("deform_groups", [0, 1])
+def test_no_rois(dtype, deform_groups):
+    problem = RoIProblem(rois=0, deform_groups=deform_groups)
+    tensors = problem.tensors(dtype)
+    results = run_roi_pool(deform_roi_pool, tensors, **problem.arguments())
+    assert results["output"].shape == (0, 4, 2, 4)
+    assert results["grad_input"].shape == tensors["input"].shape
+    assert torch.count_nonzero(results["grad_input"]) == 0
+
+
+def test_no_images_and_no_pixels():
+    empty = torch.zeros(0, 3, 4, 4)
+    assert deform_roi_pool(empty, torch.zeros(0, 5), None, 7).shape == (0, 3, 7, 7)
+    flat = torch.zeros(1, 3, 0, 4, requires_grad=True)
+    output = deform_roi_pool(flat, torch.ones(2, 5) * 0, None, 2, sampling_ratio=2)
+    assert torch.equal(output, torch.zeros(2, 3, 2, 2))
+    output.sum().backward()
+    assert flat.grad.shape == flat.shape
+
+
+@pytest.mark.parametrize("number", [2.0, -1.0, float("nan"), 1e30])
+def test_images_that_do_not_exist_are_refused(number):
+    problem = RoIProblem()
+    tensors = problem.tensors()
+    tensors["rois"][3, 0] = number
+    with pytest.raises(RuntimeError, match=r"rois: .* from 0 to 1, got .* in row 3"):
+        deform_roi_pool(**tensors, **problem.arguments())
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_layouts(channels_last):
+    """The output is contiguous, as fully connected layers want it; gradients are as the input."""
+    problem = RoIProblem(channels_last=channels_last)
+    tensors = problem.tensors(torch.float32)
+    output = deform_roi_pool(**tensors, **problem.arguments())
+    assert output.is_contiguous()
+    output.sum().backward()
+    gradient = tensors["input"].grad
+    assert gradient.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert gradient.is_contiguous() != channels_last
+
+
+def test_arguments_need_not_be_contiguous():
+    problem = RoIProblem()
+    expected = run_roi_pool(deform_roi_pool, problem.tensors(), **problem.arguments())
+    tensors = {}
+    for name, tensor in problem.tensors().items():
+        wide = torch.stack([tensor.detach(), torch.full_like(tensor, float("nan"))], dim=-1)
+        tensors[name] = wide[..., 0].requires_grad_(name != "rois")
+        assert not tensors[name].is_contiguous()
+    actual = run_roi_pool(deform_roi_pool, tensors, **problem.arguments())
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+@pytest.mark.parametrize("wanted", ["input", "offset"])
+def test_each_gradient_alone(wanted):
+    problem = RoIProblem(channels=40)
+    expected = run_roi_pool(deform_roi_pool, problem.tensors(), **problem.arguments())
+    tensors = problem.tensors()
+    for name in ("input", "offset"):
+        tensors[name].requires_grad_(name == wanted)
+    actual = run_roi_pool(deform_roi_pool, tensors, **problem.arguments())
+    assert torch.equal(actual[f"grad_{wanted}"], expected[f"grad_{wanted}"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "problem",
+    [
+        RoIProblem(channels=200, height=50, width=60, rois=300, output_size=(7, 7), dyadic=False),
+        RoIProblem(3, 36, 50, 60, 300, (3, 3), deform_groups=3, position_sensitive=True),
+    ],
+    ids=str,
+)
+def test_same_bits_for_any_number_of_threads(problem, dtype):
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        tensors = problem.tensors(dtype)
+        results.append(run_roi_pool(deform_roi_pool, tensors, **problem.arguments()))
+    torch.set_num_threads(2)
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+# ------------------------------------------------------------------------------ contract with torch
+
+
+def compiled_arguments(problem: RoIProblem, dtype: torch.dtype) -> tuple:
+    """What the compiled operator takes, for a problem that is not position-sensitive."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    tensors = problem.tensors(dtype)
+    offset = tensors["offset"]
+    if offset is not None:
+        offset = offset.detach().to(wide).requires_grad_()
+    geometry = (list(problem.output_size), problem.spatial_scale, problem.sampling_ratio)
+    return tensors["input"], tensors["rois"].to(wide), offset, *geometry, problem.gamma, False
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("deform_groups", [0, 2])
+def test_opcheck(dtype, deform_groups):
+    arguments = compiled_arguments(RoIProblem(deform_groups=deform_groups), dtype)
+    opcheck(torch.ops.mmdcn.deform_roi_pool, arguments)
+    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    grad_output = torch.randn(5, 4, 2, 4).to(dtype)
+    for wanted in ([True, True], [True, False], [False, True]):
+        opcheck(torch.ops.mmdcn.deform_roi_pool_backward, (grad_output, *arguments, wanted))
+
+
+def test_compiled_operator_refuses_what_does_not_fit():
+    """Called past the checks in Python, it still reads nothing out of bounds."""
+    good = list(compiled_arguments(RoIProblem(), torch.float32))
+    x, rois, offset = (t.detach() for t in good[:3])
+    op = torch.ops.mmdcn.deform_roi_pool
+    op(*good)
+    for place, bad in (
+        (0, x[0]),
+        (0, x[:, :0]),
+        (0, x[..., :1].expand(-1, -1, -1, 2**30)),
+        (1, rois[:, :4]),
+        (1, rois.double()),
+        (2, offset[:, :1]),
+        (2, offset[:-1]),
+        (2, offset[..., :-1]),
+        (2, offset.repeat(1, 3, 1, 1)),
+        (2, offset.double()),
+        (3, [2, 0]),
+        (5, 2**40),
+        (7, True),
+    ):
+        arguments = [*good]
+        arguments[place] = bad
+        with pytest.raises(RuntimeError, match="deform_roi_pool"):
+            op(*arguments)
+
+
+def test_autocast_leaves_the_features_dtype():
+    problem = RoIProblem()
+    tensors = problem.tensors(torch.float32)
+    expected = deform_roi_pool(**tensors, **problem.arguments())
+    with torch.autocast("cpu", torch.bfloat16):
+        tensors["offset"] = tensors["offset"].detach().bfloat16().requires_grad_()
+        output = deform_roi_pool(**tensors, **problem.arguments())
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output, expected, rtol=0.1, atol=0.1)
+    output.sum().backward()
+    assert tensors["offset"].grad.dtype == torch.bfloat16
+
+
+def test_compile_in_one_graph():
+    problem = RoIProblem(position_sensitive=True)
+    tensors = problem.tensors(torch.float32)
+    expected = run_roi_pool(deform_roi_pool, tensors, **problem.arguments())
+    compiled = torch.compile(deform_roi_pool, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rois in (5, 3, 0):
+        tensors = problem.tensors(torch.float32)
+        chosen = {
+            "input": tensors["input"],
+            "rois": tensors["rois"][:rois],
+            "offset": tensors["offset"][:rois],
+        }
+        output = compiled(**chosen, **problem.arguments())
+        assert torch.equal(output, expected["output"][:rois])
+        output.sum().backward()
+        assert tensors["input"].grad.shape == tensors["input"].shape
+
+
+# ------------------------------------------------------------------------------------- bad calls
+
+# What is changed in a good call, and what the error must name.
+BAD_CALLS = {
+    "input of 3 dimensions": ({"input": torch.zeros(4, 9, 11)}, ValueError, r"input.*\(4, 9, 11\)"),
+    "input of integers": (
+        {"input": torch.zeros(2, 4, 9, 11, dtype=torch.int64)},
+        TypeError,
+        "input.*float32.*int64",
+    ),
+    "input without channels": ({"input": torch.zeros(2, 0, 9, 11)}, ValueError, "input.*channel"),
+    "input too high": (
+        {"input": torch.zeros(2, 4, 1, 11).expand(-1, -1, 2**30, -1)},
+        ValueError,
+        r"input.*2\*\*30.*\(1073741824, 11\)",
+    ),
+    "rois missing": ({"rois": None}, TypeError, "rois.*NoneType"),
+    "rois of 4 columns": ({"rois": torch.zeros(5, 4)}, ValueError, r"rois.*5 columns.*\(5, 4\)"),
+    "rois of another dtype": (
+        {"rois": torch.zeros(5, 5).half()},
+        TypeError,
+        "rois.*float32.*float16",
+    ),
+    "rois elsewhere": (
+        {"rois": torch.zeros(5, 5, device="meta")},
+        ValueError,
+        "rois.*cpu.*meta",
+    ),
+    "offset is no tensor": ({"offset": 0.0}, TypeError, "offset.*tensor or None.*float"),
+    "offset of 3 channels": (
+        {"offset": torch.zeros(5, 3, 2, 4)},
+        ValueError,
+        "offset.*2 · deform_groups.*got 3",
+    ),
+    "offset groups that do not divide": (
+        {"offset": torch.zeros(5, 6, 2, 4)},
+        ValueError,
+        "offset.*4 channels.*got 6",
+    ),
+    "offset of other rois": (
+        {"offset": torch.zeros(4, 2, 2, 4)},
+        ValueError,
+        r"offset.*\(5, 2, 2, 4\).*\(4, 2, 2, 4\)",
+    ),
+    "offset of other bins": ({"offset": torch.zeros(5, 2, 4, 2)}, ValueError, "offset.*shape"),
+    "offset of another dtype": (
+        {"offset": torch.zeros(5, 2, 2, 4).double()},
+        TypeError,
+        "offset.*float32.*float64",
+    ),
+    "no bins": ({"output_size": (0, 4)}, ValueError, r"output_size.*at least 1.*\(0, 4\)"),
+    "too many bins": ({"output_size": 2**30}, ValueError, r"output_size.*2\*\*30"),
+    "bins of a fraction": ({"output_size": 3.5}, TypeError, "output_size.*int.*3.5"),
+    "scale of zero": ({"spatial_scale": 0.0}, ValueError, "spatial_scale.*positive.*0.0"),
+    "scale by name": ({"spatial_scale": "1/4"}, TypeError, "spatial_scale.*number.*'1/4'"),
+    "gamma of infinity": ({"gamma": float("inf")}, ValueError, "gamma.*finite.*inf"),
+    "ratio of a fraction": ({"sampling_ratio": 1.5}, TypeError, "sampling_ratio.*int.*1.5"),
+    "ratio too large": ({"sampling_ratio": 2**30}, ValueError, "sampling_ratio.*at most"),
+    "channels that bins do not divide": (
+        {"position_sensitive": True},
+        ValueError,
+        "input.*multiple of 8 channels.*got 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_call_names_argument_expectation_and_value(case):
+    problem = RoIProblem()
+    tensors = {n: t.detach() for n, t in problem.tensors(torch.float32).items()}
+    arguments = {**tensors, **problem.arguments()}
+    changed, error, pattern = BAD_CALLS[case]
+    deform_roi_pool(**arguments)
+    with pytest.raises(error, match=re.compile(pattern, re.DOTALL)):
+        deform_roi_pool(**{**arguments, **changed})
