@@ -7,6 +7,8 @@
   always ours, also after :func:`uninstall`;
 - ``mmcv.ops.deform_conv2d`` and ``mmcv.ops.modulated_deform_conv2d``, in every module that has
   imported them already and in every module that will;
+- the constructor of mmdet's ``BasicBlock``, so that ResNet-18 and ResNet-34 take ``dcn=``
+  (:mod:`mmdcn.models.basic_block`);
 - mmengine's loading of checkpoints, so that it reads plain data only
   (:mod:`mmdcn.engine.checkpoint`).
 
@@ -34,8 +36,9 @@ from mmengine.registry import MODELS, Registry
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from mmdcn import layers, ops
+from mmdcn import layers, models, ops
 from mmdcn.engine import checkpoint
+from mmdcn.models import basic_block
 
 try:
     import mmcv.ops as _mmcv_ops
@@ -207,6 +210,7 @@ LAYERS = {
 _SCOPE = Registry("model", parent=MODELS, scope="mmdcn")
 for _name, _layer in LAYERS.items():
     _SCOPE.register_module(name=_name, module=_layer)
+_SCOPE.register_module(name="Deformable", module=models.build_deformable)
 
 # ------------------------------------------------------------------------------------- taking over
 
@@ -240,6 +244,7 @@ def install() -> None:
     for theirs, ours, autograd_function in _FUNCTIONS:
         _rebind(theirs, ours)
         autograd_function.apply = staticmethod(ours)
+    basic_block.install()
     checkpoint.install()
     logging.getLogger("mmdcn").addHandler(_TO_MMENGINE)
 
@@ -271,6 +276,7 @@ def uninstall() -> None:
     for theirs, ours, autograd_function in _FUNCTIONS:
         _rebind(ours, theirs)
         del autograd_function.apply  # The inherited one shows again.
+    basic_block.uninstall()
     checkpoint.uninstall()
     logging.getLogger("mmdcn").removeHandler(_TO_MMENGINE)
     _replaced_layers = None
@@ -304,6 +310,7 @@ class Report:
         installed: whether :func:`install` is in force.
         layers: for each name of :data:`LAYERS`, the class that configs build by it now, or None.
         functions: for each function taken over, the module attributes that hold our stand-in.
+        basic_block_takes_dcn: whether mmdet's ResNet-18 and ResNet-34 take ``dcn=``.
         safe_checkpoints: whether mmengine loads checkpoints as plain data.
         mmcv_problem: why mmcv.ops does not load and how to mend it, or None.
     """
@@ -311,6 +318,7 @@ class Report:
     installed: bool
     layers: dict[str, str | None]
     functions: dict[str, list[str]]
+    basic_block_takes_dcn: bool
     safe_checkpoints: bool
     mmcv_problem: str | None
 
@@ -321,6 +329,8 @@ class Report:
         for function, places in self.functions.items():
             lines.append(f"{function}: {'replaced in' if places else 'left alone'}")
             lines += [f"  {place}" for place in places]
+        takes = "take" if self.basic_block_takes_dcn else "refuse"
+        lines.append(f"mmdet's ResNet-18 and ResNet-34 {takes} dcn.")
         loads = "as plain data only" if self.safe_checkpoints else "as mmengine does by itself"
         lines.append(f"Checkpoints load {loads}.")
         if self.mmcv_problem is not None:
@@ -341,6 +351,7 @@ def report() -> Report:
             f"mmcv.ops.{ours.__name__}": sorted(".".join(place) for place in _places(ours))
             for _, ours, _ in _FUNCTIONS
         },
+        basic_block_takes_dcn=basic_block.installed(),
         safe_checkpoints=checkpoint.installed(),
         mmcv_problem=_MMCV_PROBLEM,
     )
