@@ -32,12 +32,13 @@ from types import ModuleType
 from typing import Any
 
 from mmengine.logging import print_log
-from mmengine.registry import MODELS, Registry
+from mmengine.registry import HOOKS, MODELS, Registry
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from mmdcn import layers, models, ops
 from mmdcn.engine import checkpoint
+from mmdcn.engine.sampling_hook import SamplingVisualizationHook
 from mmdcn.models import basic_block
 
 try:
@@ -211,6 +212,9 @@ _SCOPE = Registry("model", parent=MODELS, scope="mmdcn")
 for _name, _layer in LAYERS.items():
     _SCOPE.register_module(name=_name, module=_layer)
 _SCOPE.register_module(name="Deformable", module=models.build_deformable)
+
+for _registry in (HOOKS, Registry("hook", parent=HOOKS, scope="mmdcn")):
+    _registry.register_module(module=SamplingVisualizationHook)
 
 # ------------------------------------------------------------------------------------- taking over
 
