@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from mmcv.cnn.bricks.wrappers import Conv2d as MMCVConv2d
+from mmengine.model import is_model_wrapper
 from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.utils import _pair
@@ -59,11 +60,16 @@ def convert_to_deformable(model: nn.Module, dcn: Mapping[str, Any], select: Sele
 
     Raises:
         TypeError: `select` or ``dcn['type']`` is of a wrong type.
-        ValueError: `select` chooses nothing (or one of several patterns does), or something that
-            is not a plain 2-D convolution padded with zeros on both sides alike, or one that
-            carries hooks; `dcn` names no layer that can be used, or sets what the convolution
-            says. The model is then as it was.
+        ValueError: `model` is wrapped for parallel training; `select` chooses nothing (or one of
+            several patterns does), or something that is not a plain 2-D convolution padded with
+            zeros on both sides alike, or one that carries hooks; `dcn` names no layer that can be
+            used, or sets what the convolution says. The model is then as it was.
     """
+    if is_model_wrapper(model):
+        raise ValueError(
+            f"model: expected the model itself, got a {type(model).__name__} around it, which "
+            "would not learn of the new parameters"
+        )
     dcn = dict(dcn)
     layer_class = _layer_class(dcn.pop("type", None), dcn.pop("_scope_", None))
     fallback_on_stride = dcn.pop("fallback_on_stride", False)

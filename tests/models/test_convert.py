@@ -17,6 +17,7 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
 from mmdcn import layers, plugin
+from mmdcn.engine import preflight
 from mmdcn.models import convert_to_deformable
 from tests.kernel_calls import KernelCalls
 from tests.tools import project
@@ -229,6 +230,12 @@ def test_geometry_and_dtype_carry_over(conv, padding):
     torch.testing.assert_close(model(x), plain(x))
 
 
+def test_a_wrapped_model_is_refused():
+    model = nn.DataParallel(nn.Sequential(nn.Conv2d(4, 4, 3)))
+    with pytest.raises(ValueError, match="expected the model itself, got a DataParallel"):
+        convert_to_deformable(model, dict(type="DCN"), "module.0")
+
+
 def test_random_numbers_are_left_alone():
     model = nn.Sequential(nn.Conv2d(4, 4, 3))
     state = torch.get_rng_state()
@@ -338,11 +345,14 @@ def test_without_the_plugin_the_scope_says_whose_layer_it_is():
 
 # ----------------------------------------------------------------------- from a config, by a runner
 
+PLAIN = """
+model = dict(backbone=dict(depth=18, dcn=None), neck=dict(in_channels=[8, 16, 32, 64]))
+"""
 DEFORMABLE = """
+_base_ = './plain.py'
 model = dict(
     type='mmdcn.Deformable',
     model_type='FasterRCNN',
-    backbone=dict(dcn=None),
     convert=[
         dict(dcn=dict(type='DCNv2'),
              select=['backbone.layer[34].*.conv2', 'neck.fpn_convs.*.conv']),
@@ -350,7 +360,7 @@ model = dict(
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='SGD', lr=0.002), paramwise_cfg=dict(dcn_offset_lr_mult=0.5))
 """
-SELECTED = 6 + 3 + 4 + 1
+SELECTED = 2 + 2 + 4 + 1
 
 
 class _AtTheStart(Hook):
@@ -366,6 +376,7 @@ def run(config, work_dir, **settings):
     cfg.merge_from_dict(settings | dict(work_dir=str(work_dir), val_cfg=None))
     cfg.val_dataloader = cfg.val_evaluator = None
     cfg.experiment_name = work_dir.name
+    preflight.check(cfg, stages=("train",))
     runner = Runner.from_cfg(cfg)
     hook = _AtTheStart()
     runner.register_hook(hook)
@@ -377,8 +388,9 @@ def run(config, work_dir, **settings):
 def runs(tmp_path_factory):
     """A plain detector trained for an epoch, a converted one from its weights, and that resumed."""
     tiny = project.make(tmp_path_factory.mktemp("convert"))
-    plain = tiny.write_config("plain.py", "model = dict(backbone=dict(dcn=None))")
-    deformable = tiny.write_config("deformable.py", DEFORMABLE)
+    plain = tiny.write_config("plain.py", PLAIN)
+    deformable = tiny.root / "deformable.py"
+    deformable.write_text(DEFORMABLE)
     results = {"plain": run(plain, tiny.root / "plain")}
     results["from scratch"] = run(deformable, tiny.root / "scratch")
     results["loaded"] = run(
