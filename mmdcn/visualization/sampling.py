@@ -265,7 +265,7 @@ def draw_stacked_points(axes: Axes, stacked: StackedPoints) -> ScalarMappable:
     order = np.argsort(modulation)  # The strongest on top.
     dots = axes.scatter(
         *points[order].T,
-        s=max(6, 70 / len(points) ** 0.5),
+        s=max(16, 120 / len(points) ** 0.5),
         c=modulation[order],
         cmap=COLOR_MAP,
         vmin=0,
