@@ -2,6 +2,7 @@
 # make test       the whole suite, on the CPU
 # make benchmark  the operator and whole detectors against their peers: docs/benchmarks/cpu.md
 # make test-torch TORCH=2.10.0   operators and layers, from the wheel, under another torch
+# make zoo        every deformable config of mmdet against mmcv's kernels: docs/zoo.md
 # make lint       ruff and clang-format
 # make wheel      dist/mmdcn-*.whl, with the CUDA library where nvcc is found
 #
@@ -22,7 +23,7 @@ CXX_SOURCES := $(shell find mmdcn tests -name '*.cpp' -o -name '*.h' -o -name '*
 
 MEASURED := work_dirs/benchmark
 
-.PHONY: demo test test-slow test-torch benchmark lint format wheel check environment clean
+.PHONY: demo test test-slow test-torch benchmark zoo lint format wheel check environment clean
 
 environment: $(INSTALLED)
 
@@ -66,6 +67,9 @@ benchmark: $(INSTALLED)
 	    configs/dcnv2/faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py
 	@$(RUN) tools/benchmark.py report --out docs/benchmarks/cpu --readme README.md \
 	    $(addprefix $(MEASURED)/,design.json variants.json bfloat16.json float16.json detectors.json)
+
+zoo: $(INSTALLED)
+	@$(RUN) tools/check_zoo.py --out docs/zoo.md $(ARGS)
 
 check: $(INSTALLED)
 	@$(RUN) -m mmdcn.check

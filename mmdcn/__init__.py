@@ -12,7 +12,7 @@ from .version import __version__
 __all__ = ["__version__", "layers", "ops"]
 
 if find_spec("mmengine") is not None and find_spec("mmcv") is not None:
-    from . import plugin
+    from . import models, plugin
 
     plugin.install()
-    __all__ += ["plugin"]
+    __all__ += ["models", "plugin"]

@@ -10,6 +10,8 @@
   that will;
 - the RoI pooling layers' names in ``mmcv.ops`` itself (:data:`ROI_LAYERS`), where mmdet's RoI
   extractors look up ``roi_layer=dict(type='DeformRoIPoolPack')``;
+- the constructor of mmdet's ``BasicBlock``, so that ResNet-18 and ResNet-34 take ``dcn=``
+  (:mod:`mmdcn.models.basic_block`);
 - mmengine's loading of checkpoints, so that it reads plain data only
   (:mod:`mmdcn.engine.checkpoint`).
 
@@ -38,12 +40,14 @@ from types import ModuleType
 from typing import Any
 
 from mmengine.logging import print_log
-from mmengine.registry import MODELS, Registry
+from mmengine.registry import HOOKS, MODELS, Registry
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from mmdcn import layers, ops
+from mmdcn import layers, models, ops
 from mmdcn.engine import checkpoint, complexity
+from mmdcn.engine.sampling_hook import SamplingVisualizationHook
+from mmdcn.models import basic_block
 
 try:
     import mmcv.ops as _mmcv_ops
@@ -248,6 +252,10 @@ LAYERS = {
 _SCOPE = Registry("model", parent=MODELS, scope="mmdcn")
 for _name, _layer in LAYERS.items():
     _SCOPE.register_module(name=_name, module=_layer)
+_SCOPE.register_module(name="Deformable", module=models.build_deformable)
+
+for _registry in (HOOKS, Registry("hook", parent=HOOKS, scope="mmdcn")):
+    _registry.register_module(module=SamplingVisualizationHook)
 
 # ------------------------------------------------------------------------------------- taking over
 
@@ -288,6 +296,7 @@ def install() -> None:
         autograd_function.apply = staticmethod(ours)
     if _mmcv_ops is not None:
         vars(_mmcv_ops).update(ROI_LAYERS)
+    basic_block.install()
     checkpoint.install()
     complexity.install()
     logging.getLogger("mmdcn").addHandler(_TO_MMENGINE)
@@ -323,6 +332,7 @@ def uninstall() -> None:
     for name, layer in ROI_LAYERS.items() if _mmcv_ops is not None else ():
         if vars(_mmcv_ops)[name] is layer:  # Else replaced by somebody else, meanwhile.
             vars(_mmcv_ops)[name] = getattr(_mmcv_roi_pool, name)
+    basic_block.uninstall()
     checkpoint.uninstall()
     logging.getLogger("mmdcn").removeHandler(_TO_MMENGINE)
     _replaced_layers = None
@@ -356,6 +366,7 @@ class Report:
         installed: whether :func:`install` is in force.
         layers: for each name of :data:`LAYERS`, the class that configs build by it now, or None.
         functions: for each function taken over, the module attributes that hold our stand-in.
+        basic_block_takes_dcn: whether mmdet's ResNet-18 and ResNet-34 take ``dcn=``.
         safe_checkpoints: whether mmengine loads checkpoints as plain data.
         mmcv_problem: why mmcv.ops does not load and how to mend it, or None.
     """
@@ -363,6 +374,7 @@ class Report:
     installed: bool
     layers: dict[str, str | None]
     functions: dict[str, list[str]]
+    basic_block_takes_dcn: bool
     safe_checkpoints: bool
     mmcv_problem: str | None
 
@@ -373,6 +385,8 @@ class Report:
         for function, places in self.functions.items():
             lines.append(f"{function}: {'replaced in' if places else 'left alone'}")
             lines += [f"  {place}" for place in places]
+        takes = "take" if self.basic_block_takes_dcn else "refuse"
+        lines.append(f"mmdet's ResNet-18 and ResNet-34 {takes} dcn.")
         loads = "as plain data only" if self.safe_checkpoints else "as mmengine does by itself"
         lines.append(f"Checkpoints load {loads}.")
         if self.mmcv_problem is not None:
@@ -393,6 +407,7 @@ def report() -> Report:
             f"mmcv.ops.{ours.__name__}": sorted(".".join(place) for place in _places(ours))
             for _, ours, _ in _FUNCTIONS
         },
+        basic_block_takes_dcn=basic_block.installed(),
         safe_checkpoints=checkpoint.installed(),
         mmcv_problem=_MMCV_PROBLEM,
     )

@@ -1,5 +1,6 @@
 """The configs load and build, and one iteration of each detector trains its deformable layers."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -18,18 +19,33 @@ from tests.kernel_calls import KernelCalls
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
-# Stages c3 to c5 have 4 + 6 + 3 blocks in R-50, and 4 + 23 + 3 in R-101.
+V1, V2 = layers.DeformConv2dPack, layers.ModulatedDeformConv2dPack
+# Stages c3 to c5 have 2 + 2 + 2 blocks in R-18, 4 + 6 + 3 in R-50, and 4 + 23 + 3 in R-101.
 DEFORMABLE = {
+    "faster_rcnn/faster-rcnn_r18_fpn_1x_coco.py": (None, 0),
     "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py": (None, 0),
     "faster_rcnn/faster-rcnn_r101_fpn_1x_coco.py": (None, 0),
     "mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py": (None, 0),
-    "dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py": (layers.DeformConv2dPack, 13),
-    "dcn/faster-rcnn_r101-dconv-c3-c5_fpn_1x_coco.py": (layers.DeformConv2dPack, 30),
-    "dcn/mask-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py": (layers.DeformConv2dPack, 13),
-    "dcnv2/faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py": (layers.ModulatedDeformConv2dPack, 13),
-    "dcnv2/faster-rcnn_r101-mdconv-c3-c5_fpn_1x_coco.py": (layers.ModulatedDeformConv2dPack, 30),
-    "dcnv2/mask-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py": (layers.ModulatedDeformConv2dPack, 13),
+    "dcn/cascade-mask-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py": (V1, 13),
+    "dcn/cascade-mask-rcnn_r101-dconv-c3-c5_fpn_1x_coco.py": (V1, 30),
+    "dcn/cascade-mask-rcnn_x101-32x4d-dconv-c3-c5_fpn_1x_coco.py": (V1, 30),
+    "dcn/cascade-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py": (V1, 13),
+    "dcn/cascade-rcnn_r101-dconv-c3-c5_fpn_1x_coco.py": (V1, 30),
+    "dcn/faster-rcnn_r18-dconv-c3-c5_fpn_1x_coco.py": (V1, 6),
+    "dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py": (V1, 13),
+    "dcn/faster-rcnn_r101-dconv-c3-c5_fpn_1x_coco.py": (V1, 30),
+    "dcn/faster-rcnn_x101-32x4d-dconv-c3-c5_fpn_1x_coco.py": (V1, 30),
+    "dcn/mask-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py": (V1, 13),
+    "dcn/mask-rcnn_r50-dconv-c3-c5_fpn_amp-1x_coco.py": (V1, 13),
+    "dcn/mask-rcnn_r101-dconv-c3-c5_fpn_1x_coco.py": (V1, 30),
+    "dcnv2/faster-rcnn_r18-mdconv-c3-c5_fpn_1x_coco.py": (V2, 6),
+    "dcnv2/faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py": (V2, 13),
+    "dcnv2/faster-rcnn_r50-mdconv-group4-c3-c5_fpn_1x_coco.py": (V2, 13),
+    "dcnv2/faster-rcnn_r101-mdconv-c3-c5_fpn_1x_coco.py": (V2, 30),
+    "dcnv2/mask-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py": (V2, 13),
+    "dcnv2/mask-rcnn_r50-mdconv-c3-c5_fpn_amp-1x_coco.py": (V2, 13),
 }
+TRAINED = [name for name in DEFORMABLE if re.search(r"/(faster|mask)-rcnn_r(18|50).*_fpn_1x", name)]
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +82,9 @@ def test_builds_with_our_layers(name):
     assert config.train_cfg.max_epochs == 12
     with torch.device("meta"):
         model = build(config)
-    assert type(model).__name__ == ("MaskRCNN" if "mask" in name else "FasterRCNN")
+    kind = "CascadeRCNN" if "cascade" in name else "MaskRCNN" if "mask" in name else "FasterRCNN"
+    assert type(model).__name__ == kind
+    assert config.optim_wrapper.type == ("AmpOptimWrapper" if "_amp-" in name else "OptimWrapper")
     layer_type, count = DEFORMABLE[name]
     found = deformable_layers(model)
     assert len(found) == count
@@ -83,7 +101,8 @@ def narrow(config: Config) -> Config:
     config.model.backbone.update(base_channels=8, stem_channels=8)
     # Else each block starts as the identity, and no gradient reaches what is in it.
     config.model.backbone.zero_init_residual = False
-    config.model.neck.update(in_channels=[32, 64, 128, 256], out_channels=32)
+    channels = [planes // 8 for planes in config.model.neck.in_channels]
+    config.model.neck.update(in_channels=channels, out_channels=32)
     config.model.rpn_head.update(in_channels=32, feat_channels=32)
     heads.bbox_roi_extractor.out_channels = 32
     heads.bbox_head.update(in_channels=32, fc_out_channels=64)
@@ -93,7 +112,7 @@ def narrow(config: Config) -> Config:
     return config
 
 
-@pytest.mark.parametrize("name", [name for name in DEFORMABLE if "r50" in name])
+@pytest.mark.parametrize("name", TRAINED)
 def test_one_training_iteration(name):
     torch.manual_seed(0)
     model = build(narrow(Config.fromfile(CONFIGS / name)))

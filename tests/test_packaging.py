@@ -58,6 +58,7 @@ def test_wheel_is_abi3_and_complete(wheel):
     assert "mmdcn/_cpu.abi3.so" in names
     assert "mmdcn/_cuda.abi3.so" not in names  # MMDCN_WITH_CUDA=0
     assert {"mmdcn/__init__.py", "mmdcn/ops/reference.py", "mmdcn/check.py"} <= set(names)
+    assert "mmdcn/visualization/sampling_page.html" in names
     assert not [name for name in names if name.startswith(("tests/", "mmdcn/csrc/"))]
 
 

@@ -7,7 +7,6 @@ interruption and it goes on from the last checkpoint.
 import argparse
 import copy
 import fcntl
-import io
 import json
 import os
 import platform
@@ -37,6 +36,7 @@ from torch import nn
 
 import mmdcn
 from mmdcn.datasets import warped_shapes
+from mmdcn.files import write, write_figure
 from mmdcn.visualization import (
     draw_instances,
     draw_sampling_points,
@@ -131,9 +131,9 @@ def main() -> None:
 
     console.rule("report")
     scenes = load_scenes(data_dir)
-    save_figure(args.work_dir / "detections.png", detection_figure(detectors, scenes))
+    write_figure(args.work_dir / "detections.png", detection_figure(detectors, scenes))
     deformable = {name: detectors[name] for name in detectors if name != "plain"}
-    save_figure(args.work_dir / "sampling_points.png", sampling_figure(deformable, scenes))
+    write_figure(args.work_dir / "sampling_points.png", sampling_figure(deformable, scenes))
     report = {"models": results, "data": asdict(parameters)}
     write(args.work_dir / "report.json", json.dumps(report, indent=2).encode())
     write(args.work_dir / "report.md", report_text(report).encode())
@@ -370,19 +370,6 @@ def print_results(models: dict[str, dict]) -> None:
 
 
 # Files
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    scratch = path.with_name(f".{path.name}.new")
-    scratch.write_bytes(content)
-    scratch.replace(path)
-
-
-def save_figure(path: Path, figure: Figure) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    write(path, buffer.getvalue())
 
 
 def discard(folder: Path) -> None:

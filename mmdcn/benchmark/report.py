@@ -9,6 +9,8 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
+from mmdcn.files import write
+
 from . import BenchmarkError
 from .cases import SHAPES
 from .tables import (
@@ -25,14 +27,6 @@ README_START, README_END = "<!-- benchmark -->", "<!-- /benchmark -->"
 
 # What the picture and README's table show, in colours that colour-blind people can tell apart.
 SHOWN = {"mmdcn": "#0072B2", "onnxruntime": "#E69F00", "mmcv": "#CC79A7"}
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.new")
-    scratch.write_bytes(content.encode() if isinstance(content, str) else content)
-    scratch.replace(path)
 
 
 def write_json(path: Path, result: dict) -> None:

@@ -319,14 +319,29 @@ class ModulatedDeformConv2dPack(_OffsetBranch, ModulatedDeformConv2d):
     """Modulated deformable convolution that predicts its own offsets and modulation.
 
     A drop-in for a convolution. The branch starts at zero, where the modulation is sigmoid(0), so
-    that a fresh layer equals half the plain convolution of the same weight. Arguments and errors
-    are those of :class:`ModulatedDeformConv2d`.
+    that a fresh layer equals half the plain convolution of the same weight, or just that with
+    ``modulation_scale=2``. Other arguments and errors are those of :class:`ModulatedDeformConv2d`.
+
+    Args:
+        modulation_scale: what the sigmoid of the branch is multiplied by, hence the largest
+            modulation. 1 is the paper's layer; 2 suits weights of a plain convolution.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    modulation_scale = 1.0  # Of layers that were pickled before there was another.
+
+    def __init__(self, *args: Any, modulation_scale: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if not isinstance(modulation_scale, int | float) or not 0 < modulation_scale < math.inf:
+            raise ValueError(
+                f"modulation_scale: expected a number above 0, got {modulation_scale!r}"
+            )
+        self.modulation_scale = modulation_scale
         self._add_offset_branch(channels_per_tap=3)
         self.init_weights()
+
+    def extra_repr(self) -> str:
+        scaled = self.modulation_scale != 1
+        return super().extra_repr() + scaled * f", modulation_scale={self.modulation_scale}"
 
     def init_weights(self) -> None:
         """Initialise the weight again and zero the offset branch; mmengine calls this."""
@@ -338,4 +353,7 @@ class ModulatedDeformConv2dPack(_OffsetBranch, ModulatedDeformConv2d):
         # All offsets come first, then the modulation of every tap.
         taps = self.deform_groups * self.kernel_size[0] * self.kernel_size[1]
         offset, mask = self._predict(x).split([2 * taps, taps], dim=1)
-        return self._deform_conv2d(x, offset, mask.sigmoid())
+        modulation = mask.sigmoid()
+        if self.modulation_scale != 1:
+            modulation = self.modulation_scale * modulation
+        return self._deform_conv2d(x, offset, modulation)

@@ -1,6 +1,6 @@
 """Where deformable layers sample, as points on the image."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +16,8 @@ from mmdcn.layers import DeformConv2dPack, ModulatedDeformConv2dPack
 
 Size = int | tuple[int, int]
 
+COLOR_MAP = "plasma"  # of the modulation, from 0 to 1
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -24,7 +26,8 @@ class Sampling:
     Args:
         locations: (N, G, K, 2, Ho, Wo), see :func:`sampling_locations`.
         regular: (K, 2, Ho, Wo), the locations of the kernel without offsets.
-        modulation: (N, G, K, Ho, Wo) in [0, 1]; None in a layer without.
+        modulation: (N, G, K, Ho, Wo) in [0, 1], as a share of the layer's ``modulation_scale``;
+            None in a layer without.
         input_size: height and width of the layer's input.
     """
 
@@ -49,6 +52,25 @@ class SamplingPoints:
     points: np.ndarray
     regular: np.ndarray
     modulation: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class StackedPoints:
+    """What one output position of the last of several layers samples through all of them.
+
+    A point that a layer samples is an output position of the layer before, which samples points
+    of its own: K^n for n layers of K taps, as in the papers' figures.
+
+    Args:
+        center: (2,), (x, y) of the output position, in continuous image coordinates.
+        points: for each layer, the last one first, (n, 2): (x, y) of what it samples.
+        modulation: for each layer, (n,) in [0, 1]: the geometric mean of the modulations from the
+            output position to the point, 1 in layers without.
+    """
+
+    center: np.ndarray
+    points: tuple[np.ndarray, ...]
+    modulation: tuple[np.ndarray, ...]
 
 
 def sampling_locations(
@@ -85,7 +107,10 @@ def sampling_locations(
     y = y[:, None, :, None].expand(*kernel_size, height, width)
     x = x[None, :, None, :].expand(*kernel_size, height, width)
     regular = torch.stack([y, x], dim=2).reshape(num_taps, 2, height, width)
-    return offset.reshape(batch, -1, num_taps, 2, height, width) + regular.to(offset)
+    # Half precision has no fractions left at the far side of an image.
+    dtype = torch.promote_types(offset.dtype, torch.float32)
+    offset = offset.reshape(batch, -1, num_taps, 2, height, width)
+    return offset + regular.to(offset.device, dtype)
 
 
 @contextmanager
@@ -133,24 +158,71 @@ def points_in_image(
         image_size: height and width of the network's input, padding included.
         index: of the image in the batch.
     """
-    height, width = sampling.locations.shape[-2:]
-    input_stride = np.array(image_size) / sampling.input_size  # (y, x), pixels
-    output_stride = np.array(image_size) / [height, width]
-    position = np.round((np.array(xy)[::-1] - 0.5) / output_stride).astype(int)
-    row, column = np.clip(position, 0, [height - 1, width - 1])
-
-    def to_image(locations: Tensor) -> np.ndarray:
-        return (locations[..., row, column].double().numpy() * input_stride + 0.5)[..., ::-1]
-
+    (row, column), center = _nearest_positions(sampling, np.array([xy]), image_size)
+    points = sampling.locations[index][..., row, column]
     modulation = sampling.modulation
     return SamplingPoints(
-        center=(np.array([row, column]) * output_stride + 0.5)[::-1],
-        points=to_image(sampling.locations[index].cpu()),
-        regular=to_image(sampling.regular.cpu()),
+        center=center[0],
+        points=_to_image(sampling, points, image_size)[0],
+        regular=_to_image(sampling, sampling.regular[None][..., row, column], image_size)[0, 0],
         modulation=None
         if modulation is None
-        else modulation[index, ..., row, column].cpu().numpy(),
+        else modulation[index][..., row, column].cpu().numpy()[..., 0],
     )
+
+
+def stacked_points(
+    samplings: Sequence[Sampling],
+    xy: tuple[float, float],
+    image_size: tuple[int, int],
+    index: int = 0,
+) -> StackedPoints:
+    """Follow the sampling points of one output position through stacked layers.
+
+    Each point is carried on from the nearest output position of the layer before; points outside
+    the input of their layer contribute nothing, and are left out.
+
+    Args:
+        samplings: of the layers, the last one first, as :func:`record_sampling` gives them.
+        xy, image_size, index: as in :func:`points_in_image`.
+
+    Raises:
+        ValueError: `samplings` is empty.
+    """
+    if not samplings:
+        raise ValueError("samplings: expected those of at least one layer, got none")
+    ends, weights, center = np.array([xy]), np.ones(1), None
+    levels = []
+    for sampling in samplings:
+        (row, column), positions = _nearest_positions(sampling, ends, image_size)
+        center = positions[0] if center is None else center
+        points = sampling.locations[index][..., row, column].cpu()  # (G, K, 2, n)
+        size = torch.tensor(sampling.input_size)[:, None]
+        inside = ((points > -1) & (points < size)).all(dim=2).permute(2, 0, 1).numpy()
+        ends = _to_image(sampling, points, image_size)[inside]
+        modulation = np.ones(inside.shape)
+        if sampling.modulation is not None:
+            modulation = sampling.modulation[index][..., row, column].cpu().permute(2, 0, 1).numpy()
+        weights = (weights[:, None, None] * modulation)[inside]
+        levels.append((ends, weights ** (1 / (len(levels) + 1))))
+    points, modulation = zip(*levels)
+    return StackedPoints(center, points, modulation)
+
+
+def _nearest_positions(
+    sampling: Sampling, xy: np.ndarray, image_size: tuple[int, int]
+) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """Rows and columns of the output positions nearest to points (n, 2), and their (x, y)."""
+    size = np.array(sampling.locations.shape[-2:])
+    stride = np.array(image_size) / size  # (y, x), pixels
+    positions = np.round((xy[:, ::-1] - 0.5) / stride).astype(int).clip(0, size - 1)
+    return tuple(positions.T), (positions * stride + 0.5)[:, ::-1]
+
+
+def _to_image(sampling: Sampling, locations: Tensor, image_size: tuple[int, int]) -> np.ndarray:
+    """From (G, K, 2, n), y and x in pixels of the layer's input, to (n, G, K, 2), x and y."""
+    stride = np.array(image_size) / sampling.input_size
+    return (locations.cpu().double().permute(3, 0, 1, 2).numpy() * stride + 0.5)[..., ::-1]
 
 
 def draw_sampling_points(axes: Axes, sampling: SamplingPoints) -> ScalarMappable:
@@ -173,9 +245,37 @@ def draw_sampling_points(axes: Axes, sampling: SamplingPoints) -> ScalarMappable
     axes.add_collection(LineCollection(np.stack([starts, ends], 1), colors="white", linewidths=0.9))
     axes.scatter(*sampling.regular.T, s=14, facecolors="none", edgecolors="white", linewidths=0.9)
     dots = axes.scatter(
-        *ends.T, s=70 / groups**0.5, c=weights, cmap="plasma", vmin=0, vmax=1, zorder=3, **outlined
+        *ends.T, s=70 / groups**0.5, c=weights, cmap=COLOR_MAP, vmin=0, vmax=1, zorder=3, **outlined
     )
     axes.scatter(*sampling.center, s=90, c="lime", marker="P", zorder=4, **outlined)
+    return dots
+
+
+def draw_stacked_points(axes: Axes, stacked: StackedPoints) -> ScalarMappable:
+    """Draw what the last of the levels samples over an image, and a cross for where it is seen.
+
+    Args:
+        axes: in continuous image coordinates.
+        stacked: what to draw. Its modulation colours the dots.
+
+    Returns:
+        The colours, for a colour bar.
+    """
+    points, modulation = stacked.points[-1], stacked.modulation[-1]
+    order = np.argsort(modulation)  # The strongest on top.
+    dots = axes.scatter(
+        *points[order].T,
+        s=max(16, 120 / len(points) ** 0.5),
+        c=modulation[order],
+        cmap=COLOR_MAP,
+        vmin=0,
+        vmax=1,
+        edgecolors="black",
+        linewidths=0.3,
+    )
+    axes.scatter(
+        *stacked.center, s=90, c="lime", marker="P", edgecolors="black", linewidths=0.8, zorder=4
+    )
     return dots
 
 

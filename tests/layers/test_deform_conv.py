@@ -158,6 +158,24 @@ def test_a_fresh_layer_is_its_plain_convolution(name, scale, size, settings):
     torch.testing.assert_close(layer(x), scale * plain, rtol=1e-13, atol=1e-13)
 
 
+def test_modulation_scale():
+    x = torch.randn(2, 4, 7, 6)
+    layer = layers.ModulatedDeformConv2dPack(4, 4, 3, padding=1, modulation_scale=2)
+    torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1))
+    assert repr(layer).splitlines()[1].endswith("bias=True, modulation_scale=2")
+
+    # Half the weight and twice the modulation, anywhere.
+    paper = layers.ModulatedDeformConv2dPack(4, 4, 3, padding=1)
+    randomize_offset_branch(layer)
+    layer.bias.data.normal_()
+    paper.load_state_dict(layer.state_dict() | {"weight": 2 * layer.weight.detach()})
+    torch.testing.assert_close(layer(x), paper(x))
+
+    for wrong in (0, -1, float("inf"), float("nan"), "2"):
+        with pytest.raises(ValueError, match="modulation_scale: expected a number above 0, got"):
+            layers.ModulatedDeformConv2dPack(4, 4, 3, modulation_scale=wrong)
+
+
 @pytest.mark.parametrize("name", PACKS)
 def test_init_weights_zeroes_the_offset_branch(name):
     layer = getattr(layers, name)(4, 4, 3)

@@ -9,10 +9,13 @@ from mmdcn.layers import DeformConv2dPack, ModulatedDeformConv2dPack
 from mmdcn.ops import deform_conv2d
 from mmdcn.visualization import (
     SamplingPoints,
+    StackedPoints,
     draw_sampling_points,
+    draw_stacked_points,
     points_in_image,
     record_sampling,
     sampling_locations,
+    stacked_points,
 )
 
 
@@ -139,3 +142,52 @@ def test_drawing_puts_dots_on_the_points_in_the_colour_of_their_modulation():
     drawn = [c.get_offsets().tolist() for c in axes.collections]
     assert points.regular.tolist() in drawn
     assert [points.center.tolist()] in drawn
+
+
+def test_stacked_points_carry_on_from_each_point():
+    """Two layers at once against one by one, with points outside the first one's input."""
+    network = _network()
+    nn.init.normal_(network.v2.conv_offset.bias, std=3)
+    with record_sampling(network) as recorded:
+        network(torch.randn(2, 3, 64, 96))
+    v1, v2 = recorded["v1"], recorded["v2"]
+    size = (64, 96)
+    stacked = stacked_points([v2, v1], (41.0, 22.0), size, index=1)
+    last = points_in_image(v2, (41.0, 22.0), size, index=1)
+    assert stacked.center.tolist() == last.center.tolist()
+
+    ends, weights = [], []
+    for point, weight in zip(last.points.reshape(-1, 2), last.modulation.ravel()):
+        x, y = (point - 0.5) / 8  # in pixels of v2's input, which has 8×12 of them
+        if -1 < x < 12 and -1 < y < 8:
+            first = points_in_image(v1, tuple(point), size, index=1)
+            ends.append(first.points.reshape(-1, 2))
+            weights.append(np.full(9, weight))
+    assert len(stacked.points[0]) == len(ends) < 18
+    ends, weights = np.concatenate(ends), np.sqrt(np.concatenate(weights))
+    inside = ((ends > 0.5 - 4) & (ends < np.array([24, 16]) * 4 + 0.5)).all(1)
+    np.testing.assert_allclose(stacked.points[1], ends[inside])
+    np.testing.assert_allclose(stacked.modulation[1], weights[inside], rtol=1e-6)
+
+
+def test_stacking_nothing_is_refused():
+    with pytest.raises(ValueError, match="samplings: expected those of at least one layer"):
+        stacked_points([], (1.0, 1.0), (8, 8))
+
+
+def test_half_precision_keeps_fractions_of_pixels():
+    offset = torch.full((1, 18, 1, 2000), 0.3, dtype=torch.float16)
+    locations = sampling_locations(offset, 3)
+    assert locations[0, 0, 0, 1, 0, -1] == 1999 + torch.tensor(0.3).half().float()
+
+
+def test_drawing_stacked_points_puts_the_strongest_on_top():
+    stacked = StackedPoints(
+        center=np.array([10.0, 20.0]),
+        points=(np.array([[1.0, 2.0]]), np.array([[11.0, 21.0], [14.0, 18.0], [3.0, 4.0]])),
+        modulation=(np.ones(1), np.array([0.75, 0.25, 0.5])),
+    )
+    dots = draw_stacked_points(Figure().subplots(), stacked)
+    assert dots.get_offsets().tolist() == [[14.0, 18.0], [3.0, 4.0], [11.0, 21.0]]
+    assert dots.get_array().tolist() == [0.25, 0.5, 0.75]
+    assert dots.get_clim() == (0, 1)

@@ -1,0 +1,8 @@
+_base_ = "../faster_rcnn/faster-rcnn_r18_fpn_1x_coco.py"
+
+model = dict(
+    backbone=dict(
+        dcn=dict(type="DCNv2", deform_groups=1, fallback_on_stride=False),
+        stage_with_dcn=(False, True, True, True),
+    )
+)

@@ -1,0 +1,3 @@
+_base_ = "mmdet::dcnv2/faster-rcnn_r50-mdconv-group4-c3-c5_fpn_1x_coco.py"
+
+custom_imports = dict(imports=["mmdcn"], allow_failed_imports=False)

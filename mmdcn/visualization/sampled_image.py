@@ -1,0 +1,197 @@
+"""What the deformable layers of a detector sample in an image, as a figure and as a page."""
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+import cv2
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from mmdet.apis import inference_detector
+from mmengine.structures import InstanceData
+from torch import nn
+
+from mmdcn.visualization.sampling import (
+    COLOR_MAP,
+    Sampling,
+    draw_sampling_points,
+    draw_stacked_points,
+    points_in_image,
+    record_sampling,
+    stacked_points,
+)
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class SampledImage:
+    """An image, and what the deformable layers sampled as a detector looked at it.
+
+    Args:
+        image: (H, W, 3) uint8, RGB.
+        layers: what each layer sampled, by its name, in the order of execution.
+        input_size: height and width of the network's input, padding included.
+        scale: (x, y), by which the image was enlarged on its way into the network.
+        instances: what was detected, in pixels of the image.
+    """
+
+    image: np.ndarray
+    layers: dict[str, Sampling]
+    input_size: tuple[int, int]
+    scale: tuple[float, float] = (1.0, 1.0)
+    instances: InstanceData | None = None
+
+
+def sample_image(model: nn.Module, path: str) -> SampledImage:
+    """Let a detector look at an image.
+
+    Args:
+        model: as made by ``mmdet.apis.init_detector``.
+        path: of the image file.
+
+    Raises:
+        ValueError: the file is not an image, or the model ran no deformable layer with an offset
+            branch of its own.
+    """
+    image = cv2.imread(path)
+    if image is None:
+        raise ValueError(f"image: expected an image file, got {path!r}")
+    with record_sampling(model) as layers:
+        sample = inference_detector(model, path)
+    if not layers:
+        raise ValueError("model: expected deformable layers (DCN or DCNv2), got none")
+    return SampledImage(
+        image=cv2.cvtColor(image, cv2.COLOR_BGR2RGB),
+        layers=layers,
+        input_size=tuple(sample.batch_input_shape),
+        scale=tuple(float(factor) for factor in sample.get("scale_factor", (1, 1))),
+        instances=sample.pred_instances.cpu(),
+    )
+
+
+def choose_layers(
+    sampled: SampledImage, names: Sequence[str] | None = None, count: int = 3
+) -> list[str]:
+    """The layers to follow points through, the last one first.
+
+    Args:
+        sampled: has the layers.
+        names: the choice, in the order of execution or any other; None for the last layers of the
+            backbone, or of the whole model where the backbone has none.
+        count: how many of these, at most.
+
+    Raises:
+        ValueError: the model has no layer of such a name.
+    """
+    available = list(sampled.layers)
+    if names is None:
+        last = [name for name in available if name.startswith("backbone.")] or available
+        return last[: -count - 1 : -1]
+    for name in names:
+        if name not in available:
+            raise ValueError(f"layers: expected some of {', '.join(available)}, got {name!r}")
+    return sorted(names, key=available.index, reverse=True)
+
+
+def object_centers(instances: InstanceData, min_score: float, count: int) -> list[Point]:
+    """The centres of the most certain detections, with at least a minimum score."""
+    best = instances.scores.argsort(descending=True)[:count]
+    boxes = instances.bboxes[best[instances.scores[best] >= min_score]]
+    return [tuple(center) for center in ((boxes[:, :2] + boxes[:, 2:]) / 2).tolist()]
+
+
+def sampling_figure(
+    sampled: SampledImage, layers: Sequence[str], points: Sequence[Point]
+) -> Figure:
+    """The image once for each point, with what is sampled from there.
+
+    With one layer, lines lead from the regular kernel to the sampling points; with several, the
+    points are those of the first layer, through all of them.
+
+    Args:
+        sampled: the image.
+        layers: names, the last one first, see :func:`choose_layers`.
+        points: (x, y) in pixels of the image.
+    """
+    height, width = sampled.image.shape[:2]
+    scale = np.array(sampled.scale)
+    panel = 5 * np.array([width, height]) / max(width, height)
+    figure = Figure(
+        figsize=(panel[0] * len(points) + 1, panel[1] + 0.6), layout="constrained", dpi=100
+    )
+    axes = figure.subplots(1, len(points), squeeze=False)[0]
+    samplings = [sampled.layers[name] for name in layers]
+    for ax, point in zip(axes, points):
+        ax.imshow(sampled.image, extent=(0, width * scale[0], height * scale[1], 0))
+        at = tuple(np.array(point) * scale)
+        if len(layers) == 1:
+            colors = draw_sampling_points(ax, points_in_image(*samplings, at, sampled.input_size))
+        else:
+            stacked = stacked_points(samplings, at, sampled.input_size)
+            colors = draw_stacked_points(ax, stacked)
+        ax.set(xlim=(0, width * scale[0]), ylim=(height * scale[1], 0), xticks=[], yticks=[])
+        ax.set_title(f"x {point[0]:.0f}, y {point[1]:.0f}", fontsize=9)
+    figure.colorbar(colors, ax=axes, label="modulation", shrink=0.8)
+    figure.suptitle(", ".join(layers), fontsize=9)
+    return figure
+
+
+def figure_image(figure: Figure) -> np.ndarray:
+    """A figure as an image, (H, W, 3) uint8, RGB."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
+
+
+def sampling_page(sampled: SampledImage, layers: Sequence[str], start: Point) -> str:
+    """A self-contained HTML page: moving over the image shows what that position samples.
+
+    Args:
+        sampled: the image.
+        layers: names, the last one first, see :func:`choose_layers`.
+        start: (x, y) in pixels of the image, shown at first.
+    """
+    height, width = sampled.image.shape[:2]
+    colors = matplotlib.colormaps[COLOR_MAP](np.linspace(0, 1, 256))
+    data = {
+        "image": _data_url(sampled.image),
+        "width": width,
+        "height": height,
+        "scale": sampled.scale,
+        "inputSize": sampled.input_size,
+        "layers": [_layer_data(name, sampled.layers[name]) for name in layers],
+        "colors": [to_hex(color) for color in colors],
+        "start": start,
+    }
+    template = files(__package__).joinpath("sampling_page.html").read_text(encoding="utf-8")
+    # In a script element, only its end would end the data.
+    return template.replace("{{data}}", json.dumps(data).replace("</", "<\\/"))
+
+
+def _data_url(image: np.ndarray) -> str:
+    _, encoded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    return f"data:image/jpeg;base64,{base64.b64encode(encoded).decode()}"
+
+
+def _layer_data(name: str, sampling: Sampling, index: int = 0) -> dict:
+    """For each output position, all samples of one after the other, y before x."""
+    locations = sampling.locations[index].permute(3, 4, 0, 1, 2).cpu().numpy()
+    groups, taps = locations.shape[2:4]
+    modulation = None
+    if sampling.modulation is not None:
+        values = sampling.modulation[index].permute(2, 3, 0, 1).cpu().numpy()
+        modulation = base64.b64encode((values * 255).round().astype(np.uint8).tobytes()).decode()
+    return {
+        "name": name,
+        "size": locations.shape[:2],
+        "inputSize": sampling.input_size,
+        "samples": groups * taps,
+        "locations": base64.b64encode(locations.astype("<f4").tobytes()).decode(),
+        "modulation": modulation,
+    }

@@ -1,0 +1,468 @@
+"""mmdet's own deformable configs: found by what they build, and each checked against mmcv.
+
+A config is checked by building its model at full width, twice: with mmcv's layers, whose weights
+are saved to a checkpoint, and with ours, which load it strictly. Both then compute the same
+features and head outputs in float64; ours also trains one step and predicts, in float32.
+"""
+
+import copy
+import hashlib
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import mmcv
+import mmdet
+import mmengine
+import torch
+from mmcv.ops import MaskedConv2d
+from mmdet.models.roi_heads.roi_extractors.base_roi_extractor import BaseRoIExtractor
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmdet.testing import demo_mm_inputs
+from mmdet.utils import register_all_modules
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import MessageHub
+from mmengine.registry import DefaultScope
+from mmengine.runner import load_checkpoint, save_checkpoint
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mmdcn
+from mmdcn import plugin
+from mmdcn.files import write
+
+FOLDER = Path(mmdet.__file__).parent / ".mim" / "configs"
+IMAGE_SIZE = (128, 160)  # height and width in pixels
+# For v1 in heads on the coarsest level: mmcv refuses inputs smaller than the kernel.
+LARGER_IMAGE_SIZE = (384, 416)
+# Of outputs, relative to the largest value of each, by the dtype that it is computed in: float64,
+# unless a head insists on float32. mmcv looks for the pixels around a point in float32 in any case.
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
+
+#: The functions of mmcv.ops behind everything deformable; who calls one of them is deformable.
+_FUNCTIONS = {"deform_conv2d", "modulated_deform_conv2d", "deform_roi_pool"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A config whose model holds something deformable.
+
+    Args:
+        name: path below mmdet's configs.
+        model: the model's settings, without what initialises it.
+        operators: how many modules of each class call a deformable operator.
+    """
+
+    name: str
+    model: ConfigDict
+    operators: dict[str, int]
+
+    @property
+    def key(self) -> str:
+        """The same for configs that build the same model."""
+        text = json.dumps(self.model.to_dict(), sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What came of checking a config.
+
+    Args:
+        forward: calls of our operator in one training step.
+        backward: calls of its backward pass in that step.
+        difference: the largest difference of an output from mmcv's, relative to the largest value
+            of that output; None where mmcv's operator does not run.
+        predicted: whether the model predicted as well; False where it needs another operator of
+            mmcv's that has no kernel on a CPU.
+        problem: what failed, or None.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    difference: float | None = None
+    predicted: bool = True
+    problem: str | None = None
+
+
+# ----------------------------------------------------------------------------------------- finding
+
+
+def find(pattern: str = "*/**/*.py", passed_over: dict[str, str] | None = None) -> Iterator[Found]:
+    """The configs of mmdet, in a glob of its folder, that build something deformable.
+
+    Each distinct model is built, without memory for its weights where that works.
+
+    Args:
+        pattern: which configs.
+        passed_over: filled with the reason for each config that cannot be read or whose model
+            cannot be built in this environment: a package or a language model is missing, say.
+    """
+    register_all_modules()
+    passed_over = {} if passed_over is None else passed_over
+    operators: dict[str, dict[str, int]] = {}
+    for path in sorted(FOLDER.glob(pattern)):
+        name = str(path.relative_to(FOLDER))
+        if name.startswith("_base_"):
+            continue
+        try:
+            model = Config.fromfile(path).get("model")
+            if model is None:
+                continue
+            found = Found(name, _offline(model), {})
+            if found.key not in operators:
+                operators[found.key] = _operators_of(found.model)
+        except Exception as error:  # Whatever is missing.
+            passed_over[name] = _reason(error)
+            continue
+        if operators[found.key]:
+            yield replace(found, operators=operators[found.key])
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _offline(node: Any) -> Any:
+    """Without what initialises or is loaded from the network, or makes images large."""
+    if isinstance(node, dict):
+        left_out = ("init_cfg", "pretrained", "batch_augments")
+        node = ConfigDict({k: _offline(v) for k, v in node.items() if k not in left_out})
+        if "teacher_config" in node:  # A path, relative to the folder that holds configs/.
+            node.teacher_config = _offline(Config.fromfile(FOLDER.parent / node.teacher_config))
+            node.teacher_ckpt = None
+        return node
+    if isinstance(node, Config):
+        return _offline(node._cfg_dict)
+    return [_offline(child) for child in node] if isinstance(node, list) else node
+
+
+def _operators_of(settings: ConfigDict) -> dict[str, int]:
+    try:
+        with torch.device("meta"):
+            return operators(_build(settings))
+    except (NotImplementedError, RuntimeError):  # Some read values while they are built.
+        return operators(_build(settings))
+
+
+def operators(model: nn.Module) -> dict[str, int]:
+    """How many modules of each class call a deformable operator."""
+    return dict(
+        Counter(
+            type(module).__name__
+            for part in _parts(model)
+            for module in part.modules()
+            if _calls_operator(type(module)) and getattr(module, "use_deform", True)
+        )
+    )
+
+
+def _calls_operator(kind: type) -> bool:
+    return any(
+        _FUNCTIONS.intersection(function.__code__.co_names)
+        for base in kind.__mro__
+        for function in vars(base).values()
+        if isinstance(function, FunctionType)
+    )
+
+
+# ---------------------------------------------------------------------------------------- checking
+
+
+def check(found: Found) -> Checked:
+    """Build, load, compare and train one config; see the module's docstring.
+
+    The plugin is installed afterwards, whatever it was before.
+    """
+    try:
+        try:
+            return _check(found, IMAGE_SIZE)
+        except RuntimeError as error:
+            if "smaller than kernel" not in str(error):
+                raise
+        return _check(found, LARGER_IMAGE_SIZE)
+    except Exception as error:  # One config's failure is a result among others.
+        return Checked(problem=_reason(error))
+    finally:
+        plugin.install()
+
+
+def _check(found: Found, size: tuple[int, int]) -> Checked:
+    with tempfile.TemporaryDirectory() as folder:
+        expected = _outputs_of_mmcv(found.model, folder, size)
+        plugin.install()
+        model = _build(found.model)
+        for number, part in enumerate(_parts(model)):
+            load_checkpoint(part, f"{folder}/{number}.pth", map_location="cpu", strict=True)
+
+    outputs = _outputs(model, size)
+    difference = None
+    if expected is not None:
+        differences = [_difference(*pair) for pair in zip(outputs, expected, strict=True)]
+        difference = max(differences)
+        if not all(d <= TOLERANCES[o.dtype] for d, o in zip(differences, outputs)):
+            return Checked(difference=difference, problem="its outputs differ from mmcv's")
+    for part in _parts(model):
+        part.float()
+    return _train_and_predict(model, size, difference)
+
+
+def _outputs_of_mmcv(
+    settings: ConfigDict, folder: str, size: tuple[int, int]
+) -> list[Tensor] | None:
+    """The outputs with mmcv's layers, None where these do not run; saves the model's weights."""
+    plugin.uninstall()
+    model = _build(settings)
+    for number, part in enumerate(_parts(model)):
+        for name, module in part.named_modules():
+            # The layers' own branches start at zero: nothing would be deformed.
+            predicts = isinstance(module, nn.Conv2d | nn.Linear) and "offset" in name
+            if predicts and not module.weight.any():
+                nn.init.normal_(module.weight, std=0.02)
+        _calibrate(part, size)
+        save_checkpoint({"state_dict": part.state_dict()}, f"{folder}/{number}.pth")
+    try:
+        return _outputs(model, size)
+    except (RuntimeError, NotImplementedError) as error:
+        if "implement" in str(error):  # As mmcv says of a device without a kernel.
+            return None
+        raise
+
+
+def _calibrate(model: nn.Module, size: tuple[int, int]) -> None:
+    """Where features overflow, set batch normalisation to statistics of its input."""
+    images = torch.randn(2, 3, *size, generator=_generator())
+    model.eval()
+    with torch.no_grad():
+        if all(feature.isfinite().all() for feature in _tensors(model.extract_feat(images))):
+            return
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.train()
+            norm.momentum = 1.0
+        model.extract_feat(images)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+
+
+def _build(settings: ConfigDict) -> nn.Module:
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        return MODELS.build(copy.deepcopy(settings))
+
+
+def _outputs(model: nn.Module, size: tuple[int, int]) -> list[Tensor]:
+    """Features of backbone and neck, and what dense heads and deformable RoI pooling make of them.
+
+    In float64, as far as the heads let it be.
+    """
+    outputs = []
+    for part in _parts(model):
+        part.double().eval()
+        images = torch.randn(2, 3, *size, dtype=torch.float64, generator=_generator())
+        with torch.no_grad():
+            features = part.extract_feat(images)
+            samples = part.data_preprocessor(_data(size))["data_samples"]
+            outputs += _tensors(features)
+            for name in ("rpn_head", "bbox_head", "mask_head"):
+                head = getattr(part, name, None)
+                if isinstance(head, nn.Module):
+                    outputs += _head_outputs(head, features, samples)
+            for extractor in part.modules():
+                if isinstance(extractor, BaseRoIExtractor) and operators(extractor):
+                    boxes = samples[0].gt_instances.bboxes.double()
+                    rois = nn.functional.pad(boxes, (1, 0))  # All in the first image.
+                    outputs.append(extractor(features[: extractor.num_inputs], rois))
+    return outputs
+
+
+def _head_outputs(
+    head: nn.Module, features: Sequence[Tensor], samples: list[DetDataSample]
+) -> list[Tensor]:
+    if type(head).forward is not nn.Module.forward:
+        # Guided anchoring: computed everywhere in training, and by MaskedConv2d otherwise.
+        return _tensors(head.train(_is_masked(head))(features))
+    # Cascade RPN has no forward pass apart from its loss, where its anchors are float32: what its
+    # parts return meanwhile.
+    outputs = []
+    handles = [
+        module.register_forward_hook(lambda _, __, output: outputs.extend(_tensors(output)))
+        for module in head.modules()
+    ]
+    head.float().loss([feature.float() for feature in features], samples)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+def _is_masked(model: nn.Module) -> bool:
+    """Whether it predicts by mmcv's MaskedConv2d, which has no kernel on a CPU."""
+    return any(isinstance(module, MaskedConv2d) for module in model.modules())
+
+
+def _data(size: tuple[int, int]) -> dict[str, list]:
+    return demo_mm_inputs(2, [(3, *size)] * 2, num_classes=4, with_mask=True, with_semantic=True)
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _parts(model: nn.Module) -> list[nn.Module]:
+    """The model, and those that it hides from ``modules()``: a distilling detector's teacher."""
+    hidden = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, nn.Module)
+    ]
+    return [model, *hidden]
+
+
+def _tensors(nested: Any) -> list[Tensor]:
+    if isinstance(nested, Tensor):
+        return [nested] if nested.is_floating_point() and nested.numel() else []
+    items = nested.values() if isinstance(nested, dict) else nested
+    if isinstance(items, str) or not isinstance(items, Iterable):
+        return []
+    return [tensor for item in items for tensor in _tensors(item)]
+
+
+def _difference(mine: Tensor, expected: Tensor) -> float:
+    return ((mine - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
+
+
+def _train_and_predict(
+    model: nn.Module, size: tuple[int, int], difference: float | None
+) -> Checked:
+    for progress in ("epoch", "iter"):  # Some losses depend on it.
+        MessageHub.get_current_instance().update_info(progress, 0)
+    model.train()
+    with _Calls() as calls:
+        inputs = model.data_preprocessor(_data(size), training=True)
+        loss, _ = model.parse_losses(model(**inputs, mode="loss"))
+        loss.backward()
+    problem = None
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if not loss.isfinite() or not all(gradient.isfinite().all() for gradient in gradients):
+        problem = "its loss or gradients are not finite"
+    elif not calls.forward or (not calls.backward and _learns_deformation(model)):
+        problem = "its training step calls no operator of ours"
+    predicted = not _is_masked(model)
+    model.eval()
+    with torch.no_grad():
+        if predicted:
+            model(**model.data_preprocessor(_data(size)), mode="predict")
+    return Checked(calls.forward, calls.backward, difference, predicted, problem)
+
+
+def _learns_deformation(model: nn.Module) -> bool:
+    """Whether anything deformable is the model's own, not its teacher's."""
+    return any(_calls_operator(type(module)) for module in model.modules())
+
+
+class _Calls(TorchDispatchMode):
+    """Counts the calls of our operators and of their backward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.backward = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        namespace, _, name = function.overloadpacket._qualified_op_name.partition("::")
+        if namespace == "mmdcn":
+            if name.endswith("_backward"):
+                self.backward += 1
+            else:
+                self.forward += 1
+        return function(*args, **(kwargs or {}))
+
+
+# ----------------------------------------------------------------------------------------- sweeping
+
+
+def sweep(found: Iterable[Found], results: Path) -> Iterator[tuple[Found, Checked]]:
+    """Check configs one by one; configs that build the same model are checked once.
+
+    Args:
+        found: the configs.
+        results: a JSON file of what was checked already, which an interrupted sweep goes on from;
+            a model that passed in it is not checked again by the same versions.
+    """
+    known = json.loads(results.read_text()) if results.exists() else {}
+    for config in found:
+        key = f"{config.key} {versions()}"
+        if key not in known or known[key]["problem"]:
+            known[key] = asdict(check(config))
+            write(results, json.dumps(known, indent=1))
+        yield config, Checked(**known[key])
+
+
+def versions() -> str:
+    """Of everything that the results depend on."""
+    modules = (mmdcn, mmdet, mmcv, mmengine, torch)
+    return ", ".join(f"{module.__name__} {module.__version__}" for module in modules)
+
+
+def table(results: Sequence[tuple[Found, Checked]], passed_over: Mapping[str, str]) -> str:
+    """The page of the documentation, in Markdown.
+
+    Args:
+        results: of :func:`sweep`.
+        passed_over: as :func:`find` fills it.
+    """
+    passed = sum(checked.problem is None for _, checked in results)
+    models = len({found.key for found, _ in results})
+    lines = [
+        "# mmdet's deformable configs",
+        "",
+        f"**{passed} of {len(results)}** configs that mmdet ships with a deformable operator in "
+        f"their model work with ours ({models} distinct models).",
+        "",
+        "Written by `make zoo`, which finds them by what they build and checks each at full width: "
+        "its model loads, strictly, a checkpoint that was saved with mmcv's layers; features and "
+        "outputs of the dense heads in float64 differ from mmcv's by at most "
+        f"{TOLERANCES[torch.float64]:.0e} of the largest ({TOLERANCES[torch.float32]:.0e} where a "
+        "head insists on float32); one training step and one prediction in float32 run on our "
+        "operator, with finite loss and gradients. Two images of "
+        f"{IMAGE_SIZE[0]}×{IMAGE_SIZE[1]} pixels, random weights and offsets. The last three "
+        "columns are the calls of our operator in the training step, forward and backward, and the "
+        "largest difference; a dash means that mmcv has no kernel for this on a CPU. Models marked "
+        "* do not predict on a CPU, whosever layers they have, as mmcv's MaskedConv2d does not run "
+        "there.",
+        "",
+        f"With {versions()}.",
+        "",
+        "| config | deformable modules | forward | backward | difference |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for found, checked in results:
+        modules = ", ".join(f"{name} ×{count}" for name, count in found.operators.items())
+        difference = "–" if checked.difference is None else f"{checked.difference:.0e}"
+        outcome = f"{checked.forward} | {checked.backward} | {difference}"
+        if checked.problem is not None:
+            outcome = f"{checked.problem} | | {difference}"
+        mark = "" if checked.predicted else " *"
+        lines.append(f"| {found.name}{mark} | {modules} | {outcome} |")
+    if passed_over:
+        lines += [
+            "",
+            f"Not built here, hence not looked into: {len(passed_over)} configs.",
+            "",
+            "| reason | configs |",
+            "|---|---|",
+        ]
+        for reason, count in Counter(passed_over.values()).most_common():
+            folders = Counter(
+                name.partition("/")[0] for name, why in passed_over.items() if why == reason
+            )
+            names = ", ".join(f"{folder} ({n})" for folder, n in sorted(folders.items()))
+            lines.append(f"| {reason} | {count}: {names} |")
+    return "\n".join(lines) + "\n"

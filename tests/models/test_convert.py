@@ -1,0 +1,449 @@
+"""Converted models start as the plain ones, however their weights come, and learn from there."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("mmdet")
+
+import mmcv.cnn
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
+
+from mmdcn import layers, plugin
+from mmdcn.engine import preflight
+from mmdcn.models import convert_to_deformable
+from tests.kernel_calls import KernelCalls
+from tests.tools import project
+
+PACKS = layers.DeformConv2dPack | layers.ModulatedDeformConv2dPack
+
+
+@pytest.fixture(autouse=True)
+def installed():
+    plugin.install()
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        yield
+    plugin.install()
+
+
+def image():
+    return torch.randn(2, 3, 64, 96)
+
+
+def levels():
+    return [torch.randn(2, 16, size, size + 4) for size in (16, 8)]
+
+
+# What it is, its input, which convolutions are chosen, and how many these are.
+MODEL_CONFIGS = {
+    "ResNet-18": (
+        dict(type="ResNet", depth=18, base_channels=8, zero_init_residual=False),
+        image,
+        ["layer[34].*.conv[12]", "layer2.1.conv2"],
+        9,
+    ),
+    "RegNet": (
+        dict(
+            type="RegNet",
+            arch=dict(w0=8, wa=8.0, wm=2.0, group_w=8, depth=8, bot_mul=1.0),
+            stem_channels=8,
+            zero_init_residual=False,
+        ),
+        image,
+        "layer[34].*.conv2",
+        6,
+    ),
+    "Swin": (
+        dict(
+            type="SwinTransformer",
+            embed_dims=16,
+            depths=(1, 1, 1, 1),
+            num_heads=(1, 1, 1, 1),
+        ),
+        image,
+        "patch_embed.projection",
+        1,
+    ),
+    "FPN": (
+        dict(type="FPN", in_channels=[16, 16], out_channels=16, num_outs=3),
+        levels,
+        lambda name, _: name.startswith("fpn_convs") and name.endswith(".conv"),
+        2,
+    ),
+    "RPN head": (
+        dict(type="RPNHead", in_channels=16, feat_channels=16),
+        levels,
+        "rpn_conv",
+        1,
+    ),
+}
+
+
+def tensors(nested) -> list[torch.Tensor]:
+    if isinstance(nested, torch.Tensor):
+        return [nested]
+    return [tensor for item in nested for tensor in tensors(item)]
+
+
+def assert_same_output(model, expected, x):
+    for mine, theirs in zip(tensors(model(x)), tensors(expected(x)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def converted(model) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, PACKS)}
+
+
+@pytest.mark.parametrize("dcn", ["DCN", "DCNv2"])
+@pytest.mark.parametrize("name", MODEL_CONFIGS)
+def test_starts_as_the_plain_model_and_learns_offsets(name, dcn):
+    config, inputs, select, count = MODEL_CONFIGS[name]
+    plain = MODELS.build(config)
+    plain.eval()
+    model = copy.deepcopy(plain)
+    parameters = dict(model.named_parameters())
+    assert convert_to_deformable(model, dict(type=dcn), select) is model
+
+    found = converted(model)
+    assert len(found) == count
+    added = {f"{layer}.conv_offset.{name}" for layer in found for name in ("weight", "bias")}
+    assert set(model.state_dict()) - set(plain.state_dict()) == added
+    assert [key for key in model.state_dict() if key not in added] == [*plain.state_dict()]
+    now = dict(model.named_parameters())
+    assert all(now[name] is parameter for name, parameter in parameters.items())
+    assert not any(layer.training for layer in found.values())
+
+    x = inputs()
+    with KernelCalls() as calls:
+        outputs = tensors(model(x))
+        sum(output.square().mean() for output in outputs).backward()
+    calls_per_pass = count * (len(x) if name == "RPN head" else 1)
+    assert (calls.forward, calls.mmcv) == (calls_per_pass, 0)
+    for mine, expected in zip(outputs, tensors(plain(x)), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+    for layer in found.values():
+        assert all(p.grad.isfinite().all() for p in layer.parameters())
+        # A patch of the patch embedding is a tap per pixel, and all of them have a gradient.
+        assert layer.conv_offset.bias.grad.any()
+
+
+@pytest.mark.parametrize("dcn", ["DCN", "DCNv2"])
+@pytest.mark.parametrize("name", MODEL_CONFIGS)
+def test_is_initialised_as_the_plain_model(name, dcn):
+    """Of the same seed, by whatever rule: several of these match layers by class name."""
+    config, inputs, select, count = MODEL_CONFIGS[name]
+    models = []
+    for convert in (False, True):
+        torch.manual_seed(1)
+        model = MODELS.build(config)
+        if convert:
+            convert_to_deformable(model, dict(type=dcn), select)
+        model.init_weights()
+        model.eval()
+        models.append(model)
+    assert len(converted(models[1])) == count
+    assert_same_output(models[1], models[0], inputs())
+
+
+def fpn(**arguments):
+    config = dict(type="FPN", in_channels=[16, 16], out_channels=16, num_outs=2)
+    return MODELS.build(config | arguments)
+
+
+def test_pretrained_weights_may_come_after(tmp_path):
+    plain = fpn().eval()
+    torch.save({"state_dict": plain.state_dict()}, tmp_path / "plain.pth")
+    model = fpn(init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "plain.pth"))).eval()
+    convert_to_deformable(model, dict(type="DCNv2"), "fpn_convs.*.conv")
+    x = levels()
+    assert not torch.equal(model(x)[0], plain(x)[0])
+    model.init_weights()
+    assert_same_output(model, plain, x)
+
+    other = convert_to_deformable(fpn().eval(), dict(type="DCNv2"), "*_convs.*.conv")
+    missing, unexpected = other.load_state_dict(plain.state_dict(), strict=False)
+    assert len(missing) == 8
+    assert not unexpected
+    assert_same_output(other, plain, x)
+
+
+def test_converting_twice_copying_and_pickling():
+    torch.manual_seed(1)
+    plain = fpn()
+    plain.init_weights()
+    torch.manual_seed(1)
+    model = fpn()
+    convert_to_deformable(model, dict(type="DCN"), "fpn_convs.0.conv")
+    convert_to_deformable(model, dict(type="DCNv2", deform_groups=4), "lateral_convs.*.conv")
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    state = torch.get_rng_state()
+    for one in (*copies, model):
+        torch.set_rng_state(state)
+        before = {name: p.detach().clone() for name, p in one.named_parameters()}
+        one.init_weights()
+        # What is initialised is the copy itself.
+        assert all(name in one.state_dict() for name in model.state_dict())
+        assert not torch.equal(before["fpn_convs.0.conv.weight"], one.fpn_convs[0].conv.weight)
+        assert [type(layer).__name__ for layer in converted(one).values()] == [
+            "ModulatedDeformConv2dPack",
+            "ModulatedDeformConv2dPack",
+            "DeformConv2dPack",
+        ]
+        assert_same_output(one, plain, levels())
+
+
+def test_a_shared_convolution_stays_shared():
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    model = nn.Sequential(conv, nn.ReLU(), conv, nn.ModuleDict({"again": conv}))
+    convert_to_deformable(model, dict(type="DCN"), "2")
+    assert isinstance(model[0], layers.DeformConv2dPack)
+    assert model[0] is model[2] is model[3]["again"]
+
+
+@pytest.mark.parametrize(
+    ("conv", "padding"),
+    [
+        (nn.Conv2d(4, 6, (3, 1), (2, 1), (1, 0), (2, 1), groups=2, bias=False), (1, 0)),
+        (nn.Conv2d(4, 6, 3, padding="valid"), (0, 0)),
+        (nn.Conv2d(4, 6, (3, 5), padding="same", dilation=(2, 1)), (2, 2)),
+        (mmcv.cnn.bricks.wrappers.Conv2d(4, 4, 1), (0, 0)),
+    ],
+)
+def test_geometry_and_dtype_carry_over(conv, padding):
+    plain = nn.Sequential(conv).double()
+    conv.weight.requires_grad_(False)
+    model = convert_to_deformable(
+        copy.deepcopy(plain), dict(type="DCNv2", deform_groups=2), select=["0"]
+    )
+    layer = model[0]
+    assert layer.padding == padding
+    assert layer.conv_offset.weight.dtype == torch.float64
+    assert not any(p.requires_grad for p in layer.conv_offset.parameters())
+    x = torch.randn(2, 4, 9, 11).double()
+    torch.testing.assert_close(model(x), plain(x))
+
+
+def test_a_wrapped_model_is_refused():
+    model = nn.DataParallel(nn.Sequential(nn.Conv2d(4, 4, 3)))
+    with pytest.raises(ValueError, match="expected the model itself, got a DataParallel"):
+        convert_to_deformable(model, dict(type="DCN"), "module.0")
+
+
+def test_random_numbers_are_left_alone():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3))
+    state = torch.get_rng_state()
+    convert_to_deformable(model, dict(type="DCNv2"), "0")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_fallback_on_stride():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, stride=2), nn.Conv2d(4, 4, 3))
+    dcn = dict(type="DCN", fallback_on_stride=True)
+    convert_to_deformable(model, dcn, "*")
+    assert [*converted(model)] == ["1"]
+    with pytest.raises(ValueError, match="a convolution of stride 1 among those chosen"):
+        convert_to_deformable(nn.Sequential(nn.Conv2d(4, 4, 3, stride=2)), dcn, "0")
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+class _Standardised(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) / self.weight.std()
+
+
+def _hooked():
+    conv = nn.Conv2d(4, 4, 3)
+    conv.register_forward_hook(lambda *_: None)
+    return conv
+
+
+def zoo():
+    return nn.ModuleDict(
+        {
+            "conv": nn.Conv2d(4, 4, 3),
+            "block": nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
+            "transposed": nn.ConvTranspose2d(4, 4, 3),
+            "volume": nn.Conv3d(4, 4, 3),
+            "reflecting": nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+            "lopsided": nn.Conv2d(4, 4, 2, padding="same"),
+            "standardised": _Standardised(4, 4, 3),
+            "lazy": nn.LazyConv2d(4, 3),
+            "hooked": _hooked(),
+            "deformable": layers.DeformConv2dPack(4, 4, 3),
+            "parametrized": nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("select", "message"),
+    [
+        ("cnov", "such as conv, got 'cnov', which matches nothing"),
+        (["conv", "layer4.*"], "got 'layer4.*', which matches nothing"),
+        (lambda name, module: False, "a choice among conv, block.0, .* got none"),
+        ([], "at least one pattern, got none"),
+        ("block", "plain 2-D convolutions, got 'block', a Sequential; inside it are block.0"),
+        ("block.*", "plain 2-D convolutions, got 'block.1', a BatchNorm2d"),
+        ("transposed", "no transposed convolution, got 'transposed', a ConvTranspose2d"),
+        ("volume", "plain 2-D convolutions, got 'volume', a Conv3d"),
+        ("reflecting", "padding_mode='zeros', got 'reflecting', with padding_mode='reflect'"),
+        ("lopsided", "'lopsided' cannot become .*padding: expected as much on both sides"),
+        ("standardised", "plain 2-D convolutions, got 'standardised', a _Standardised"),
+        ("lazy", "plain 2-D convolutions, got 'lazy', a LazyConv2d"),
+        ("hooked", "without hooks, got 'hooked'"),
+        ("deformable", "got 'deformable', which is deformable already"),
+        ("parametrized", "plain 2-D convolutions, got 'parametrized'"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_refused(select, message):
+    model = zoo()
+    before = list(model.modules())
+    with pytest.raises(ValueError, match=message):
+        convert_to_deformable(model, dict(type="DCNv2"), select)
+    assert list(model.modules()) == before
+
+
+@pytest.mark.parametrize(
+    ("dcn", "error", "message"),
+    [
+        (dict(), ValueError, "expected type='DCN' or 'DCNv2' .* got None"),
+        (dict(type="DCNv22"), ValueError, "got 'DCNv22'"),
+        (dict(type="ModulatedDeformConv2d"), ValueError, "got 'ModulatedDeformConv2d', which is"),
+        (dict(type=nn.Conv2d), ValueError, "got <class"),
+        (dict(type=3), TypeError, "expected type to be a name or a class, got 3"),
+        (dict(type="DCN", stride=2), ValueError, "expected no stride, which is the convolution's"),
+        (dict(type="DCN", deform_groups=3), ValueError, "'conv' cannot become .*deform_groups=3"),
+    ],
+)
+def test_a_layer_that_cannot_be_is_refused(dcn, error, message):
+    with pytest.raises(error, match=message):
+        convert_to_deformable(zoo(), dcn, "conv")
+
+
+@pytest.mark.parametrize("select", [None, 3, ["conv", 3]])
+def test_a_select_of_another_type_is_refused(select):
+    with pytest.raises(TypeError, match="select: expected a pattern, a sequence of patterns or"):
+        convert_to_deformable(zoo(), dict(type="DCN"), select)
+
+
+def test_without_the_plugin_the_scope_says_whose_layer_it_is():
+    plugin.uninstall()
+    with pytest.raises(ValueError, match=r"where the plugin is not installed, 'mmdcn.DCN'"):
+        convert_to_deformable(zoo(), dict(type="DCN"), "conv")
+    model = convert_to_deformable(zoo(), dict(type="mmdcn.DCN"), "conv")
+    assert isinstance(model["conv"], layers.DeformConv2dPack)
+
+
+# ----------------------------------------------------------------------- from a config, by a runner
+
+PLAIN = """
+model = dict(backbone=dict(depth=18, dcn=None), neck=dict(in_channels=[8, 16, 32, 64]))
+"""
+DEFORMABLE = """
+_base_ = './plain.py'
+model = dict(
+    type='mmdcn.Deformable',
+    model_type='FasterRCNN',
+    convert=[
+        dict(dcn=dict(type='DCNv2'),
+             select=['backbone.layer[34].*.conv2', 'neck.fpn_convs.*.conv']),
+        dict(dcn=dict(type='DCN', deform_groups=2), select='rpn_head.rpn_conv')])
+optim_wrapper = dict(
+    optimizer=dict(_delete_=True, type='SGD', lr=0.002), paramwise_cfg=dict(dcn_offset_lr_mult=0.5))
+"""
+SELECTED = 2 + 2 + 4 + 1
+
+
+class _AtTheStart(Hook):
+    """Keeps a copy of the model as it is when training begins."""
+
+    def before_train(self, runner):
+        self.model = copy.deepcopy(runner.model)
+
+
+def run(config, work_dir, **settings):
+    """Train as the config says; the runner, and the model with which it began."""
+    cfg = Config.fromfile(config)
+    cfg.merge_from_dict(settings | dict(work_dir=str(work_dir), val_cfg=None))
+    cfg.val_dataloader = cfg.val_evaluator = None
+    cfg.experiment_name = work_dir.name
+    preflight.check(cfg, stages=("train",))
+    runner = Runner.from_cfg(cfg)
+    hook = _AtTheStart()
+    runner.register_hook(hook)
+    runner.train()
+    return runner, hook.model
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A plain detector trained for an epoch, a converted one from its weights, and that resumed."""
+    tiny = project.make(tmp_path_factory.mktemp("convert"))
+    plain = tiny.write_config("plain.py", PLAIN)
+    deformable = tiny.root / "deformable.py"
+    deformable.write_text(DEFORMABLE)
+    results = {"plain": run(plain, tiny.root / "plain")}
+    results["from scratch"] = run(deformable, tiny.root / "scratch")
+    results["loaded"] = run(
+        deformable, tiny.root / "loaded", load_from=str(tiny.root / "plain" / "epoch_1.pth")
+    )
+    results["resumed"] = run(
+        deformable,
+        tiny.root / "resumed",
+        load_from=str(tiny.root / "loaded" / "epoch_1.pth"),
+        resume=True,
+        train_cfg=dict(max_epochs=2),
+    )
+    return results
+
+
+def features(model):
+    model.eval()
+    return lambda x: model.rpn_head(model.neck(model.backbone(x)))
+
+
+def test_a_config_alone_makes_it_deformable(runs):
+    runner, start = runs["from scratch"]
+    assert type(runner.model).__name__ == "FasterRCNN"
+    assert len(converted(runner.model)) == SELECTED
+    # Of the same seed, the plain detector starts from the same output.
+    assert_same_output(features(start), features(runs["plain"][1]), image())
+
+
+def test_the_optimizer_learns_the_offset_branches(runs):
+    runner, start = runs["from scratch"]
+    rates = {
+        id(group["params"][0]): group["initial_lr"]
+        for group in runner.optim_wrapper.optimizer.param_groups
+    }
+    branches = [layer.conv_offset for layer in converted(runner.model).values()]
+    assert {rates[id(p)] for branch in branches for p in branch.parameters()} == {0.001}
+    begun = [layer.conv_offset for layer in converted(start).values()]
+    assert not any(p.any() for branch in begun for p in branch.parameters())
+    assert all(branch.bias.any() for branch in branches)
+
+
+def test_load_from_a_plain_checkpoint(runs):
+    _, start = runs["loaded"]
+    trained, _ = runs["plain"]
+    assert len(converted(start)) == SELECTED
+    assert_same_output(features(start), features(trained.model), image())
+
+
+def test_resume(runs):
+    runner, start = runs["resumed"]
+    stopped, _ = runs["loaded"]
+    assert runner.epoch == 2
+    for (name, mine), (_, theirs) in zip(
+        start.state_dict().items(), stopped.model.state_dict().items(), strict=True
+    ):
+        assert torch.equal(mine, theirs), name

@@ -1,0 +1,45 @@
+"""Check every config that mmdet ships with a deformable operator; write what came of it."""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+from mmdcn import zoo
+from mmdcn.files import write
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="write the table to this file, in Markdown")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("work_dirs/zoo.json"),
+        help="what was checked already: an interrupted sweep goes on from there",
+    )
+    parser.add_argument("--only", default="*/**/*.py", metavar="GLOB", help="of mmdet's configs")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    warnings.simplefilter("ignore")
+    results, passed_over = [], {}
+    for found, checked in zoo.sweep(zoo.find(args.only, passed_over), args.results):
+        results.append((found, checked))
+        print(f"{found.name}: {checked.problem or 'ok'}", flush=True)
+    if not results:
+        sys.exit(f"error: --only: no config with a deformable operator matches {args.only!r}")
+    failed = [found.name for found, checked in results if checked.problem is not None]
+    print(f"{len(results) - len(failed)} of {len(results)}")
+    if args.out is not None:
+        write(args.out, zoo.table(results, passed_over))
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Show where a detector's deformable layers sample an image: a picture, and a page to explore."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from mmdet.apis import init_detector
+from mmengine.config import DictAction
+
+import mmdcn  # noqa: F401  # registers the layers, for configs that do not import them
+from mmdcn.engine import launch
+from mmdcn.engine.preflight import ConfigError
+from mmdcn.files import write, write_figure
+from mmdcn.visualization import (
+    choose_layers,
+    object_centers,
+    sample_image,
+    sampling_figure,
+    sampling_page,
+)
+
+
+def point(text: str) -> tuple[float, float]:
+    x, y = map(float, text.split(","))
+    return x, y
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="config file")
+    parser.add_argument("checkpoint", help="checkpoint file or address")
+    parser.add_argument("image", help="image file")
+    parser.add_argument(
+        "--points",
+        nargs="+",
+        type=point,
+        metavar="X,Y",
+        help="in pixels of the image (default: the centres of what is detected)",
+    )
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        metavar="NAME",
+        help="one to three deformable layers, each the input of the next (default: the last three "
+        "of the backbone)",
+    )
+    parser.add_argument("--min-score", type=float, default=0.3, help="of detections (default: 0.3)")
+    parser.add_argument(
+        "--max-objects", type=int, default=4, help="how many detections (default: 4)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="the picture, a .png; the page is beside it, a .html (default: sampling_<image>.png)",
+    )
+    parser.add_argument("--device", default="cpu", help="(default: cpu)")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        metavar="KEY=VALUE",
+        help="override settings of the config",
+    )
+    # What only training and testing ask for.
+    parser.set_defaults(launcher="none", work_dir=None, local_rank=0)
+    args = parser.parse_args()
+    if args.layers is not None and len(args.layers) > 3:
+        parser.error(f"argument --layers: expected one to three, got {len(args.layers)}")
+    if args.out is None:
+        args.out = Path(f"sampling_{Path(args.image).stem}.png")
+    if args.out.suffix != ".png":
+        parser.error(f"argument --out: expected a name ending in .png, got {args.out}")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = launch.load_config(args)
+    if "://" not in args.checkpoint and not os.path.isfile(args.checkpoint):
+        raise ConfigError(f"no checkpoint {args.checkpoint!r}")
+    model = init_detector(cfg, args.checkpoint, device=args.device, cfg_options={})
+    try:
+        sampled = sample_image(model, args.image)
+        layers = choose_layers(sampled, args.layers)
+    except ValueError as error:
+        raise ConfigError(error) from error
+    points = args.points
+    if points is None:
+        points = object_centers(sampled.instances, args.min_score, args.max_objects)
+    height, width = sampled.image.shape[:2]
+    outside = [p for p in points if not (0 <= p[0] <= width and 0 <= p[1] <= height)]
+    if outside:
+        raise ConfigError(f"--points: expected x up to {width} and y to {height}, got {outside}")
+    if not points:
+        raise ConfigError(
+            f"nothing was detected with a score of {args.min_score}: lower --min-score, or give "
+            "--points"
+        )
+    page = args.out.with_suffix(".html")
+    write_figure(args.out, sampling_figure(sampled, layers, points))
+    write(page, sampling_page(sampled, layers, points[0]))
+    print(f"wrote {args.out} and {page}")
+
+
+if __name__ == "__main__":
+    launch.run(main)
