@@ -2,7 +2,7 @@
 // columns, transposed weight times output gradient, goes back through the sampling at once.
 #pragma once
 
-#include "deform_conv2d_columns.h"
+#include "deform_conv2d_fixed_point.h"
 
 namespace mmdcn::cuda {
 
@@ -34,7 +34,8 @@ template <typename Ctx, typename scalar_t, typename acc_t>
 MMDCN_BLOCK void deform_conv2d_backward_data_block(
     const Ctx& ctx, const DeformConv2dProblem& problem, const scalar_t* grad_output,
     const scalar_t* input, const acc_t* offset, const acc_t* mask, const scalar_t* weight,
-    acc_t* grad_input, acc_t* grad_offset, acc_t* grad_mask, BackwardDataStorage<acc_t>& storage) {
+    const GradInput& grad_input, acc_t* grad_offset, acc_t* grad_mask,
+    BackwardDataStorage<acc_t>& storage) {
   using Items = PixelItems<Ctx, kTile>;
   const int64_t channels = problem.group_channels;
   const int64_t point_channels = problem.deform_group_channels;
@@ -45,6 +46,7 @@ MMDCN_BLOCK void deform_conv2d_backward_data_block(
       shared_point ? point_channels : divide(kTile, point_channels) * point_channels;
   const int64_t ranges = divide_up(problem.shape.channels, range);
   const bool through_points = grad_offset || grad_mask;
+  const InputSum<acc_t> input_sum(problem, grad_input);
 
   const auto write = [&](const Pixel& pixel, int64_t tap, int64_t group,
                          const PointGradient<acc_t>& gradient) {
@@ -147,9 +149,8 @@ MMDCN_BLOCK void deform_conv2d_backward_data_block(
                 slope_y += point.corners.weight_gradient[0][q] * x_of_q;
                 slope_x += point.corners.weight_gradient[1][q] * x_of_q;
               }
-              if (grad_input) {
-                ctx.atomic_add(&grad_input[start + position],
-                               point.corners.weight[q] * grad_sample);
+              if (input_sum.wanted()) {
+                input_sum.add(ctx, start + position, point.corners.weight[q] * grad_sample);
               }
             }
             gradient.y += grad_sample * slope_y;

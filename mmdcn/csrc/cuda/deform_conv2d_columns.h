@@ -37,19 +37,19 @@ struct Pixel {
   }
 };
 
-// Finds output positions [first, end), numbered over the whole batch.
+// Finds one output position, numbered over the whole batch.
+MMDCN_BLOCK Pixel find_pixel(const DeformConv2dProblem& problem, int64_t number) {
+  const int64_t row = divide(number, problem.shape.out_width);
+  const int64_t batch = divide(row, problem.shape.out_height);
+  return {batch, row - batch * problem.shape.out_height, number - row * problem.shape.out_width};
+}
+
+// Finds output positions [first, end).
 template <typename Ctx, int kPixels>
 MMDCN_BLOCK void find_pixels(const Ctx& ctx, const DeformConv2dProblem& problem, int64_t first,
                              int64_t end, Pixel (&pixels)[kPixels]) {
   for (int i = ctx.thread(); i < kPixels; i += Ctx::kThreads) {
-    if (first + i >= end) {
-      pixels[i].batch = -1;
-      continue;
-    }
-    const int64_t row = divide(first + i, problem.shape.out_width);
-    pixels[i].x = first + i - row * problem.shape.out_width;
-    pixels[i].batch = divide(row, problem.shape.out_height);
-    pixels[i].y = row - pixels[i].batch * problem.shape.out_height;
+    pixels[i] = first + i < end ? find_pixel(problem, first + i) : Pixel{-1, 0, 0};
   }
 }
 
@@ -87,15 +87,21 @@ struct SamplingPoint {
                            const acc_t* mask, const Pixel& pixel, int64_t new_tap,
                            int64_t channel) {
     if (tap == new_tap && first_channel <= channel && channel < end_channel) return;
-    const DeformConv2dShape& shape = problem.shape;
     const int64_t group = divide(channel, problem.deform_group_channels);
     tap = new_tap;
     first_channel = group * problem.deform_group_channels;
     end_channel = first_channel + problem.deform_group_channels;
+    const int64_t tap_y = divide(tap, problem.shape.kernel_width);
+    locate(problem, offset, mask, pixel, group, tap, tap_y,
+           tap - tap_y * problem.shape.kernel_width);
+  }
 
+  // The point of a tap, also given as its row and column in the kernel, and an offset group.
+  MMDCN_BLOCK void locate(const DeformConv2dProblem& problem, const acc_t* offset,
+                          const acc_t* mask, const Pixel& pixel, int64_t group, int64_t tap,
+                          int64_t tap_y, int64_t tap_x) {
+    const DeformConv2dShape& shape = problem.shape;
     const int64_t at = offset_index(problem, pixel, group, tap);
-    const int64_t tap_y = divide(tap, shape.kernel_width);
-    const int64_t tap_x = tap - tap_y * shape.kernel_width;
     const acc_t p[2] = {
         static_cast<acc_t>(shape.y.base(pixel.y, tap_y)) + offset[at],
         static_cast<acc_t>(shape.x.base(pixel.x, tap_x)) + offset[at + problem.pixels]};
