@@ -2,9 +2,9 @@
 //
 // A block has kRows x kColumns threads, of the operating system where there is more than one. What
 // GPU memory checkers look for is made visible: shared memory starts poisoned, so that reading what
-// no thread wrote gives NaN, and every element of a result must be stored exactly once. Asynchronous
-// copies poison their target when they are asked for and are made when they are waited for, so that
-// it shows if somebody still reads the target, or already does.
+// no thread wrote gives NaN, and every element of a result must be stored exactly once.
+// Asynchronous copies poison their target when they are asked for and are made when they are waited
+// for, so that it shows if somebody still reads the target, or already does.
 #pragma once
 
 #include <pthread.h>
@@ -166,7 +166,8 @@ class HostContext {
     void add(const HostContext& ctx, const Operand<T, kM, kLeftLines>& left,
              const Operand<T, kN, kRightLines>& right, int part) {
       constexpr int kLength = kStep<T> / kParts;
-      const int row = ctx.thread() / kColumns_ * kHeight, column = ctx.thread() % kColumns_ * kWidth;
+      const int row = ctx.thread() / kColumns_ * kHeight,
+                column = ctx.thread() % kColumns_ * kWidth;
       for (int k = part * kLength; k < (part + 1) * kLength; ++k) {
         float a[kHeight], b[kWidth];
         for (int i = 0; i < kHeight; ++i) a[i] = as_multiplied(left.at(row + i, k));
@@ -179,7 +180,8 @@ class HostContext {
 
     template <typename Visit>
     void for_each(const HostContext& ctx, const Visit& visit) const {
-      const int row = ctx.thread() / kColumns_ * kHeight, column = ctx.thread() % kColumns_ * kWidth;
+      const int row = ctx.thread() / kColumns_ * kHeight,
+                column = ctx.thread() % kColumns_ * kWidth;
       for (int i = 0; i < kHeight; ++i) {
         for (int j = 0; j < kWidth; j += 2) {
           const float pair[2] = {value_[i][j], value_[i][j + 1]};
@@ -217,9 +219,9 @@ class HostContext {
   int thread_;
   int64_t block_, blocks_;
   pthread_barrier_t* barrier_;
-  mutable std::vector<Copy> copies_;    // of the group that is open
-  mutable std::deque<Copy> pending_;    // of closed groups
-  mutable std::deque<size_t> groups_;   // their sizes
+  mutable std::vector<Copy> copies_;   // of the group that is open
+  mutable std::deque<Copy> pending_;   // of closed groups
+  mutable std::deque<size_t> groups_;  // their sizes
 };
 
 // Runs program(context, storage) for every thread of every block, one block after the other.

@@ -48,8 +48,9 @@ void dispatch(Precision precision, const Run& run) {
 
 }  // namespace
 
-// As if all of MMDCN_CUDA_KERNELS had been set.
+// What the environment would have chosen.
 static Kernels wanted_kernels = Kernels::kSimple;
+static int tensor_core_launches = 0;  // since they were chosen
 Kernels chosen_kernels() { return wanted_kernels; }
 
 // So little that calls on several images take them one, two or three at a time.
@@ -68,6 +69,7 @@ void deform_conv2d_forward(Kernels kernels, Precision precision, const DeformCon
     };
     if constexpr (std::is_same_v<acc_t, float>) {
       if (kernels == Kernels::kTensorCore) {
+        ++tensor_core_launches;
         return run(&OneThread<scalar_t, acc_t>::tensor_forward);
       }
     }
@@ -81,9 +83,9 @@ void deform_conv2d_magnitudes(Precision precision, const DeformConv2dProblem& pr
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
-    OneThread<scalar_t, acc_t>::magnitudes(
-        problem, static_cast<const scalar_t*>(grad_output), static_cast<const scalar_t*>(weight),
-        static_cast<const acc_t*>(mask), magnitudes);
+    OneThread<scalar_t, acc_t>::magnitudes(problem, static_cast<const scalar_t*>(grad_output),
+                                           static_cast<const scalar_t*>(weight),
+                                           static_cast<const acc_t*>(mask), magnitudes);
   });
 }
 
@@ -103,6 +105,7 @@ void deform_conv2d_backward_data(Kernels kernels, Precision precision,
     };
     if constexpr (std::is_same_v<acc_t, float>) {
       if (kernels == Kernels::kTensorCore) {
+        ++tensor_core_launches;
         return run(&OneThread<scalar_t, acc_t>::tensor_backward_data);
       }
     }
@@ -135,11 +138,11 @@ void deform_conv2d_backward_weight(Kernels kernels, Precision precision,
     const auto run = [&](auto* function) {
       function(problem, static_cast<const scalar_t*>(grad_output),
                static_cast<const scalar_t*>(input), static_cast<const acc_t*>(offset),
-               static_cast<const acc_t*>(mask), splits, accumulate,
-               static_cast<acc_t*>(workspace));
+               static_cast<const acc_t*>(mask), splits, accumulate, static_cast<acc_t*>(workspace));
     };
     if constexpr (std::is_same_v<acc_t, float>) {
       if (kernels == Kernels::kTensorCore) {
+        ++tensor_core_launches;
         return run(&OneThread<scalar_t, acc_t>::tensor_backward_weight);
       }
     }
@@ -153,9 +156,8 @@ void deform_conv2d_sum_splits(Precision precision, const DeformConv2dProblem& pr
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
-    OneThread<scalar_t, acc_t>::sum_splits(problem, splits,
-                                              static_cast<const acc_t*>(workspace),
-                                              static_cast<scalar_t*>(grad_weight));
+    OneThread<scalar_t, acc_t>::sum_splits(problem, splits, static_cast<const acc_t*>(workspace),
+                                           static_cast<scalar_t*>(grad_weight));
   });
 }
 
@@ -164,6 +166,11 @@ void deform_conv2d_sum_splits(Precision precision, const DeformConv2dProblem& pr
 extern "C" __attribute__((visibility("default"))) void mmdcn_host_use_tensor_cores(int use) {
   using namespace mmdcn::cuda;
   wanted_kernels = use ? Kernels::kTensorCore : Kernels::kSimple;
+  tensor_core_launches = 0;
+}
+
+extern "C" __attribute__((visibility("default"))) int mmdcn_host_tensor_core_launches() {
+  return mmdcn::cuda::tensor_core_launches;
 }
 
 // Every header is included by now: what follows renames the dispatch key and the operators'
@@ -172,11 +179,12 @@ namespace mmdcn_host {
 using namespace mmdcn;
 namespace cuda {
 using namespace mmdcn::cuda;
-}
+mmdcn::cuda::Kernels kernels_of_environment();
+}  // namespace cuda
 }  // namespace mmdcn_host
 #define mmdcn mmdcn_host
 #define CUDA CPU
 #include "../../mmdcn/csrc/cuda/deform_conv2d.cpp"
-// The choice that the environment makes, which only cuda_kernels() tells here.
+// The choice that the environment makes; here only cuda_kernels() tells it.
 #define chosen_kernels kernels_of_environment
 #include "../../mmdcn/csrc/cuda/kernels.cpp"

@@ -90,9 +90,7 @@ int64_t images_at_a_time(int64_t batch, int64_t bytes) {
 struct Images {
   int64_t first, count;
 
-  Tensor of(const Tensor& tensor) const {
-    return torch::stable::narrow(tensor, 0, first, count);
-  }
+  Tensor of(Tensor tensor) const { return torch::stable::narrow(tensor, 0, first, count); }
   std::optional<Tensor> of(const std::optional<Tensor>& tensor) const {
     if (!tensor.has_value()) return std::nullopt;
     return of(*tensor);
@@ -126,8 +124,7 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& we
     const Images some = {first, std::min(images, batch - first)};
     shape.batch = some.count;
     const Tensor features = dense(some.of(input), sampled), part = some.of(output);
-    const DeformConv2dProblem problem(shape, layout_in(features, sampled),
-                                      layout_in(part, format));
+    const DeformConv2dProblem problem(shape, layout_in(features, sampled), layout_in(part, format));
     const std::optional<Tensor> part_masks = some.of(masks);
     deform_conv2d_forward(kernels, precision, problem, features.const_data_ptr(),
                           some.of(offsets).const_data_ptr(), pointer(part_masks),

@@ -150,8 +150,7 @@ void deform_conv2d_backward_data(Kernels kernels, Precision precision,
 
 void deform_conv2d_from_fixed(Precision precision, const DeformConv2dProblem& problem,
                               const GradInput& grad_input, void* sum, const Stream& stream) {
-  const int64_t blocks =
-      tiles(problem.shape.batch * problem.input.batch, DeviceContext::kThreads);
+  const int64_t blocks = tiles(problem.shape.batch * problem.input.batch, DeviceContext::kThreads);
   dispatch(precision, [&](auto, auto acc) {
     using acc_t = typename decltype(acc)::type;
     launch(from_fixed_kernel<acc_t>, blocks, 0, stream, problem, grad_input.magnitudes,

@@ -72,7 +72,8 @@ inline bool takes_tensor_cores(Precision precision, const DeformConv2dShape& sha
   return longer % shorter == 0 && shorter % step == 0 && shape.group_out_channels() % 8 == 0 &&
          256 * shape.taps() * one < kTooMany && shape.channels < kTooMany &&
          shape.out_channels < kTooMany && shape.taps() * shape.deform_groups < kTooMany &&
-         2 * shape.width * shape.channels < kTooMany && shape.batch * shape.pixels() < kTooMany;
+         2 * shape.width * shape.channels < kTooMany && shape.height * shape.width < kTooMany &&
+         shape.batch * shape.pixels() < kTooMany;
 }
 
 // Where to launch: a cudaStream_t and the device it belongs to, which becomes the current one.
@@ -112,8 +113,8 @@ void deform_conv2d_magnitudes(Precision precision, const DeformConv2dProblem& pr
                               int32_t* magnitudes, const Stream& stream);
 
 // Gradients through the sampling. What `grad_input` points to must hold zeros. Every element of
-// `grad_offset` and `grad_mask` is written once, in a fixed order of summation. Any of the three may
-// be null.
+// `grad_offset` and `grad_mask` is written once, in a fixed order of summation. Any of the three
+// may be null.
 void deform_conv2d_backward_data(Kernels kernels, Precision precision,
                                  const DeformConv2dProblem& problem, const void* grad_output,
                                  const void* input, const void* offset, const void* mask,

@@ -24,8 +24,8 @@ MMDCN_BLOCK int64_t pixels_per_split(const DeformConv2dProblem& problem, int64_t
 template <typename Ctx, typename scalar_t, typename acc_t>
 MMDCN_BLOCK void deform_conv2d_backward_weight_block(
     const Ctx& ctx, const DeformConv2dProblem& problem, const scalar_t* grad_output,
-    const scalar_t* input, const acc_t* offset, const acc_t* mask, int64_t splits,
-    bool accumulate, acc_t* workspace, BackwardWeightStorage<acc_t>& storage) {
+    const scalar_t* input, const acc_t* offset, const acc_t* mask, int64_t splits, bool accumulate,
+    acc_t* workspace, BackwardWeightStorage<acc_t>& storage) {
   constexpr int kStride = Tile<acc_t, kDepth>::kStride;
   const int64_t channel_tiles = divide_up(problem.group_out_channels, kTile);
   const int64_t column_tiles = divide_up(problem.columns, kTile);

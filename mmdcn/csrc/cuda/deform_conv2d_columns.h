@@ -73,13 +73,13 @@ MMDCN_BLOCK int64_t offset_index(const DeformConv2dProblem& problem, const Pixel
 
 // Where one output pixel samples the input for one tap and one offset group. Kept while a thread
 // walks the channels, and moved when tap or offset group change.
-template <typename acc_t>
+template <typename acc_t, typename index_t = int64_t>
 struct SamplingPoint {
   int64_t tap;                         // -1: nowhere yet
   int64_t first_channel, end_channel;  // of the offset group
   bool inside;                         // otherwise `corners` is not filled
   acc_t modulation;
-  Corners<acc_t, 2> corners;  // positions in elements of the input
+  Corners<acc_t, 2, index_t> corners;  // after move_to(), positions in elements of the input
 
   MMDCN_BLOCK void reset() { tap = -1; }
 
@@ -94,23 +94,25 @@ struct SamplingPoint {
     const int64_t tap_y = divide(tap, problem.shape.kernel_width);
     locate(problem, offset, mask, pixel, group, tap, tap_y,
            tap - tap_y * problem.shape.kernel_width);
-  }
-
-  // The point of a tap, also given as its row and column in the kernel, and an offset group.
-  MMDCN_BLOCK void locate(const DeformConv2dProblem& problem, const acc_t* offset,
-                          const acc_t* mask, const Pixel& pixel, int64_t group, int64_t tap,
-                          int64_t tap_y, int64_t tap_x) {
-    const DeformConv2dShape& shape = problem.shape;
-    const int64_t at = offset_index(problem, pixel, group, tap);
-    const acc_t p[2] = {
-        static_cast<acc_t>(shape.y.base(pixel.y, tap_y)) + offset[at],
-        static_cast<acc_t>(shape.x.base(pixel.x, tap_x)) + offset[at + problem.pixels]};
-    modulation = mask ? mask[mask_index(problem, pixel, group, tap)] : acc_t(1);
-    inside = corners.locate(p, {shape.height, shape.width});
     if (inside) {
       MMDCN_UNROLL
       for (int q = 0; q < corners.kCount; ++q) corners.position[q] *= problem.input.position;
     }
+  }
+
+  // Finds the point of a tap, also given as its row and column in the kernel, and an offset group;
+  // its corners' positions are those of pixels.
+  MMDCN_BLOCK void locate(const DeformConv2dProblem& problem, const acc_t* offset,
+                          const acc_t* mask, const Pixel& pixel, int64_t group, int64_t at_tap,
+                          int64_t tap_y, int64_t tap_x) {
+    const DeformConv2dShape& shape = problem.shape;
+    const int64_t at = offset_index(problem, pixel, group, at_tap);
+    const acc_t p[2] = {
+        static_cast<acc_t>(shape.y.base(pixel.y, tap_y)) + offset[at],
+        static_cast<acc_t>(shape.x.base(pixel.x, tap_x)) + offset[at + problem.pixels]};
+    modulation = mask ? mask[mask_index(problem, pixel, group, at_tap)] : acc_t(1);
+    const index_t size[2] = {static_cast<index_t>(shape.height), static_cast<index_t>(shape.width)};
+    inside = corners.locate(p, size);
   }
 
   // X(p) in the channel that starts at `channel`, not modulated.

@@ -45,8 +45,8 @@ struct FixedPoint {
     const int product = magnitudes[0] + magnitudes[1] + magnitudes[2] - 3 * kMagnitudeBias;
     const int largest =
         product + bits(problem.group_out_channels) + bits(problem.pixels * problem.taps);
-    const bool any_not_finite = magnitudes[0] == kNotFinite || magnitudes[1] == kNotFinite ||
-                                magnitudes[2] == kNotFinite;
+    const bool any_not_finite =
+        magnitudes[0] == kNotFinite || magnitudes[1] == kNotFinite || magnitudes[2] == kNotFinite;
     constexpr int kLargest = std::numeric_limits<acc_t>::max_exponent - 1;
     constexpr int kSmallest = std::numeric_limits<acc_t>::min_exponent - 1;
     finite = !any_not_finite && (zero || largest <= kLargest);
@@ -119,10 +119,9 @@ MMDCN_BLOCK void deform_conv2d_magnitudes_block(const Ctx& ctx, const DeformConv
                  largest(grad_output, problem.all_pixels * problem.shape.out_channels));
   ctx.atomic_max(&storage.largest[1],
                  largest(weight, problem.shape.out_channels * problem.columns));
-  ctx.atomic_max(&storage.largest[2],
-                 mask ? largest(mask, problem.all_pixels * problem.taps *
-                                          problem.shape.deform_groups)
-                      : magnitude(acc_t(1)));
+  ctx.atomic_max(&storage.largest[2], mask ? largest(mask, problem.all_pixels * problem.taps *
+                                                               problem.shape.deform_groups)
+                                           : magnitude(acc_t(1)));
   ctx.sync();
   for (int i = ctx.thread(); i < 3; i += Ctx::kThreads) {
     ctx.atomic_max(&magnitudes[i], storage.largest[i]);
@@ -135,8 +134,7 @@ MMDCN_BLOCK void deform_conv2d_from_fixed_block(const Ctx& ctx, const DeformConv
                                                 const int32_t* magnitudes, const int64_t* fixed,
                                                 acc_t* sum) {
   const FixedPoint<acc_t> unit(problem, magnitudes);
-  const acc_t value = unit.finite ? std::ldexp(acc_t(1), unit.exponent)
-                                  : static_cast<acc_t>(NAN);
+  const acc_t value = unit.finite ? std::ldexp(acc_t(1), unit.exponent) : static_cast<acc_t>(NAN);
   const int64_t elements = problem.shape.batch * problem.input.batch;
   const int64_t threads = ctx.blocks() * Ctx::kThreads;
   for (int64_t i = ctx.block() * Ctx::kThreads + ctx.thread(); i < elements; i += threads) {

@@ -1,7 +1,6 @@
 // Kernels and launches of deformable convolution on tensor cores: the block programs, bound to the
 // GPU.
 #include "deform_conv2d_tensor_core.h"
-
 #include "launch.h"
 #include "tensor_core_backward_data.h"
 #include "tensor_core_backward_weight.h"
@@ -26,7 +25,7 @@ __global__ void __launch_bounds__(TensorCoreContext::kThreads, kOut > 128 ? 1 : 
 }
 
 template <typename T>
-__global__ void __launch_bounds__(TensorCoreContext::kThreads, 3)
+__global__ void __launch_bounds__(TensorCoreContext::kThreads, 2)
     tensor_backward_data_kernel(const DeformConv2dProblem problem, const T* grad_output,
                                 const T* input, const float* offset, const float* mask,
                                 const T* weight, const GradInput grad_input, float* grad_offset,

@@ -26,9 +26,9 @@ struct TensorBackwardDataStorage {
     float row[kDataPixels][kDataChannels + 8];
   };
   struct Point {
-    CornerWeights weight;      // not modulated; 0 for corners that do not exist
+    CornerWeights weight;            // not modulated; 0 for corners that do not exist
     CornerWeights slope_y, slope_x;  // their derivatives with respect to y and x
-    int64_t position[4];       // element of the input, or -1
+    int64_t position[4];             // element of the input, or -1
     float modulation;
   };
 
@@ -48,9 +48,9 @@ struct TensorBackwardDataStorage {
 template <typename Ctx, typename T>
 MMDCN_BLOCK void tensor_backward_data_block(const Ctx& ctx, const DeformConv2dProblem& problem,
                                             const T* grad_output, const T* input,
-                                            const float* offset, const float* mask,
-                                            const T* weight, const GradInput& grad_input,
-                                            float* grad_offset, float* grad_mask,
+                                            const float* offset, const float* mask, const T* weight,
+                                            const GradInput& grad_input, float* grad_offset,
+                                            float* grad_mask,
                                             TensorBackwardDataStorage<T>& storage) {
   using Storage = TensorBackwardDataStorage<T>;
   constexpr int kStages = Storage::kStages;
@@ -79,25 +79,20 @@ MMDCN_BLOCK void tensor_backward_data_block(const Ctx& ctx, const DeformConv2dPr
     MMDCN_NO_UNROLL
     for (int i = ctx.thread(); i < kDataPixels; i += Ctx::kThreads) {
       const Pixel& pixel = storage.pixels[i];
-      SamplingPoint<float> at;
-      at.inside = false;
-      if (pixel.exists()) locate(at, problem, offset, mask, pixel, offset_group, tap);
+      const TensorPoint at(problem, offset, mask, pixel, offset_group, tap);
       typename Storage::Point& kept = storage.points[i];
-      kept.modulation = at.inside ? at.modulation : 0;
+      kept.modulation = at.inside() ? at.modulation() : 0;
       MMDCN_UNROLL
       for (int q = 0; q < 4; ++q) {
-        const bool exists = at.inside && at.corners.position[q] >= 0;
-        kept.weight.of[q] = exists ? at.corners.weight[q] : 0;
-        kept.slope_y.of[q] = exists ? at.corners.weight_gradient[0][q] : 0;
-        kept.slope_x.of[q] = exists ? at.corners.weight_gradient[1][q] : 0;
-        kept.position[q] =
-            exists ? pixel.batch * problem.input.batch + at.corners.position[q] : -1;
+        kept.weight.of[q] = at.exists(q) ? at.corners().weight[q] : 0;
+        kept.slope_y.of[q] = at.exists(q) ? at.corners().weight_gradient[0][q] : 0;
+        kept.slope_x.of[q] = at.exists(q) ? at.corners().weight_gradient[1][q] : 0;
+        kept.position[q] = at.exists(q) ? at.element(problem, pixel, q) : -1;
       }
     }
 
     CornerWeights dots[kShares] = {};
-    const auto end_channel =
-        static_cast<int>((offset_group + 1) * problem.deform_group_channels);
+    const auto end_channel = static_cast<int>((offset_group + 1) * problem.deform_group_channels);
     // Tiles of channels that lie in one group of the convolution.
     for (int first = end_channel - static_cast<int>(problem.deform_group_channels), end;
          first < end_channel; first = end) {
@@ -117,9 +112,9 @@ MMDCN_BLOCK void tensor_backward_data_block(const Ctx& ctx, const DeformConv2dPr
           const int pixel = item / kVectors, v = item % kVectors;
           const int out = step * kStep<T> + v * kWide<T>;
           const bool exists = pixel < pixels && out < group_outs;
-          ctx.copy_async(
-              storage.operands.grad_output[stage].vector(pixel, v),
-              tile_gradient + (exists ? pixel * problem.shape.out_channels + out : 0), exists);
+          ctx.copy_async(storage.operands.grad_output[stage].vector(pixel, v),
+                         tile_gradient + (exists ? pixel * problem.shape.out_channels + out : 0),
+                         exists);
         }
         constexpr int kLine = kDataChannels / kWide<T>;
         MMDCN_UNROLL
@@ -157,7 +152,7 @@ MMDCN_BLOCK void tensor_backward_data_block(const Ctx& ctx, const DeformConv2dPr
         stage = stage + 1 == kStages ? 0 : stage + 1;
       }
       ctx.sync();  // The operands have been read.
-      product.for_each(ctx, [&](int pixel, int channel, const float(&pair)[2]) {
+      product.for_each(ctx, [&](int pixel, int channel, const float (&pair)[2]) {
         Vector<float, 2> packed;
         ctx.template pack<float>(pair, packed);
         *reinterpret_cast<Vector<float, 2>*>(&storage.grad_columns.row[pixel][channel]) = packed;
@@ -179,9 +174,9 @@ MMDCN_BLOCK void tensor_backward_data_block(const Ctx& ctx, const DeformConv2dPr
           const int channel = (quad * kDataShares + share) * 4;
           if (first + channel >= end) continue;
           float grad_column[4];
-          ctx.template unpack<float>(*reinterpret_cast<const Vector<float, 4>*>(
-                                         &storage.grad_columns.row[pixel][channel]),
-                                     grad_column);
+          ctx.template unpack<float>(
+              *reinterpret_cast<const Vector<float, 4>*>(&storage.grad_columns.row[pixel][channel]),
+              grad_column);
           MMDCN_UNROLL
           for (int q = 0; q < 4; ++q) {
             if (at.position[q] < 0) continue;

@@ -55,17 +55,18 @@ MMDCN_BLOCK void tensor_backward_weight_block(const Ctx& ctx, const DeformConv2d
         static_cast<int>(channel_tile_and_split - run_and_split * run_tiles) * kWeightChannels;
     const int runs = static_cast<int>(problem.shape.channels) / channels;
     const int64_t split = divide(run_and_split, runs);
-    const int first_channel = static_cast<int>(run_and_split - split * runs) * channels + first_in_run;
+    const int first_channel =
+        static_cast<int>(run_and_split - split * runs) * channels + first_in_run;
     const int tile_channels = static_cast<int>(smaller(kWeightChannels, channels - first_in_run));
     const int group = first_channel / static_cast<int>(problem.group_channels);
     const int offset_group = first_channel / static_cast<int>(problem.deform_group_channels);
     const int first_out = group * group_outs + first_in_group;
     const int outs = static_cast<int>(smaller(kWeightOut, group_outs - first_in_group));
-    const int64_t first_pixel = split * length;
-    const int64_t left = smaller(length, problem.all_pixels - first_pixel);
-    const auto pixels = static_cast<int>(left > 0 ? left : 0);
+    const auto first_pixel = static_cast<int>(smaller(split * length, problem.all_pixels));
+    const auto pixels = static_cast<int>(smaller(length, problem.all_pixels - first_pixel));
     const int steps = (pixels + kStep<T> - 1) / kStep<T>;
-    const T* const tile_gradient = grad_output + first_pixel * problem.shape.out_channels + first_out;
+    const T* const tile_gradient =
+        grad_output + first_pixel * problem.shape.out_channels + first_out;
 
     typename Ctx::template TensorProduct<kWeightOut, kWeightChannels> product;
     product.clear();
@@ -96,8 +97,8 @@ MMDCN_BLOCK void tensor_backward_weight_block(const Ctx& ctx, const DeformConv2d
       if (more && coming % kTablePixels == 0) {
         MMDCN_NO_UNROLL
         for (int i = ctx.thread(); i < kTablePixels; i += Ctx::kThreads) {
-          const Pixel pixel = coming + i < pixels ? find_pixel(problem, first_pixel + coming + i)
-                                                  : Pixel{-1, 0, 0};
+          const Pixel pixel =
+              coming + i < pixels ? find_pixel(problem, first_pixel + coming + i) : Pixel{-1, 0, 0};
           storage.points.set(problem, offset, mask, pixel, offset_group, tap, 0, i);
         }
         ctx.sync();
@@ -112,8 +113,7 @@ MMDCN_BLOCK void tensor_backward_weight_block(const Ctx& ctx, const DeformConv2d
             const int v = item % kVectors, at = coming % kTablePixels + item / kVectors;
             // Channels beyond the tile's end are those of another run, or none.
             const bool exists = v * kWide<T> < tile_channels;
-            samples[i].load(ctx, problem,
-                            exists ? storage.points.weight[0][at] : CornerWeights{},
+            samples[i].load(ctx, problem, exists ? storage.points.weight[0][at] : CornerWeights{},
                             input + first_channel + v * kWide<T>, storage.points.low[0][at]);
           }
         }
@@ -136,7 +136,7 @@ MMDCN_BLOCK void tensor_backward_weight_block(const Ctx& ctx, const DeformConv2d
     const int64_t row = split * problem.shape.out_channels + first_out;
     const int64_t column = static_cast<int64_t>(tap) * problem.group_channels + first_channel -
                            group * problem.group_channels;
-    product.for_each(ctx, [&](int out, int channel, const float(&pair)[2]) {
+    product.for_each(ctx, [&](int out, int channel, const float (&pair)[2]) {
       if (out >= outs || channel >= tile_channels) return;
       float* const to = workspace + (row + out) * problem.columns + column + channel;
       if (accumulate) {

@@ -15,19 +15,44 @@ MMDCN_BLOCK int run_channels(const DeformConv2dProblem& problem) {
   return static_cast<int>(smaller(problem.group_channels, problem.deform_group_channels));
 }
 
+// find_pixel() in 32 bits.
+MMDCN_BLOCK Pixel find_pixel(const DeformConv2dProblem& problem, int number) {
+  const auto width = static_cast<int>(problem.shape.out_width);
+  const auto height = static_cast<int>(problem.shape.out_height);
+  const int row = number / width, batch = row / height;
+  return {batch, row - batch * height, number - row * width};
+}
+
 // How far corner q of a sample lies behind the low y, low x one, in elements of the input.
 MMDCN_BLOCK int corner_distance(const DeformConv2dProblem& problem, int q) {
   const int row = static_cast<int>(problem.input.position * problem.shape.width);
   return (q >> 1) * row + (q & 1) * static_cast<int>(problem.input.position);
 }
 
-// Finds a sampling point; taps and channels of these problems are numbers of 32 bits.
-MMDCN_BLOCK void locate(SamplingPoint<float>& point, const DeformConv2dProblem& problem,
-                        const float* offset, const float* mask, const Pixel& pixel, int64_t group,
-                        int tap) {
-  const int width = static_cast<int>(problem.shape.kernel_width), tap_y = tap / width;
-  point.locate(problem, offset, mask, pixel, group, tap, tap_y, tap - tap_y * width);
-}
+// A sampling point of these problems, whose pixels, taps and channels are numbers of 32 bits.
+class TensorPoint {
+  SamplingPoint<float, int> point_;
+
+ public:
+  MMDCN_BLOCK TensorPoint(const DeformConv2dProblem& problem, const float* offset,
+                          const float* mask, const Pixel& pixel, int group, int tap) {
+    const int width = static_cast<int>(problem.shape.kernel_width), tap_y = tap / width;
+    point_.inside = false;
+    if (pixel.exists()) {
+      point_.locate(problem, offset, mask, pixel, group, tap, tap_y, tap - tap_y * width);
+    }
+  }
+
+  MMDCN_BLOCK bool inside() const { return point_.inside; }
+  MMDCN_BLOCK float modulation() const { return point_.modulation; }
+  MMDCN_BLOCK const Corners<float, 2, int>& corners() const { return point_.corners; }
+  MMDCN_BLOCK bool exists(int q) const { return point_.inside && point_.corners.position[q] >= 0; }
+
+  // Where channel 0 of corner q is in the input.
+  MMDCN_BLOCK int64_t element(const DeformConv2dProblem& problem, const Pixel& pixel, int q) const {
+    return pixel.batch * problem.input.batch + point_.corners.position[q] * problem.input.position;
+  }
+};
 
 // What the four corners of a sample count for, modulated; 0 for those that do not exist.
 struct alignas(16) CornerWeights {
@@ -42,20 +67,15 @@ struct PointTable {
 
   // Fills in what one pixel samples for one tap in one offset group.
   MMDCN_BLOCK void set(const DeformConv2dProblem& problem, const float* offset, const float* mask,
-                       const Pixel& pixel, int64_t group, int tap, int row, int column) {
+                       const Pixel& pixel, int group, int tap, int row, int column) {
+    const TensorPoint point(problem, offset, mask, pixel, group, tap);
     CornerWeights weights = {};
     int64_t first = 0;
-    SamplingPoint<float> point;
-    point.inside = false;
-    if (pixel.exists()) locate(point, problem, offset, mask, pixel, group, tap);
-    if (point.inside) {
-      MMDCN_UNROLL
-      for (int q = 0; q < 4; ++q) {
-        const int64_t position = point.corners.position[q];
-        if (position < 0) continue;
-        weights.of[q] = point.modulation * point.corners.weight[q];
-        first = pixel.batch * problem.input.batch + position - corner_distance(problem, q);
-      }
+    MMDCN_UNROLL
+    for (int q = 0; q < 4; ++q) {
+      if (!point.exists(q)) continue;
+      weights.of[q] = point.modulation() * point.corners().weight[q];
+      first = point.element(problem, pixel, q) - corner_distance(problem, q);
     }
     weight[row][column] = weights;
     low[row][column] = first;

@@ -107,8 +107,8 @@ __device__ __forceinline__ void load_fragment(uint32_t (&fragment)[4],
     // ldmatrix transposes pairs of bytes only.
     for (int i = 0; i < 4; ++i) {
       const int far = kLeft ? i & 1 : i >> 1, late = kLeft ? i >> 1 : i & 1;
-      fragment[i] = __float_as_uint(
-          operand.at(first + far * 8 + lane / 4, part * 8 + late * 4 + lane % 4));
+      fragment[i] =
+          __float_as_uint(operand.at(first + far * 8 + lane / 4, part * 8 + late * 4 + lane % 4));
     }
   }
   if constexpr (sizeof(T) == 4) {
@@ -244,8 +244,8 @@ struct TensorCoreContext : DeviceContext {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const float pair[2] = {value_[i][j][2 * half], value_[i][j][2 * half + 1]};
-            visit(first_row() + i * 16 + half * 8 + lane / 4,
-                  first_column() + j * 8 + lane % 4 * 2, pair);
+            visit(first_row() + i * 16 + half * 8 + lane / 4, first_column() + j * 8 + lane % 4 * 2,
+                  pair);
           }
         }
       }

@@ -80,7 +80,8 @@ MMDCN_BLOCK void tensor_forward_block(const Ctx& ctx, const DeformConv2dProblem&
     const int64_t pixel_tile_and_group = divide(tile, channel_tiles);
     const int64_t pixel_tile = divide(pixel_tile_and_group, problem.shape.groups);
     const auto group = static_cast<int>(pixel_tile_and_group - pixel_tile * problem.shape.groups);
-    const auto first_in_group = static_cast<int>(tile - pixel_tile_and_group * channel_tiles) * kOut;
+    const auto first_in_group =
+        static_cast<int>(tile - pixel_tile_and_group * channel_tiles) * kOut;
     const int group_channel = group * static_cast<int>(problem.group_channels);
     const int group_outs = static_cast<int>(problem.group_out_channels);
     const int first_out = group * group_outs + first_in_group;
@@ -160,7 +161,7 @@ MMDCN_BLOCK void tensor_forward_block(const Ctx& ctx, const DeformConv2dProblem&
     MMDCN_NO_UNROLL
     for (int slice = 0; slice < kOut; slice += kSlice) {
       ctx.sync();  // The operands, or the slice before, have been read.
-      product.for_each(ctx, [&](int pixel, int out, const float(&pair)[2]) {
+      product.for_each(ctx, [&](int pixel, int out, const float (&pair)[2]) {
         if (out < slice || out >= slice + kSlice) return;
         float value[2] = {pair[0], pair[1]};
         if (bias && out < outs) {
