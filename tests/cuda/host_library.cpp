@@ -52,6 +52,7 @@ void dispatch(Precision precision, const Run& run) {
 static Kernels wanted_kernels = Kernels::kSimple;
 static int tensor_core_launches = 0;  // since they were chosen
 Kernels chosen_kernels() { return wanted_kernels; }
+bool has_tensor_cores(int) { return true; }
 
 // So little that calls on several images take them one, two or three at a time.
 int64_t deform_conv2d_workspace_bytes() { return 100'000; }

@@ -307,18 +307,19 @@ def test_tensor_cores_with_offsets_that_reach_nothing(tensor_cores, value):
         assert launches() >= 3
 
 
-def test_tensor_cores_do_not_read_what_counts_for_nothing(tensor_cores):
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_tensor_cores_do_not_read_what_counts_for_nothing(tensor_cores, backward):
     """Pixels that no sample reaches may hold anything."""
-    problem = Problem(1, 32, 6, 6, 8, channels_last=True)
-    tensors = problem.tensors(torch.float16)
+    tensors = Problem(1, 32, 6, 6, 8, channels_last=True).tensors(torch.float16)
     with torch.no_grad():
+        # Samples lie on pixels, so forward passes need one row only, and slopes the next one too.
         tensors["offset"].zero_()
-        tensors["offset"][..., 4:, :] = 50.0
+        tensors["offset"][..., 3 if backward else 4 :, :] = 50.0
         tensors["input"][:, :, 5] = float("nan")
     with tensor_cores():
         results = run(host_deform_conv2d, tensors, padding=1)
-    assert torch.isfinite(results["output"]).all()
-    assert all(torch.isfinite(results[f"grad_{name}"]).all() for name in NAMES)
+    for name in results if backward else ["output"]:
+        assert torch.isfinite(results[name]).all(), name
 
 
 @pytest.mark.parametrize("wanted", range(16))

@@ -71,9 +71,11 @@ class OnDevice {
 };
 
 // Which kernels compute a call.
-Kernels kernels_for(Precision precision, const DeformConv2dShape& shape, bool allow_tf32) {
-  const bool multiplies = precision != Precision::kFloat32 || allow_tf32;
-  return multiplies && takes_tensor_cores(precision, shape) ? chosen_kernels() : Kernels::kSimple;
+Kernels kernels_for(Precision precision, const DeformConv2dShape& shape, bool allow_tf32,
+                    int device) {
+  const bool allowed = precision != Precision::kFloat32 || allow_tf32;
+  const bool possible = takes_tensor_cores(precision, shape) && has_tensor_cores(device);
+  return allowed && possible ? chosen_kernels() : Kernels::kSimple;
 }
 
 int64_t image_bytes(const Tensor& tensor, int64_t element_size) {
@@ -111,7 +113,8 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& we
                  input.scalar_type(), format);
   if (output.numel() == 0) return output;
 
-  const Kernels kernels = kernels_for(precision, shape, allow_tf32);
+  const Stream stream = device.current_stream();
+  const Kernels kernels = kernels_for(precision, shape, allow_tf32, stream.device);
   const MemoryFormat sampled =
       kernels == Kernels::kTensorCore ? MemoryFormat::ChannelsLast : format;
   const Tensor offsets = torch::stable::contiguous(offset);
@@ -129,7 +132,7 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& we
     deform_conv2d_forward(kernels, precision, problem, features.const_data_ptr(),
                           some.of(offsets).const_data_ptr(), pointer(part_masks),
                           weights.const_data_ptr(), pointer(biases), part.mutable_data_ptr(),
-                          device.current_stream());
+                          stream);
   }
   return output;
 }
@@ -167,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
     return {grad_input, grad_offset, grad_weight, grad_mask};
   }
 
-  const Kernels kernels = kernels_for(precision, shape, allow_tf32);
+  const Kernels kernels = kernels_for(precision, shape, allow_tf32, stream.device);
   const bool tensor_cores = kernels == Kernels::kTensorCore;
   const MemoryFormat sampled = tensor_cores ? MemoryFormat::ChannelsLast : format;
   const MemoryFormat multiplied =

@@ -59,7 +59,10 @@ enum class Kernels { kSimple, kTensorCore };
 // tensor_core. Read once.
 Kernels chosen_kernels();
 
-// Whether the kernels for tensor cores take a problem: channels come in whole steps of the
+// Whether a device has the tensor cores that they need, those of compute capability 8.0 or newer.
+bool has_tensor_cores(int device);
+
+// Whether they take a problem: channels come in whole steps of the
 // multiplication (64 bytes) wherever a group or an offset group begins, output channels in whole
 // vectors, and all that the kernels count in 32 bits stays below 2^31.
 inline bool takes_tensor_cores(Precision precision, const DeformConv2dShape& shape) {

@@ -10,6 +10,13 @@
 namespace mmdcn::cuda {
 namespace {
 
+// Where GPUs without these tensor cores are built for, kernels are empty, and never launched.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kTensorCores = false;
+#else
+constexpr bool kTensorCores = true;
+#endif
+
 // Shared memory that every GPU of compute capability 8.0 or newer has for a block.
 constexpr size_t kLargestStorage = 99 * 1024;
 
@@ -20,8 +27,10 @@ __global__ void __launch_bounds__(TensorCoreContext::kThreads, kOut > 128 ? 1 : 
   using Storage = TensorForwardStorage<T, kPixels, kOut>;
   static_assert(sizeof(Storage) <= kLargestStorage, "too much shared memory");
   extern __shared__ __align__(128) unsigned char memory[];
-  tensor_forward_block(TensorCoreContext{}, problem, input, offset, mask, weight, bias, output,
-                       *reinterpret_cast<Storage*>(memory));
+  if constexpr (kTensorCores) {
+    tensor_forward_block(TensorCoreContext{}, problem, input, offset, mask, weight, bias, output,
+                         *reinterpret_cast<Storage*>(memory));
+  }
 }
 
 template <typename T>
@@ -31,8 +40,10 @@ __global__ void __launch_bounds__(TensorCoreContext::kThreads, 2)
                                 const T* weight, const GradInput grad_input, float* grad_offset,
                                 float* grad_mask) {
   __shared__ TensorBackwardDataStorage<T> storage;
-  tensor_backward_data_block(TensorCoreContext{}, problem, grad_output, input, offset, mask, weight,
-                             grad_input, grad_offset, grad_mask, storage);
+  if constexpr (kTensorCores) {
+    tensor_backward_data_block(TensorCoreContext{}, problem, grad_output, input, offset, mask,
+                               weight, grad_input, grad_offset, grad_mask, storage);
+  }
 }
 
 template <typename T>
@@ -41,8 +52,10 @@ __global__ void __launch_bounds__(TensorCoreContext::kThreads, 2)
                                   const T* input, const float* offset, const float* mask,
                                   int64_t splits, bool accumulate, float* workspace) {
   __shared__ TensorBackwardWeightStorage<T> storage;
-  tensor_backward_weight_block(TensorCoreContext{}, problem, grad_output, input, offset, mask,
-                               splits, accumulate, workspace, storage);
+  if constexpr (kTensorCores) {
+    tensor_backward_weight_block(TensorCoreContext{}, problem, grad_output, input, offset, mask,
+                                 splits, accumulate, workspace, storage);
+  }
 }
 
 // Calls run(Type<T>) for the type of the operands.
@@ -66,6 +79,12 @@ int64_t forward_tiles(const DeformConv2dProblem& problem, int pixels, int outs) 
 }
 
 }  // namespace
+
+bool has_tensor_cores(int device) {
+  int major = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major >= 8;
+}
 
 void tensor_forward(Precision precision, const DeformConv2dProblem& problem, const void* input,
                     const float* offset, const float* mask, const void* weight, const void* bias,

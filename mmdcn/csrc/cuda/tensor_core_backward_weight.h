@@ -103,12 +103,14 @@ MMDCN_BLOCK void tensor_backward_weight_block(const Ctx& ctx, const DeformConv2d
         }
         ctx.sync();
       }
-      MMDCN_UNROLL
+      // Not unrolled, for the sake of registers.
+      MMDCN_NO_UNROLL
       for (int part = 0; part < kParts; ++part) {
         Sample<T> samples[Items::kPerPart];
         if (more) {
           MMDCN_UNROLL
-          for (int i = 0; i < Items::count(part); ++i) {
+          for (int i = 0; i < Items::kPerPart; ++i) {
+            if (!Items::exists(part, i)) continue;
             const int item = Items::item(ctx, part, i);
             const int v = item % kVectors, at = coming % kTablePixels + item / kVectors;
             // Channels beyond the tile's end are those of another run, or none.
@@ -122,7 +124,8 @@ MMDCN_BLOCK void tensor_backward_weight_block(const Ctx& ctx, const DeformConv2d
         }
         if (more) {
           MMDCN_UNROLL
-          for (int i = 0; i < Items::count(part); ++i) {
+          for (int i = 0; i < Items::kPerPart; ++i) {
+            if (!Items::exists(part, i)) continue;
             const int item = Items::item(ctx, part, i);
             const int line = item / kVectors;
             samples[i].blend(ctx, storage.points.weight[0][coming % kTablePixels + line],

@@ -123,9 +123,8 @@ struct PartItems {
   static constexpr int kPerPart = (kPerThread + kParts - 1) / kParts;
   static_assert(kPerThread * Ctx::kThreads == kItems, "uneven");
 
-  MMDCN_BLOCK static int count(int part) {
-    return part * kPerPart + kPerPart <= kPerThread ? kPerPart : kPerThread - part * kPerPart;
-  }
+  // Whether a part has an i-th item, i < kPerPart: the last one may have fewer than the others.
+  MMDCN_BLOCK static bool exists(int part, int i) { return part * kPerPart + i < kPerThread; }
   MMDCN_BLOCK static int item(const Ctx& ctx, int part, int i) {
     return ctx.thread() + (part * kPerPart + i) * Ctx::kThreads;
   }

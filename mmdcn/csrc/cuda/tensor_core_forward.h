@@ -128,12 +128,14 @@ MMDCN_BLOCK void tensor_forward_block(const Ctx& ctx, const DeformConv2dProblem&
         ctx.sync();
       }
       const int row = coming.tap() - coming.first_tap();
-      MMDCN_UNROLL
+      // Not unrolled, for the sake of registers.
+      MMDCN_NO_UNROLL
       for (int part = 0; part < kParts; ++part) {
         Sample<T> samples[Items::kPerPart];
         if (more) {
           MMDCN_UNROLL
-          for (int i = 0; i < Items::count(part); ++i) {
+          for (int i = 0; i < Items::kPerPart; ++i) {
+            if (!Items::exists(part, i)) continue;
             const int item = Items::item(ctx, part, i);
             const int pixel = item / kVectors, v = item % kVectors;
             samples[i].load(ctx, problem, storage.points.weight[row][pixel],
@@ -146,7 +148,8 @@ MMDCN_BLOCK void tensor_forward_block(const Ctx& ctx, const DeformConv2dProblem&
         }
         if (more) {
           MMDCN_UNROLL
-          for (int i = 0; i < Items::count(part); ++i) {
+          for (int i = 0; i < Items::kPerPart; ++i) {
+            if (!Items::exists(part, i)) continue;
             const int item = Items::item(ctx, part, i);
             const int pixel = item / kVectors, v = item % kVectors;
             samples[i].blend(ctx, storage.points.weight[row][pixel],
