@@ -108,7 +108,8 @@ MMDCN_BLOCK void tensor_backward_data_block(const Ctx& ctx, const DeformConv2dPr
       const auto copy = [&](int step, int stage) {
         constexpr int kVectors = kStep<T> / kWide<T>;
         MMDCN_UNROLL
-        for (int item = ctx.thread(); item < kDataPixels * kVectors; item += Ctx::kThreads) {
+        for (int i = 0; i < kPerThread<Ctx, kDataPixels * kVectors>; ++i) {
+          const int item = ctx.thread() + i * Ctx::kThreads;
           const int pixel = item / kVectors, v = item % kVectors;
           const int out = step * kStep<T> + v * kWide<T>;
           const bool exists = pixel < pixels && out < group_outs;
@@ -118,7 +119,8 @@ MMDCN_BLOCK void tensor_backward_data_block(const Ctx& ctx, const DeformConv2dPr
         }
         constexpr int kLine = kDataChannels / kWide<T>;
         MMDCN_UNROLL
-        for (int item = ctx.thread(); item < kStep<T> * kLine; item += Ctx::kThreads) {
+        for (int i = 0; i < kPerThread<Ctx, kStep<T> * kLine>; ++i) {
+          const int item = ctx.thread() + i * Ctx::kThreads;
           const int line = item / kLine, v = item % kLine;
           const int out = step * kStep<T> + line;
           const bool exists = out < group_outs && first + v * kWide<T> < end;

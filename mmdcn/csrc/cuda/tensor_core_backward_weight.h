@@ -83,7 +83,8 @@ MMDCN_BLOCK void tensor_backward_weight_block(const Ctx& ctx, const DeformConv2d
       const int coming = (step + 1) * kStep<T>;  // the first pixel
       if (more) {
         MMDCN_UNROLL
-        for (int item = ctx.thread(); item < kStep<T> * kOutVectors; item += Ctx::kThreads) {
+        for (int i = 0; i < kPerThread<Ctx, kStep<T> * kOutVectors>; ++i) {
+          const int item = ctx.thread() + i * Ctx::kThreads;
           const int line = item / kOutVectors, v = item % kOutVectors;
           const int pixel = coming + line;
           const bool exists = pixel < pixels && v * kWide<T> < outs;

@@ -115,16 +115,20 @@ class Sample {
   }
 };
 
+// Work items of each thread, of which a block has kItems.
+template <typename Ctx, int kItems>
+constexpr int kPerThread = kItems / Ctx::kThreads;
+
 // Work items of a block, shared out over its threads and over the parts of a multiplication, so
 // that a part's items wait for memory while it is multiplied.
 template <typename Ctx, int kItems>
 struct PartItems {
-  static constexpr int kPerThread = kItems / Ctx::kThreads;
-  static constexpr int kPerPart = (kPerThread + kParts - 1) / kParts;
-  static_assert(kPerThread * Ctx::kThreads == kItems, "uneven");
+  static constexpr int kAll = kPerThread<Ctx, kItems>;
+  static constexpr int kPerPart = (kAll + kParts - 1) / kParts;
+  static_assert(kAll * Ctx::kThreads == kItems, "uneven");
 
   // Whether a part has an i-th item, i < kPerPart: the last one may have fewer than the others.
-  MMDCN_BLOCK static bool exists(int part, int i) { return part * kPerPart + i < kPerThread; }
+  MMDCN_BLOCK static bool exists(int part, int i) { return part * kPerPart + i < kAll; }
   MMDCN_BLOCK static int item(const Ctx& ctx, int part, int i) {
     return ctx.thread() + (part * kPerPart + i) * Ctx::kThreads;
   }

@@ -106,7 +106,8 @@ MMDCN_BLOCK void tensor_forward_block(const Ctx& ctx, const DeformConv2dProblem&
       if (more) {
         const int column = coming.column(problem);
         MMDCN_UNROLL
-        for (int item = ctx.thread(); item < kOut * kVectors; item += Ctx::kThreads) {
+        for (int i = 0; i < kPerThread<Ctx, kOut * kVectors>; ++i) {
+          const int item = ctx.thread() + i * Ctx::kThreads;
           const int out = item / kVectors, v = item % kVectors;
           const bool exists = out < outs;
           ctx.copy_async(storage.operands.weight[buffer ^ 1].vector(out, v),
