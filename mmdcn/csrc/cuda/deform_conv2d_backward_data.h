@@ -19,6 +19,7 @@ struct BackwardDataStorage {
     Tile<acc_t, kDepth> grad_output;  // [output channel][pixel]
   };
 
+  acc_t scale;  // of the input's gradient in fixed point
   Pixel pixels[kTile];
   union {
     Operands operands;
@@ -46,7 +47,7 @@ MMDCN_BLOCK void deform_conv2d_backward_data_block(
       shared_point ? point_channels : divide(kTile, point_channels) * point_channels;
   const int64_t ranges = divide_up(problem.shape.channels, range);
   const bool through_points = grad_offset || grad_mask;
-  const InputSum<acc_t> input_sum(problem, grad_input);
+  const InputSum<acc_t> input_sum(ctx, problem, grad_input, storage.scale);
 
   const auto write = [&](const Pixel& pixel, int64_t tap, int64_t group,
                          const PointGradient<acc_t>& gradient) {
@@ -142,20 +143,22 @@ MMDCN_BLOCK void deform_conv2d_backward_data_block(
             MMDCN_UNROLL
             for (int q = 0; q < point.corners.kCount; ++q) {
               const int64_t position = point.corners.position[q];
-              if (position < 0) continue;
-              if (through_points) {
-                const acc_t x_of_q = static_cast<acc_t>(input[start + position]);
-                sample += point.corners.weight[q] * x_of_q;
-                slope_y += point.corners.weight_gradient[0][q] * x_of_q;
-                slope_x += point.corners.weight_gradient[1][q] * x_of_q;
-              }
-              if (input_sum.wanted()) {
-                input_sum.add(ctx, start + position, point.corners.weight[q] * grad_sample);
-              }
+              if (position < 0 || !through_points) continue;
+              const acc_t x_of_q = static_cast<acc_t>(input[start + position]);
+              sample += point.corners.weight[q] * x_of_q;
+              slope_y += point.corners.weight_gradient[0][q] * x_of_q;
+              slope_x += point.corners.weight_gradient[1][q] * x_of_q;
             }
             gradient.y += grad_sample * slope_y;
             gradient.x += grad_sample * slope_x;
             gradient.mask += grad_column * sample;
+            if (!input_sum.wanted()) continue;
+            MMDCN_UNROLL
+            for (int q = 0; q < point.corners.kCount; ++q) {
+              const int64_t position = point.corners.position[q];
+              if (position < 0) continue;
+              input_sum.add(ctx, start + position, point.corners.weight[q] * grad_sample);
+            }
           }
           // An offset group may go on in the next group of the convolution.
           if (!shared_point && end >= group_end) {

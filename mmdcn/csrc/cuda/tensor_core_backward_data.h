@@ -39,6 +39,7 @@ struct TensorBackwardDataStorage {
   };
   Point points[kDataPixels];
   Pixel pixels[kDataPixels];
+  float scale;  // of the input's gradient in fixed point
 };
 
 // Each block computes all gradients of some sampling points: those of kDataPixels pixels, one tap
@@ -56,7 +57,7 @@ MMDCN_BLOCK void tensor_backward_data_block(const Ctx& ctx, const DeformConv2dPr
   constexpr int kStages = Storage::kStages;
   constexpr int kShares = kDataShares * kDataPixels / Ctx::kThreads;  // of each thread
   constexpr int kQuads = kDataChannels / 4 / kDataShares;             // of each share
-  const InputSum<float> input_sum(problem, grad_input);
+  const InputSum<float> input_sum(ctx, problem, grad_input, storage.scale);
   const bool through_points = grad_offset || grad_mask;
   const int group_outs = static_cast<int>(problem.group_out_channels);
   const int group_channels = static_cast<int>(problem.group_channels);
