@@ -54,11 +54,11 @@ struct HostKernels {
                             const scalar_t* input, const acc_t* offset, const acc_t* mask,
                             const scalar_t* weight, const GradInput& grad_input, acc_t* grad_offset,
                             acc_t* grad_mask) {
-    with_results_of_points(problem, grad_offset, grad_mask, [&] {
+    with_results_of_points(problem, grad_input, grad_offset, grad_mask, [&](const auto& sum) {
       run_blocks<Ctx, BackwardDataStorage<acc_t>>(
           kHostBlocks, [&](const Ctx& ctx, BackwardDataStorage<acc_t>& storage) {
             deform_conv2d_backward_data_block(ctx, problem, grad_output, input, offset, mask,
-                                              weight, grad_input, grad_offset, grad_mask, storage);
+                                              weight, sum, grad_offset, grad_mask, storage);
           });
     });
   }
@@ -114,11 +114,11 @@ struct HostKernels {
                                    const scalar_t* input, const acc_t* offset, const acc_t* mask,
                                    const scalar_t* weight, const GradInput& grad_input,
                                    acc_t* grad_offset, acc_t* grad_mask) {
-    with_results_of_points(problem, grad_offset, grad_mask, [&] {
+    with_results_of_points(problem, grad_input, grad_offset, grad_mask, [&](const auto& sum) {
       using Storage = TensorBackwardDataStorage<scalar_t>;
       run_blocks<Ctx, Storage>(kHostBlocks, [&](const Ctx& ctx, Storage& storage) {
-        tensor_backward_data_block(ctx, problem, grad_output, input, offset, mask, weight,
-                                   grad_input, grad_offset, grad_mask, storage);
+        tensor_backward_data_block(ctx, problem, grad_output, input, offset, mask, weight, sum,
+                                   grad_offset, grad_mask, storage);
       });
     });
   }
@@ -138,13 +138,19 @@ struct HostKernels {
   }
 
  private:
+  // Calls run(where the input's gradient is added up).
   template <typename Run>
-  static void with_results_of_points(const DeformConv2dProblem& problem, acc_t* grad_offset,
+  static void with_results_of_points(const DeformConv2dProblem& problem,
+                                     const GradInput& grad_input, acc_t* grad_offset,
                                      acc_t* grad_mask, const Run& run) {
     const int64_t points = problem.all_pixels * problem.shape.deform_groups * problem.taps;
     if (grad_offset) poison(grad_offset, 2 * points);
     if (grad_mask) poison(grad_mask, points);
-    run();
+    if (grad_input.fixed) {
+      run(FixedSum<acc_t>(problem, grad_input));
+    } else {
+      run(FloatingSum<acc_t>(problem, grad_input));
+    }
     if (grad_offset) expect_stored(grad_offset, 2 * points);
     if (grad_mask) expect_stored(grad_mask, points);
   }

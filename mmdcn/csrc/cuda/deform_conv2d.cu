@@ -28,14 +28,15 @@ MMDCN_KERNEL forward_kernel(const DeformConv2dProblem problem, const scalar_t* i
                               storage);
 }
 
-template <typename scalar_t, typename acc_t>
+template <typename scalar_t, typename acc_t, typename Sum>
 MMDCN_KERNEL backward_data_kernel(const DeformConv2dProblem problem, const scalar_t* grad_output,
                                   const scalar_t* input, const acc_t* offset, const acc_t* mask,
                                   const scalar_t* weight, const GradInput grad_input,
                                   acc_t* grad_offset, acc_t* grad_mask) {
   __shared__ BackwardDataStorage<acc_t> storage;
   deform_conv2d_backward_data_block(DeviceContext{}, problem, grad_output, input, offset, mask,
-                                    weight, grad_input, grad_offset, grad_mask, storage);
+                                    weight, Sum(problem, grad_input), grad_offset, grad_mask,
+                                    storage);
 }
 
 template <typename scalar_t, typename acc_t>
@@ -140,11 +141,13 @@ void deform_conv2d_backward_data(Kernels kernels, Precision precision,
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
-    launch(backward_data_kernel<scalar_t, acc_t>, blocks, 0, stream, problem,
-           static_cast<const scalar_t*>(grad_output), static_cast<const scalar_t*>(input),
-           static_cast<const acc_t*>(offset), static_cast<const acc_t*>(mask),
-           static_cast<const scalar_t*>(weight), grad_input, static_cast<acc_t*>(grad_offset),
-           static_cast<acc_t*>(grad_mask));
+    const auto kernel = grad_input.fixed
+                            ? backward_data_kernel<scalar_t, acc_t, FixedSum<acc_t>>
+                            : backward_data_kernel<scalar_t, acc_t, FloatingSum<acc_t>>;
+    launch(kernel, blocks, 0, stream, problem, static_cast<const scalar_t*>(grad_output),
+           static_cast<const scalar_t*>(input), static_cast<const acc_t*>(offset),
+           static_cast<const acc_t*>(mask), static_cast<const scalar_t*>(weight), grad_input,
+           static_cast<acc_t*>(grad_offset), static_cast<acc_t*>(grad_mask));
   });
 }
 

@@ -19,7 +19,6 @@ struct BackwardDataStorage {
     Tile<acc_t, kDepth> grad_output;  // [output channel][pixel]
   };
 
-  acc_t scale;  // of the input's gradient in fixed point
   Pixel pixels[kTile];
   union {
     Operands operands;
@@ -30,12 +29,13 @@ struct BackwardDataStorage {
 
 // Each block computes all gradients of some sampling points: those of kTile pixels, one tap, and
 // one offset group, or several small ones that fill a tile of channels together. So every element
-// of grad_offset and grad_mask comes from one block, in a fixed order.
-template <typename Ctx, typename scalar_t, typename acc_t>
+// of grad_offset and grad_mask comes from one block, in a fixed order. `grad_input` is a
+// FloatingSum or a FixedSum.
+template <typename Ctx, typename scalar_t, typename acc_t, typename Sum>
 MMDCN_BLOCK void deform_conv2d_backward_data_block(
     const Ctx& ctx, const DeformConv2dProblem& problem, const scalar_t* grad_output,
     const scalar_t* input, const acc_t* offset, const acc_t* mask, const scalar_t* weight,
-    const GradInput& grad_input, acc_t* grad_offset, acc_t* grad_mask,
+    const Sum& grad_input, acc_t* grad_offset, acc_t* grad_mask,
     BackwardDataStorage<acc_t>& storage) {
   using Items = PixelItems<Ctx, kTile>;
   const int64_t channels = problem.group_channels;
@@ -47,7 +47,6 @@ MMDCN_BLOCK void deform_conv2d_backward_data_block(
       shared_point ? point_channels : divide(kTile, point_channels) * point_channels;
   const int64_t ranges = divide_up(problem.shape.channels, range);
   const bool through_points = grad_offset || grad_mask;
-  const InputSum<acc_t> input_sum(ctx, problem, grad_input, storage.scale);
 
   const auto write = [&](const Pixel& pixel, int64_t tap, int64_t group,
                          const PointGradient<acc_t>& gradient) {
@@ -143,22 +142,20 @@ MMDCN_BLOCK void deform_conv2d_backward_data_block(
             MMDCN_UNROLL
             for (int q = 0; q < point.corners.kCount; ++q) {
               const int64_t position = point.corners.position[q];
-              if (position < 0 || !through_points) continue;
-              const acc_t x_of_q = static_cast<acc_t>(input[start + position]);
-              sample += point.corners.weight[q] * x_of_q;
-              slope_y += point.corners.weight_gradient[0][q] * x_of_q;
-              slope_x += point.corners.weight_gradient[1][q] * x_of_q;
+              if (position < 0) continue;
+              if (through_points) {
+                const acc_t x_of_q = static_cast<acc_t>(input[start + position]);
+                sample += point.corners.weight[q] * x_of_q;
+                slope_y += point.corners.weight_gradient[0][q] * x_of_q;
+                slope_x += point.corners.weight_gradient[1][q] * x_of_q;
+              }
+              if (grad_input.wanted()) {
+                grad_input.add(ctx, start + position, point.corners.weight[q] * grad_sample);
+              }
             }
             gradient.y += grad_sample * slope_y;
             gradient.x += grad_sample * slope_x;
             gradient.mask += grad_column * sample;
-            if (!input_sum.wanted()) continue;
-            MMDCN_UNROLL
-            for (int q = 0; q < point.corners.kCount; ++q) {
-              const int64_t position = point.corners.position[q];
-              if (position < 0) continue;
-              input_sum.add(ctx, start + position, point.corners.weight[q] * grad_sample);
-            }
           }
           // An offset group may go on in the next group of the convolution.
           if (!shared_point && end >= group_end) {

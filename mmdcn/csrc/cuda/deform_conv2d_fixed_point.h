@@ -54,42 +54,52 @@ struct FixedPoint {
   }
 };
 
-// Where a block adds to the gradient of the input. The scale is in shared memory, to spare each
-// thread a register: there must be a barrier before the first addition.
+// Where a thread adds to the gradient of the input, in floating point.
 template <typename acc_t>
-class InputSum {
-  const GradInput& grad_input_;
-  acc_t& scale_;  // units of the fixed-point sums in 1; 0 if they are all to be NaN
+class FloatingSum {
+  acc_t* sum_;
 
  public:
+  MMDCN_BLOCK FloatingSum(const DeformConv2dProblem&, const GradInput& grad_input)
+      : sum_(static_cast<acc_t*>(grad_input.sum)) {}
+
+  MMDCN_BLOCK bool wanted() const { return sum_; }
+
+  // To one element, or to four neighbours of which the first lies at a multiple of four.
   template <typename Ctx>
-  MMDCN_BLOCK InputSum(const Ctx& ctx, const DeformConv2dProblem& problem,
-                       const GradInput& grad_input, acc_t& scale)
-      : grad_input_(grad_input), scale_(scale) {
-    if (!grad_input.fixed || ctx.thread() != 0) return;
+  MMDCN_BLOCK void add(const Ctx& ctx, int64_t index, acc_t value) const {
+    ctx.atomic_add(sum_ + index, value);
+  }
+  template <typename Ctx>
+  MMDCN_BLOCK void add(const Ctx& ctx, int64_t index, const acc_t (&values)[4]) const {
+    ctx.atomic_add(sum_ + index, values);
+  }
+};
+
+// The same in fixed point.
+template <typename acc_t>
+class FixedSum {
+  int64_t* sum_;
+  acc_t scale_;  // units in 1; 0 if all sums are to be NaN
+
+ public:
+  MMDCN_BLOCK FixedSum(const DeformConv2dProblem& problem, const GradInput& grad_input)
+      : sum_(grad_input.fixed) {
     const FixedPoint<acc_t> unit(problem, grad_input.magnitudes);
     scale_ = unit.finite ? std::ldexp(acc_t(1), -unit.exponent) : acc_t(0);
   }
 
-  MMDCN_BLOCK bool wanted() const { return grad_input_.sum || grad_input_.fixed; }
+  MMDCN_BLOCK bool wanted() const { return true; }
 
   template <typename Ctx>
   MMDCN_BLOCK void add(const Ctx& ctx, int64_t index, acc_t value) const {
-    if (!grad_input_.fixed) return ctx.atomic_add(sum() + index, value);
     // What is to be NaN may be more than an integer holds.
-    if (scale_ != 0)
-      ctx.atomic_add(grad_input_.fixed + index, static_cast<int64_t>(value * scale_));
+    if (scale_ != 0) ctx.atomic_add(sum_ + index, static_cast<int64_t>(value * scale_));
   }
-
-  // To four neighbours, of which the first lies at a multiple of four.
   template <typename Ctx>
   MMDCN_BLOCK void add(const Ctx& ctx, int64_t index, const acc_t (&values)[4]) const {
-    if (!grad_input_.fixed) return ctx.atomic_add(sum() + index, values);
     for (int i = 0; i < 4; ++i) add(ctx, index + i, values[i]);
   }
-
- private:
-  MMDCN_BLOCK acc_t* sum() const { return static_cast<acc_t*>(grad_input_.sum); }
 };
 
 struct MagnitudeStorage {

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(TensorCoreContext::kThreads, kOut > 128 ? 1 : 
   }
 }
 
-template <typename T>
+template <typename T, typename Sum>
 __global__ void __launch_bounds__(TensorCoreContext::kThreads, 2)
     tensor_backward_data_kernel(const DeformConv2dProblem problem, const T* grad_output,
                                 const T* input, const float* offset, const float* mask,
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(TensorCoreContext::kThreads, 2)
   __shared__ TensorBackwardDataStorage<T> storage;
   if constexpr (kTensorCores) {
     tensor_backward_data_block(TensorCoreContext{}, problem, grad_output, input, offset, mask,
-                               weight, grad_input, grad_offset, grad_mask, storage);
+                               weight, Sum(problem, grad_input), grad_offset, grad_mask, storage);
   }
 }
 
@@ -119,9 +119,11 @@ void tensor_backward_data(Precision precision, const DeformConv2dProblem& proble
       tiles(problem.all_pixels, kDataPixels) * problem.taps * problem.shape.deform_groups;
   dispatch(precision, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(tensor_backward_data_kernel<T>, blocks, 0, stream, problem,
-           static_cast<const T*>(grad_output), static_cast<const T*>(input), offset, mask,
-           static_cast<const T*>(weight), grad_input, grad_offset, grad_mask);
+    const auto kernel = grad_input.fixed ? tensor_backward_data_kernel<T, FixedSum<float>>
+                                         : tensor_backward_data_kernel<T, FloatingSum<float>>;
+    launch(kernel, blocks, 0, stream, problem, static_cast<const T*>(grad_output),
+           static_cast<const T*>(input), offset, mask, static_cast<const T*>(weight), grad_input,
+           grad_offset, grad_mask);
   });
 }
 

@@ -39,25 +39,24 @@ struct TensorBackwardDataStorage {
   };
   Point points[kDataPixels];
   Pixel pixels[kDataPixels];
-  float scale;  // of the input's gradient in fixed point
 };
 
 // Each block computes all gradients of some sampling points: those of kDataPixels pixels, one tap
 // and one offset group. So every element of grad_offset and grad_mask comes from one block, in a
 // fixed order. Everything but the addition to the input's gradient follows from four numbers for
 // each point: the sum, over the channels, of the column's gradient times the input at each corner.
-template <typename Ctx, typename T>
+// `grad_input` is a FloatingSum or a FixedSum.
+template <typename Ctx, typename T, typename Sum>
 MMDCN_BLOCK void tensor_backward_data_block(const Ctx& ctx, const DeformConv2dProblem& problem,
                                             const T* grad_output, const T* input,
                                             const float* offset, const float* mask, const T* weight,
-                                            const GradInput& grad_input, float* grad_offset,
+                                            const Sum& grad_input, float* grad_offset,
                                             float* grad_mask,
                                             TensorBackwardDataStorage<T>& storage) {
   using Storage = TensorBackwardDataStorage<T>;
   constexpr int kStages = Storage::kStages;
   constexpr int kShares = kDataShares * kDataPixels / Ctx::kThreads;  // of each thread
   constexpr int kQuads = kDataChannels / 4 / kDataShares;             // of each share
-  const InputSum<float> input_sum(ctx, problem, grad_input, storage.scale);
   const bool through_points = grad_offset || grad_mask;
   const int group_outs = static_cast<int>(problem.group_out_channels);
   const int group_channels = static_cast<int>(problem.group_channels);
@@ -191,11 +190,11 @@ MMDCN_BLOCK void tensor_backward_data_block(const Ctx& ctx, const DeformConv2dPr
               ctx.template unpack<T>(loaded, x);
               for (int c = 0; c < 4; ++c) dots[i].of[q] += grad_column[c] * x[c];
             }
-            if (input_sum.wanted()) {
+            if (grad_input.wanted()) {
               const float factor = at.weight.of[q] * at.modulation;
               float gradient[4];
               for (int c = 0; c < 4; ++c) gradient[c] = factor * grad_column[c];
-              input_sum.add(ctx, position, gradient);
+              grad_input.add(ctx, position, gradient);
             }
           }
         }
