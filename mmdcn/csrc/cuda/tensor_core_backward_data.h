@@ -133,25 +133,27 @@ MMDCN_BLOCK void tensor_backward_data_block(const Ctx& ctx, const DeformConv2dPr
       typename Ctx::template TensorProduct<kDataPixels, kDataChannels> product;
       product.clear();
       ctx.sync();  // The gradients of the previous columns have been used.
-      for (int step = 0; step < kStages - 1; ++step) {
-        if (step < steps) copy(step, step);
-        ctx.commit();
-      }
-      int stage = 0, coming = kStages - 1;
+      // A round multiplies one step and asks for the one that is kStages - 1 further; the first
+      // rounds have nothing to multiply yet.
+      const auto next = [](int stage) { return stage + 1 == kStages ? 0 : stage + 1; };
+      int stage = 0, coming = 0;
       MMDCN_NO_UNROLL
-      for (int step = 0; step < steps; ++step) {
-        ctx.template wait<kStages - 2>();
-        // This step's operands are there, and nobody reads those of the step before.
-        ctx.sync();
+      for (int step = 1 - kStages; step < steps; ++step) {
+        if (step >= 0) {
+          ctx.template wait<kStages - 2>();
+          // This step's operands are there, and nobody reads those of the step before.
+          ctx.sync();
+        }
         if (step + kStages - 1 < steps) copy(step + kStages - 1, coming);
         ctx.commit();
+        coming = next(coming);
+        if (step < 0) continue;
         MMDCN_UNROLL
         for (int part = 0; part < kParts; ++part) {
           product.add(ctx, storage.operands.grad_output[stage], storage.operands.weight[stage],
                       part);
         }
-        coming = stage;
-        stage = stage + 1 == kStages ? 0 : stage + 1;
+        stage = next(stage);
       }
       ctx.sync();  // The operands have been read.
       product.for_each(ctx, [&](int pixel, int channel, const float (&pair)[2]) {
@@ -171,7 +173,7 @@ MMDCN_BLOCK void tensor_backward_data_block(const Ctx& ctx, const DeformConv2dPr
         if (at.position[0] < 0 && at.position[1] < 0 && at.position[2] < 0 && at.position[3] < 0) {
           continue;
         }
-        MMDCN_UNROLL
+        MMDCN_NO_UNROLL
         for (int quad = 0; quad < kQuads; ++quad) {
           const int channel = (quad * kDataShares + share) * 4;
           if (first + channel >= end) continue;

@@ -54,7 +54,7 @@ MMDCN_BLOCK void tensor_backward_weight_block(const Ctx& ctx, const DeformConv2d
     const int first_in_run =
         static_cast<int>(channel_tile_and_split - run_and_split * run_tiles) * kWeightChannels;
     const int runs = static_cast<int>(problem.shape.channels) / channels;
-    const int64_t split = divide(run_and_split, runs);
+    const auto split = static_cast<int>(divide(run_and_split, runs));
     const int first_channel =
         static_cast<int>(run_and_split - split * runs) * channels + first_in_run;
     const int tile_channels = static_cast<int>(smaller(kWeightChannels, channels - first_in_run));
@@ -64,23 +64,21 @@ MMDCN_BLOCK void tensor_backward_weight_block(const Ctx& ctx, const DeformConv2d
     const int outs = static_cast<int>(smaller(kWeightOut, group_outs - first_in_group));
     const auto first_pixel = static_cast<int>(smaller(split * length, problem.all_pixels));
     const auto pixels = static_cast<int>(smaller(length, problem.all_pixels - first_pixel));
-    const int steps = (pixels + kStep<T> - 1) / kStep<T>;
     const T* const tile_gradient =
         grad_output + first_pixel * problem.shape.out_channels + first_out;
 
     typename Ctx::template TensorProduct<kWeightOut, kWeightChannels> product;
     product.clear();
     int buffer = 1;
-    // A round multiplies one step while the next one is copied and sampled; the first round has
-    // nothing to multiply yet.
+    // A round multiplies one step while the next one, which begins with pixel `coming`, is copied
+    // and sampled; the first round has nothing to multiply yet.
     MMDCN_NO_UNROLL
-    for (int step = -1; step < steps; ++step) {
+    for (int coming = 0; coming < pixels + kStep<T>; coming += kStep<T>) {
       ctx.template wait<0>();
       // Both operands of this step are there, and nobody reads those of the step, or the tile,
       // before.
       ctx.sync();
-      const bool more = step + 1 < steps;
-      const int coming = (step + 1) * kStep<T>;  // the first pixel
+      const bool more = coming < pixels;
       if (more) {
         MMDCN_UNROLL
         for (int i = 0; i < kPerThread<Ctx, kStep<T> * kOutVectors>; ++i) {
@@ -117,10 +115,10 @@ MMDCN_BLOCK void tensor_backward_weight_block(const Ctx& ctx, const DeformConv2d
             // Channels beyond the tile's end are those of another run, or none.
             const bool exists = v * kWide<T> < tile_channels;
             samples[i].load(ctx, problem, exists ? storage.points.weight[0][at] : CornerWeights{},
-                            input + first_channel + v * kWide<T>, storage.points.low[0][at]);
+                            input, storage.points.low[0][at] + first_channel + v * kWide<T>);
           }
         }
-        if (step >= 0) {
+        if (coming > 0) {
           product.add(ctx, storage.grad_output[buffer], storage.columns[buffer], part);
         }
         if (more) {
@@ -145,11 +143,11 @@ MMDCN_BLOCK void tensor_backward_weight_block(const Ctx& ctx, const DeformConv2d
       float* const to = workspace + (row + out) * problem.columns + column + channel;
       if (accumulate) {
         for (int i = 0; i < 2; ++i) to[i] += pair[i];
-      } else {
-        Vector<float, 2> packed;
-        ctx.template pack<float>(pair, packed);
-        ctx.store(to, packed);
+        return;
       }
+      Vector<float, 2> packed;
+      ctx.template pack<float>(pair, packed);
+      ctx.store(to, packed);
     });
   }
 }
