@@ -13,7 +13,6 @@ import torch
 HERE = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
-INCLUDES = ["-isystem", str(TORCH / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
 def compile_host(source: str, target: Path, *flags: str) -> Path:
@@ -29,8 +28,7 @@ def host_check(tmp_path):
     """Builds tests/cuda/host_check.cpp with the given flags and returns its path."""
 
     def build(*flags: str) -> Path:
-        options = ("-g1", "-pthread", *INCLUDES, *flags)
-        return compile_host("host_check.cpp", tmp_path / "host_check", *options)
+        return compile_host("host_check.cpp", tmp_path / "host_check", "-g1", "-pthread", *flags)
 
     return build
 
@@ -41,8 +39,9 @@ def host_library(tmp_path_factory) -> Path:
     return compile_host(
         "host_library.cpp",
         tmp_path_factory.mktemp("host_library") / "host.so",
-        *("-O2", "-shared", "-fPIC", "-pthread", "-Wl,-Bsymbolic", "-DUSE_CUDA"),
-        *(*INCLUDES, f"-L{TORCH / 'lib'}", "-ltorch_cpu"),
+        *("-O2", "-shared", "-fPIC", "-pthread", "-Wl,-Bsymbolic"),
+        *("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
+        *("-isystem", str(TORCH / "include"), f"-L{TORCH / 'lib'}", "-ltorch_cpu"),
     )
 
 

@@ -6,8 +6,6 @@
 // draws problems, in buffers of exactly the right size, and runs KERNELS (simple or tensor_core) on
 // them, on blocks of one thread and on blocks of THREADS: 4, or 256 as on the GPU. Both must agree:
 // to the bit, but for what is added atomically in floating point.
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -67,7 +65,7 @@ DeformConv2dProblem draw_problem(Draw& draw, Family family) {
     shape.groups = draw.between(1, 2);
     shape.deform_groups = draw.between(1, 2);
     shape.channels = 32 * shape.groups * shape.deform_groups;
-    shape.out_channels = shape.groups * draw.one_of({8, 72, 136});
+    shape.out_channels = shape.groups * draw.one_of({8, 72});
   }
   shape.height = draw.between(1, 9);
   shape.width = draw.between(1, 9);
@@ -128,7 +126,7 @@ Results<T, acc_t> run(const DeformConv2dProblem& problem, const Inputs<T, acc_t>
   const auto forward = [&](const DeformConv2dProblem& to, std::vector<T>& output) {
     const auto function = [] {
       if constexpr (kTensorCore) {
-        return &Kernels::tensor_forward;
+        return &Kernels::template tensor_forward<64, 64>;
       } else {
         return &Kernels::forward;
       }
@@ -236,11 +234,12 @@ bool check(unsigned seed) {
 
 template <Family kFamily, typename Several>
 bool check_all(unsigned first, unsigned problems) {
-  using Other = std::conditional_t<kFamily == Family::kSimple, double, torch::headeronly::Half>;
   bool passed = true;
   for (unsigned seed = first; seed < first + problems; ++seed) {
     passed = check<kFamily, Several, float>(seed) && passed;
-    passed = check<kFamily, Several, Other>(seed) && passed;
+    if constexpr (kFamily == Family::kSimple) {
+      passed = check<kFamily, Several, double>(seed) && passed;
+    }
   }
   return passed;
 }

@@ -1,8 +1,6 @@
 // The launches of mmdcn/csrc/cuda/*.cu, on the host.
 #pragma once
 
-#include <type_traits>
-
 #include "../../mmdcn/csrc/cuda/deform_conv2d_backward_data.h"
 #include "../../mmdcn/csrc/cuda/deform_conv2d_backward_weight.h"
 #include "../../mmdcn/csrc/cuda/deform_conv2d_fixed_point.h"
@@ -88,26 +86,17 @@ struct HostKernels {
 
   // ---- on tensor cores
 
+  template <int kPixels, int kOut>
   static void tensor_forward(const DeformConv2dProblem& problem, const scalar_t* input,
                              const acc_t* offset, const acc_t* mask, const scalar_t* weight,
                              const scalar_t* bias, scalar_t* output) {
-    const auto run = [&](auto* storage_type) {
-      using Storage = std::remove_pointer_t<decltype(storage_type)>;
-      const int64_t elements = problem.all_pixels * problem.shape.out_channels;
-      poison(output, elements);
-      run_blocks<Ctx, Storage>(kHostBlocks, [&](const Ctx& ctx, Storage& storage) {
-        tensor_forward_block(ctx, problem, input, offset, mask, weight, bias, output, storage);
-      });
-      expect_stored(output, elements);
-    };
-    // Every size of tiles that there is.
-    if (problem.group_out_channels > 128) {
-      run(static_cast<TensorForwardStorage<scalar_t, 128, 256>*>(nullptr));
-    } else if (problem.group_out_channels > 64) {
-      run(static_cast<TensorForwardStorage<scalar_t, 128, 128>*>(nullptr));
-    } else {
-      run(static_cast<TensorForwardStorage<scalar_t, 64, 64>*>(nullptr));
-    }
+    using Storage = TensorForwardStorage<scalar_t, kPixels, kOut>;
+    const int64_t elements = problem.all_pixels * problem.shape.out_channels;
+    poison(output, elements);
+    run_blocks<Ctx, Storage>(kHostBlocks, [&](const Ctx& ctx, Storage& storage) {
+      tensor_forward_block(ctx, problem, input, offset, mask, weight, bias, output, storage);
+    });
+    expect_stored(output, elements);
   }
 
   static void tensor_backward_data(const DeformConv2dProblem& problem, const scalar_t* grad_output,

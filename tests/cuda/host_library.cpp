@@ -71,7 +71,14 @@ void deform_conv2d_forward(Kernels kernels, Precision precision, const DeformCon
     if constexpr (std::is_same_v<acc_t, float>) {
       if (kernels == Kernels::kTensorCore) {
         ++tensor_core_launches;
-        return run(&OneThread<scalar_t, acc_t>::tensor_forward);
+        // Every size of tiles that there is.
+        using Host = OneThread<scalar_t, acc_t>;
+        if (problem.group_out_channels > 128) {
+          return run(&Host::template tensor_forward<128, 256>);
+        } else if (problem.group_out_channels > 64) {
+          return run(&Host::template tensor_forward<128, 128>);
+        }
+        return run(&Host::template tensor_forward<64, 64>);
       }
     }
     run(&OneThread<scalar_t, acc_t>::forward);

@@ -417,7 +417,7 @@ def tell_kernels(library: Path, value: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("sanitizers", ["address,undefined,float-cast-overflow", "thread"])
 def test_sanitizers(host_check, sanitizers):
     program = host_check("-O1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all")
-    runs = [("simple", "0", "25", "4"), ("tensor_core", "0", "6", "4")]
+    runs = [("simple", "0", "25", "4"), ("tensor_core", "0", "4", "4")]
     if sanitizers != "thread":  # the geometry of the GPU's blocks
         runs += [("simple", "100", "1", "256"), ("tensor_core", "100", "1", "256")]
     for arguments in runs:
