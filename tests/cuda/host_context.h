@@ -121,6 +121,16 @@ class HostContext {
   }
 
   template <typename T, int kLength>
+  void load_shared(const T* address, Vector<T, kLength>& vector) const {
+    load(address, vector);
+  }
+  template <typename T, int kLength>
+  void store_shared(T* address, const Vector<T, kLength>& vector) const {
+    require_alignment(address, sizeof(vector));
+    std::memcpy(static_cast<void*>(address), &vector, sizeof(vector));
+  }
+
+  template <typename T, int kLength>
   void unpack(const Vector<T, kLength>& vector, float (&values)[kLength]) const {
     T elements[kLength];
     std::memcpy(static_cast<void*>(elements), &vector, sizeof(vector));

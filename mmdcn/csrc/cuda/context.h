@@ -16,6 +16,7 @@
 //
 //   load(address, vector)           8 or 16 bytes of the arguments, aligned to as many
 //   store(address, vector)          writes a vector of a result; once per element, likewise
+//   load_shared, store_shared       the same in shared memory, where vectors may be of two elements
 //   unpack<T>, pack<T>              between vectors of T and floats
 //   atomic_add(address, four)       as above, to four floats, aligned to 16 bytes
 //   copy_async(shared, global, exists)

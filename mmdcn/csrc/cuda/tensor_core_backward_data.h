@@ -159,7 +159,7 @@ MMDCN_BLOCK void tensor_backward_data_block(const Ctx& ctx, const DeformConv2dPr
       product.for_each(ctx, [&](int pixel, int channel, const float (&pair)[2]) {
         Vector<float, 2> packed;
         ctx.template pack<float>(pair, packed);
-        *reinterpret_cast<Vector<float, 2>*>(&storage.grad_columns.row[pixel][channel]) = packed;
+        ctx.store_shared(&storage.grad_columns.row[pixel][channel], packed);
       });
       ctx.sync();
 
@@ -177,10 +177,10 @@ MMDCN_BLOCK void tensor_backward_data_block(const Ctx& ctx, const DeformConv2dPr
         for (int quad = 0; quad < kQuads; ++quad) {
           const int channel = (quad * kDataShares + share) * 4;
           if (first + channel >= end) continue;
+          Vector<float, 4> vector;
           float grad_column[4];
-          ctx.template unpack<float>(
-              *reinterpret_cast<const Vector<float, 4>*>(&storage.grad_columns.row[pixel][channel]),
-              grad_column);
+          ctx.load_shared(&storage.grad_columns.row[pixel][channel], vector);
+          ctx.template unpack<float>(vector, grad_column);
           MMDCN_UNROLL
           for (int q = 0; q < 4; ++q) {
             if (at.position[q] < 0) continue;

@@ -111,7 +111,7 @@ class Sample {
     }
     Vector<T, kWide<T>> packed;
     ctx.template pack<T>(sum, packed);
-    *reinterpret_cast<Vector<T, kWide<T>>*>(target) = packed;
+    ctx.store_shared(target, packed);
   }
 };
 

@@ -135,6 +135,17 @@ struct TensorCoreContext : DeviceContext {
     *reinterpret_cast<Vector<T, kLength>*>(address) = vector;
   }
 
+  // ---- vectors in shared memory
+
+  template <typename T, int kLength>
+  __device__ void load_shared(const T* address, Vector<T, kLength>& vector) const {
+    vector = *reinterpret_cast<const Vector<T, kLength>*>(address);
+  }
+  template <typename T, int kLength>
+  __device__ void store_shared(T* address, const Vector<T, kLength>& vector) const {
+    *reinterpret_cast<Vector<T, kLength>*>(address) = vector;
+  }
+
   template <typename T, int kLength>
   __device__ void unpack(const Vector<T, kLength>& vector, float (&values)[kLength]) const {
     if constexpr (sizeof(T) == 4) {

@@ -173,7 +173,7 @@ MMDCN_BLOCK void tensor_forward_block(const Ctx& ctx, const DeformConv2dProblem&
         }
         Vector<T, 2> packed;
         ctx.template pack<T>(value, packed);
-        *reinterpret_cast<Vector<T, 2>*>(&storage.output.row[pixel][out - slice]) = packed;
+        ctx.store_shared(&storage.output.row[pixel][out - slice], packed);
       });
       ctx.sync();
       if (problem.output.channel == 1) {
@@ -183,10 +183,11 @@ MMDCN_BLOCK void tensor_forward_block(const Ctx& ctx, const DeformConv2dProblem&
           const Pixel& where = storage.pixels[i / kSliceVectors];
           const int out = i % kSliceVectors * kWide<T>;
           if (!where.exists() || slice + out >= outs) continue;
+          Vector<T, kWide<T>> vector;
+          ctx.load_shared(&storage.output.row[i / kSliceVectors][out], vector);
           ctx.store(&output[index(problem.output, where.batch, first_out + slice + out,
                                   where.position(problem))],
-                    *reinterpret_cast<const Vector<T, kWide<T>>*>(
-                        &storage.output.row[i / kSliceVectors][out]));
+                    vector);
         }
       } else {
         MMDCN_NO_UNROLL
