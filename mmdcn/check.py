@@ -35,7 +35,7 @@ def _versions() -> dict[str, str]:
 
 def _libraries() -> dict[str, str]:
     if _library.cuda_is_loaded():
-        cuda = "loaded"
+        cuda = f"loaded, {torch.ops.mmdcn.cuda_kernels()} kernels"
     elif _library.CUDA_LIBRARY.is_file():
         cuda = "built; not loaded, as torch sees no GPU"
     else:

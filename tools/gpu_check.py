@@ -1,7 +1,8 @@
 """Checks and times the installed mmdcn on this machine's GPU; started by tools/gpu_check.sh.
 
 Each section runs in a process of its own, so that one that fails, hangs or breaks the GPU's context
-takes no other with it. What is known so far is written after each section.
+takes no other with it. What is known so far is written after each section. Sections that compute
+run once with each kind of kernels, as MMDCN_CUDA_KERNELS chooses them.
 """
 
 import argparse
@@ -26,17 +27,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+# What a section's name ends with where it runs with the kernels for tensor cores, and otherwise.
+TENSOR_CORE = "_tensor_core"
+KERNELS = {"": "simple kernels", TENSOR_CORE: "kernels for tensor cores"}
+
 # Seconds that each section may take, in the order in which they run; and all of them together.
 SECTIONS = {
     "environment": 60,
     "self_check": 60,
     "agreement": 90,
-    "tests": 200,
+    "agreement_tensor_core": 90,
     "benchmark": 170,
+    "benchmark_tensor_core": 170,
+    "tests_tensor_core": 200,
+    "tests": 200,
+    "memcheck_tensor_core": 120,
+    "racecheck_tensor_core": 120,
     "memcheck": 120,
     "racecheck": 120,
 }
-TOTAL_SECONDS = 540
+TOTAL_SECONDS = 1080
 
 # Largest error that is allowed, relative to the largest element of the exact result (or to 1).
 TOLERANCE = {
@@ -45,6 +55,8 @@ TOLERANCE = {
     torch.float16: 2e-3,
     torch.bfloat16: 1.6e-2,
 }
+# Of float32 where it is multiplied in TF32, which has 11 bits.
+TF32_TOLERANCE = 1e-3
 
 # The 3 x 3 convolutions of R-50 at 800 x 1333.
 STAGES = ("c3", "c4", "c5")
@@ -55,6 +67,15 @@ ROUNDS = 11
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def on_tensor_cores() -> bool:
+    """Whether this section's process runs the kernels for tensor cores."""
+    return os.environ.get("MMDCN_CUDA_KERNELS") == "tensor_core"
+
+
+def tolerance() -> dict[torch.dtype, float]:
+    return {**TOLERANCE, torch.float32: TF32_TOLERANCE} if on_tensor_cores() else TOLERANCE
 
 
 def coordinate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -89,6 +110,7 @@ def environment(_: Path) -> dict:
         "mmdcn": mmdcn.__version__,
         "mmdcn_folder": str(Path(mmdcn.__file__).parent),
         "cuda_library_loaded": _library.cuda_is_loaded(),
+        "shared_memory_kib": properties.shared_memory_per_block_optin // 1024,
     }
     smi = shutil.which("nvidia-smi")
     if smi:
@@ -111,10 +133,16 @@ def draw_call(seed: int, dtype: torch.dtype, largest: int = 20) -> tuple[dict, d
     """Arguments of one random call: tensors on the CPU, and stride, padding, dilation."""
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    channels = draw.choice([1, 3, 4, 12, 17, 40, 64, 70, 130])
-    divisors = [d for d in range(1, channels + 1) if channels % d == 0]
-    groups, deform_groups = draw.choice(divisors), draw.choice(divisors)
-    out_channels = groups * draw.choice([1, 5, 33, 70] if groups < 8 else [1, 3])
+    if on_tensor_cores() and seed % 4:  # mostly what these kernels take
+        channels, groups, deform_groups = draw.choice(
+            [(32, 1, 1), (64, 1, 1), (160, 1, 1), (64, 2, 1), (64, 1, 2), (128, 2, 4), (128, 4, 2)]
+        )
+        out_channels = groups * draw.choice([8, 40, 72, 136])
+    else:
+        channels = draw.choice([1, 3, 4, 12, 17, 40, 64, 70, 130])
+        divisors = [d for d in range(1, channels + 1) if channels % d == 0]
+        groups, deform_groups = draw.choice(divisors), draw.choice(divisors)
+        out_channels = groups * draw.choice([1, 5, 33, 70] if groups < 8 else [1, 3])
     kernel, stride, dilation = ([draw.randint(1, 3) for _ in range(2)] for _ in range(3))
     padding = [d * (k - 1) for d, k in zip(dilation, kernel)]
     size = [draw.randint(1, largest) for _ in range(2)]
@@ -173,7 +201,7 @@ def agreement(_: Path) -> dict:
     from mmdcn.ops import deform_conv2d, reference
 
     rows, failures = [], []
-    for dtype, bound in TOLERANCE.items():
+    for dtype, bound in tolerance().items():
         worst: dict[str, list[float]] = {}
         for seed in range(24):
             tensors, arguments = draw_call(seed, dtype)
@@ -199,6 +227,7 @@ def tests(scratch: Path) -> dict:
     if missing:
         return {"not_run": f"{' and '.join(missing)} not installed; see the agreement instead"}
     report = scratch / "tests.xml"
+    report.unlink(missing_ok=True)  # the other kernels'
     command = [sys.executable, "-m", "pytest", "tests/cuda/test_cuda.py", "-m", "cuda", "-v"]
     command += ["-p", "no:cacheprovider", "--durations=10", f"--junitxml={report}"]
     process = subprocess.run(command, check=False)
@@ -229,7 +258,7 @@ def sanitized(_: Path) -> dict:
     from mmdcn.ops import deform_conv2d
 
     failures = []
-    for dtype, bound in TOLERANCE.items():
+    for dtype, bound in tolerance().items():
         for seed in range(100, 104):
             tensors, arguments = draw_call(seed, dtype, largest=9)
             # Far outside, not finite, and beyond every integer.
@@ -237,12 +266,14 @@ def sanitized(_: Path) -> dict:
             offset[:5] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, -1e10])[
                 : len(offset)
             ]
-            actual = output_and_gradients(deform_conv2d, convert(tensors, "cuda"), arguments)
             expected = output_and_gradients(deform_conv2d, tensors, arguments)
-            for name, value in actual.items():
-                error = relative_error(value, expected[name])
-                if error > 2 * bound:
-                    failures.append(f"{dtype_name(dtype)} {name}, seed {seed}: {error}")
+            for deterministic in (False, True):
+                torch.use_deterministic_algorithms(deterministic)
+                actual = output_and_gradients(deform_conv2d, convert(tensors, "cuda"), arguments)
+                for name, value in actual.items():
+                    error = relative_error(value, expected[name])
+                    if error > 2 * bound:
+                        failures.append(f"{dtype_name(dtype)} {name}, seed {seed}: {error}")
     torch.cuda.synchronize()
     print("the sanitized calls ended")
     return {"failures": failures}
@@ -255,8 +286,10 @@ def run_sanitizer(tool: str, scratch: Path) -> dict:
     if program is None:
         return {"not_run": "compute-sanitizer was not found"}
     result_file = scratch / "sanitized.json"
+    result_file.unlink(missing_ok=True)  # the other kernels'
     command = [program, "--tool", tool, "--report-api-errors", "no", sys.executable, __file__]
-    command += ["--section", "sanitized", "--result", str(result_file)]
+    section = "sanitized" + (TENSOR_CORE if on_tensor_cores() else "")
+    command += ["--section", section, "--result", str(result_file)]
     # Without torch's memory pool every tensor is an allocation with borders that can be checked.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -279,6 +312,17 @@ def memcheck(scratch: Path) -> dict:
 
 def racecheck(scratch: Path) -> dict:
     return run_sanitizer("racecheck", scratch)
+
+
+def deterministically(function: Callable) -> Callable:
+    def call():
+        torch.use_deterministic_algorithms(True)
+        try:
+            return function()
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    return call
 
 
 def benchmark_row(stage: str, batch: int, dtype: torch.dtype, channels_last: bool) -> dict:
@@ -306,10 +350,15 @@ def benchmark_row(stage: str, batch: int, dtype: torch.dtype, channels_last: boo
         "torchvision": implementations.Torchvision(),
     }
     inference, training = {}, {}
+
+    def bind(implementation, tensors: dict) -> implementations.Bound:
+        bound = implementation.bind(case, tensors)
+        bound.infer(), bound.train()
+        return bound
+
     for name, implementation in compared.items():
         try:
-            bound = implementation.bind(case, tensors)
-            bound.infer(), bound.train()
+            bound = bind(implementation, tensors)
             row["forward_peak_mb"][name] = memory.cuda_peak(bound.infer) / 1e6
             bound.drop_gradients()
             row["forward_backward_peak_mb"][name] = memory.cuda_peak(bound.train) / 1e6
@@ -319,6 +368,12 @@ def benchmark_row(stage: str, batch: int, dtype: torch.dtype, channels_last: boo
                 raise
             continue
         inference[name], training[name] = timing.Call(bound.infer), timing.Call(bound.train)
+        if name == "mmdcn":
+            training["mmdcn, deterministic"] = timing.Call(deterministically(bound.train))
+            still = {**tensors, "offset": torch.zeros_like(tensors["offset"])}
+            bound = bind(implementation, still)
+            inference["mmdcn, zero offsets"] = timing.Call(bound.infer)
+            training["mmdcn, zero offsets"] = timing.Call(bound.train)
     budget = timing.Budget(seconds=math.inf, most=ROUNDS)
     for key, calls in (("forward_ms", inference), ("forward_backward_ms", training)):
         samples = timing.interleave(calls, device, budget)
@@ -329,7 +384,7 @@ def benchmark_row(stage: str, batch: int, dtype: torch.dtype, channels_last: boo
 def benchmark(scratch: Path) -> dict:
     # Dense convolution at its best, and in the same arithmetic as ours.
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if on_tensor_cores() else "ieee"
     deadline = time.monotonic() + SECTIONS["benchmark"] - 20
     result = {"rows": [], "failures": [], "complete": True}
     for batch in BATCHES:
@@ -347,7 +402,8 @@ def benchmark(scratch: Path) -> dict:
                         name = f"{stage}, batch {batch}, {dtype_name(dtype)}, {channels_last=}"
                         result["failures"].append(f"{name}: {traceback.format_exc(limit=3)}")
                     # What is measured survives whatever comes next.
-                    write(scratch / "benchmark.json", json.dumps(result))
+                    name = "benchmark" + (TENSOR_CORE if on_tensor_cores() else "")
+                    write(scratch / f"{name}.json", json.dumps(result))
     return result
 
 
@@ -398,6 +454,40 @@ def benchmark_table(rows: list[dict]) -> list[str]:
     )
 
 
+def kernels_table(simple: list[dict], tensor_core: list[dict]) -> list[str]:
+    """Both kinds of kernels side by side: what decides which of them is the default."""
+
+    def key(row: dict) -> tuple:
+        return tuple(row[name] for name in ("stage", "batch", "dtype", "layout"))
+
+    def ms(row: dict, direction: str, name: str = "mmdcn") -> float | None:
+        return row.get(direction, {}).get(name)
+
+    def ratio(a: float | None, b: float | None) -> str:
+        return "—" if None in (a, b) else f"{a / b:.2f}"
+
+    header = ["stage", "batch", "dtype", "layout"]
+    for direction in ("fwd", "fwd+bwd"):
+        header += [f"{direction} simple", "tensor core", "simple ÷ tensor core", "× conv2d"]
+        header.append("zero offsets × conv2d")
+    header.append("deterministic ÷ default")
+    others = {key(row): row for row in simple}
+    lines = []
+    for row in tensor_core:
+        other = others.get(key(row), {})
+        line = list(key(row))
+        for direction in ("forward_ms", "forward_backward_ms"):
+            ours, before = ms(row, direction), ms(other, direction)
+            dense = ms(row, direction, "conv2d")
+            line += ["—" if value is None else f"{value:.3f}" for value in (before, ours)]
+            line += [ratio(before, ours), ratio(ours, dense)]
+            line.append(ratio(ms(row, direction, "mmdcn, zero offsets"), dense))
+        training = "forward_backward_ms"
+        line.append(ratio(ms(row, training, "mmdcn, deterministic"), ms(row, training)))
+        lines.append(line)
+    return table(header, lines)
+
+
 def markdown(report: dict) -> str:
     sections = report["sections"]
     lines = ["# mmdcn on a GPU", ""]
@@ -418,9 +508,11 @@ def markdown(report: dict) -> str:
         rows.append([name, section["status"], seconds, "; ".join(said)[:1500]])
     lines += table(["section", "status", "time", ""], rows)
 
-    agreement_rows = sections.get("agreement", {}).get("result", {}).get("rows", [])
-    if agreement_rows:
-        lines += ["", "## Largest errors, relative to the largest element", ""]
+    for suffix in ("", TENSOR_CORE):
+        agreement_rows = rows_of(sections, f"agreement{suffix}")
+        if not agreement_rows:
+            continue
+        lines += ["", f"## Largest errors, {KERNELS[suffix]}, relative to the largest element", ""]
         header = ["dtype", "result", "against the reference in float64", "against the CPU", "bound"]
         lines += table(
             header,
@@ -430,18 +522,33 @@ def markdown(report: dict) -> str:
                 for row in agreement_rows
             ],
         )
-    benchmark_rows = sections.get("benchmark", {}).get("result", {}).get("rows", [])
-    if benchmark_rows:
+    tensor_core_rows = rows_of(sections, f"benchmark{TENSOR_CORE}")
+    if tensor_core_rows:
         lines += [
-            *("", "## Times in milliseconds", ""),
+            *("", "## Which kernels", ""),
+            "Times in milliseconds. conv2d is that of the run with the kernels for tensor cores, "
+            "so float32 is in TF32 there, and exact with the simple kernels.",
+            "",
+        ]
+        lines += kernels_table(rows_of(sections, "benchmark"), tensor_core_rows)
+    for suffix, arithmetic in (("", "without TF32"), (TENSOR_CORE, "float32 in TF32, as ours")):
+        benchmark_rows = rows_of(sections, f"benchmark{suffix}")
+        if not benchmark_rows:
+            continue
+        lines += [
+            *("", f"## Times in milliseconds, {KERNELS[suffix]}", ""),
             f"Medians of {ROUNDS} interleaved runs, by CUDA events, caches warm. 3×3, stride 1, "
             "padding 1, R-50 at 800×1333, offsets ~ N(0, 2²), mask, no bias. Backward: every "
             "gradient. conv2d is cuDNN's dense convolution, its algorithm chosen by timing, "
-            "without TF32.",
+            f"{arithmetic}.",
             "",
         ]
         lines += benchmark_table(benchmark_rows)
     return "\n".join(lines) + "\n"
+
+
+def rows_of(sections: dict, name: str) -> list[dict]:
+    return sections.get(name, {}).get("result", {}).get("rows", [])
 
 
 def run_section(name: str, seconds: float, scratch: Path, log: Path) -> dict:
@@ -482,16 +589,26 @@ def run_section(name: str, seconds: float, scratch: Path, log: Path) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for the report")
+    parser.add_argument(
+        "--sections",
+        type=lambda names: names.split(","),
+        help=f"run these only, separated by commas: {', '.join(SECTIONS)}",
+    )
     parser.add_argument("--section", help="run one section in this process (used internally)")
     parser.add_argument("--result", type=Path, help="where that section's result goes")
     args = parser.parse_args()
 
     if args.section:
-        section = globals()[args.section]
+        tensor_core = args.section.endswith(TENSOR_CORE)
+        os.environ["MMDCN_CUDA_KERNELS"] = "tensor_core" if tensor_core else "simple"
+        section = globals()[args.section.removesuffix(TENSOR_CORE)]
         write(args.result, json.dumps(section(args.result.parent)))
         return 0
     if args.out is None:
         parser.error("--out is needed")
+    unknown = set(args.sections or ()) - set(SECTIONS)
+    if unknown:
+        parser.error(f"--sections: expected some of {', '.join(SECTIONS)}, got {sorted(unknown)}")
 
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "gpu_check.log"
@@ -501,6 +618,8 @@ def main() -> int:
     report = {"sections": {}}
     deadline = time.monotonic() + TOTAL_SECONDS
     for name, seconds in SECTIONS.items():
+        if args.sections and name not in args.sections:
+            continue
         left = deadline - time.monotonic()
         if left < 10:
             section = {"status": "failed", "seconds": 0.0, "error": "no time was left"}

@@ -2,11 +2,13 @@
 # Checks and times mmdcn's CUDA operators on a GPU machine that has torch, without network and
 # without changing anything in its environment.
 #
-#   tools/gpu_check.sh [WHEEL] [--out FOLDER]
+#   tools/gpu_check.sh [WHEEL] [--out FOLDER] [--sections NAMES]
 #
 # WHEEL    a wheel of mmdcn with its CUDA library; by default the newest in dist/
 # FOLDER   where gpu_check.json, gpu_check.md and gpu_check.log go; by default $OUT, or
 #          work_dirs/gpu_check where that is not set
+# NAMES    some of the sections, separated by commas, where time is short: see SECTIONS in
+#          gpu_check.py; by default all, in at most 18 minutes
 #
 # PYTHON names the interpreter (default: python3). The exit code is 0 only if every check passed.
 set -euo pipefail
@@ -15,6 +17,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
 out=${OUT:-$root/work_dirs/gpu_check}
 wheel=
+sections=()
 
 fail() {
     echo "gpu_check: $1" >&2
@@ -26,6 +29,11 @@ while [ $# -gt 0 ]; do
         --out)
             [ $# -ge 2 ] || fail "--out needs a folder"
             out=$2
+            shift 2
+            ;;
+        --sections)
+            [ $# -ge 2 ] || fail "--sections needs names"
+            sections=(--sections "$2")
             shift 2
             ;;
         -h | --help)
@@ -69,4 +77,4 @@ mkdir "$scratch/run"
 cp -r "$root/tests" "$root/pyproject.toml" "$scratch/run/"
 
 cd "$scratch/run"
-PYTHONPATH="$scratch/site" "$python" "$root/tools/gpu_check.py" --out "$out"
+PYTHONPATH="$scratch/site" "$python" "$root/tools/gpu_check.py" --out "$out" "${sections[@]}"

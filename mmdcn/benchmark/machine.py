@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import mmdcn
+from mmdcn.ops import _library
 
 # By import name, the packages that may provide it.
 PACKAGES = {
@@ -47,6 +48,8 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "torch CPU kernels": torch.backends.cpu.get_cpu_capability(),
     }
+    if _library.cuda_is_loaded():
+        found["mmdcn CUDA kernels"] = torch.ops.mmdcn.cuda_kernels()
     if torch.version.cuda:
         found |= {"CUDA": torch.version.cuda, "cuDNN": str(torch.backends.cudnn.version())}
     for name, packages in PACKAGES.items():

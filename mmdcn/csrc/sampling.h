@@ -52,22 +52,23 @@ MMDCN_HOST_DEVICE void split(coord_t p, index_t& low, coord_t& fraction) {
 }
 
 // The corners of one sample: their flat positions in the feature map, their weights G(q, p), and
-// the derivatives of those weights with respect to each coordinate.
-template <typename coord_t, int R>
+// the derivatives of those weights with respect to each coordinate. Positions are counted in
+// index_t, which must hold the number of them.
+template <typename coord_t, int R, typename index_t = int64_t>
 struct Corners {
   static constexpr int kCount = 1 << R;
 
-  int64_t position[kCount];            // q, flattened row-major; -1 where q does not exist
+  index_t position[kCount];            // q, flattened row-major; -1 where q does not exist
   coord_t weight[kCount];              // G(q, p); 0 where q does not exist
   coord_t weight_gradient[R][kCount];  // dG(q, p) / dp_d, outermost dimension first; 0 likewise
 
   // Fills the corners of point p in a feature map of the given size. Returns false, with nothing
   // filled, when the sample contributes nothing.
-  MMDCN_HOST_DEVICE bool locate(const coord_t (&p)[R], const int64_t (&size)[R]) {
+  MMDCN_HOST_DEVICE bool locate(const coord_t (&p)[R], const index_t (&size)[R]) {
     for (int d = 0; d < R; ++d) {
       if (!reaches(p[d], size[d])) return false;
     }
-    int64_t low[R];
+    index_t low[R];
     coord_t fraction[R];
     for (int d = 0; d < R; ++d) split(p[d], low[d], fraction[d]);
     fill(low, fraction, size);
@@ -98,15 +99,15 @@ struct Corners {
   }
 
   // Fills the corners of the point low + fraction.
-  MMDCN_HOST_DEVICE void fill(const int64_t (&low)[R], const coord_t (&fraction)[R],
-                              const int64_t (&size)[R]) {
+  MMDCN_HOST_DEVICE void fill(const index_t (&low)[R], const coord_t (&fraction)[R],
+                              const index_t (&size)[R]) {
     for (int q = 0; q < kCount; ++q) {
       bool exists = true;
-      int64_t flat = 0;
+      index_t flat = 0;
       coord_t g = 1;
       for (int d = 0; d < R; ++d) {
         const int high = (q >> (R - 1 - d)) & 1;
-        const int64_t index = low[d] + high;
+        const index_t index = low[d] + high;
         exists = exists && index >= 0 && index < size[d];
         flat = flat * size[d] + index;
         g *= high ? fraction[d] : coord_t(1) - fraction[d];

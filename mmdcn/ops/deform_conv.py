@@ -4,7 +4,6 @@ The mathematics is in :mod:`mmdcn.ops.reference`; the kernels are in ``csrc/``.
 """
 
 import contextlib
-import warnings
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +38,8 @@ def deform_conv2d(
 
     A sample with a coordinate that is not finite, or outside (-1, H) × (-1, W), contributes zero
     and has zero gradient. float16 and bfloat16 accumulate in float32. On the CPU the result is the
-    same, bit for bit, for any number of threads; on CUDA the gradient of the input is not, and
-    raises under ``torch.use_deterministic_algorithms(True)``.
+    same, bit for bit, for any number of threads; on CUDA the gradient of the input is the same in
+    every run under ``torch.use_deterministic_algorithms(True)`` only, which costs time and memory.
 
     Differentiable any number of times, from the second on through the reference, which is slow.
     Within the transformations of ``torch.func`` (``vmap``, ``grad``, ``jvp`` and so on) and in
@@ -87,8 +86,26 @@ def deform_conv2d(
     coordinate_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     offset = offset.to(coordinate_dtype)
     mask = None if mask is None else mask.to(coordinate_dtype)
-    function = _by_reference if _is_transformed() else torch.ops.mmdcn.deform_conv2d
-    return function(input, offset, weight, bias, stride, padding, dilation, mask)
+    arguments = (input, offset, weight, bias, stride, padding, dilation, mask)
+    if _is_transformed():
+        return _by_reference(*arguments)
+    # Said only where it matters, for graphs that others translate.
+    tf32 = {"allow_tf32": True} if _multiplies_in_tf32(input) else {}
+    return torch.ops.mmdcn.deform_conv2d(*arguments, **tf32)
+
+
+def _multiplies_in_tf32(input: Tensor) -> bool:
+    return input.is_cuda and _cuda_multiplies_in_tf32(input.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _cuda_multiplies_in_tf32(dtype: torch.dtype) -> bool:
+    """Whether CUDA may: torch's own setting for convolutions, where the kernels have TF32."""
+    return (
+        dtype == torch.float32
+        and torch.ops.mmdcn.cuda_kernels() == "tensor_core"
+        and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    )
 
 
 def _is_transformed() -> bool:
@@ -116,6 +133,7 @@ def _goes_straight(input: Tensor, *others: Tensor | None) -> bool:
     return (
         device.type in ("cpu", "cuda")
         and not torch.is_autocast_enabled(device.type)
+        and not _multiplies_in_tf32(input)
         and all(t is None or (type(t) in _PLAIN and t.device == device) for t in others)
     )
 
@@ -280,7 +298,7 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
 
 
 @torch.library.register_fake("mmdcn::deform_conv2d")
-def _(input, offset, weight, bias, stride, padding, dilation, mask):
+def _(input, offset, weight, bias, stride, padding, dilation, mask, *, allow_tf32=False):
     return torch.empty(
         (input.shape[0], weight.shape[0], offset.shape[2], offset.shape[3]),
         dtype=input.dtype,
@@ -290,7 +308,20 @@ def _(input, offset, weight, bias, stride, padding, dilation, mask):
 
 
 @torch.library.register_fake("mmdcn::deform_conv2d_backward")
-def _(grad_output, input, offset, weight, stride, padding, dilation, mask, output_mask):
+def _(
+    grad_output,
+    input,
+    offset,
+    weight,
+    stride,
+    padding,
+    dilation,
+    mask,
+    output_mask,
+    *,
+    allow_tf32=False,
+    deterministic=False,
+):
     def like(tensor: Tensor | None, wanted: bool, memory_format=torch.contiguous_format) -> Tensor:
         if tensor is None or not wanted:
             return (offset if tensor is None else tensor).new_empty(0)
@@ -309,31 +340,20 @@ def _(grad_output, input, offset, weight, stride, padding, dilation, mask, outpu
 # -------------------------------------------------------------------------------------- autograd
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
     input, offset, weight, _, ctx.stride, ctx.padding, ctx.dilation, mask = inputs
+    ctx.allow_tf32 = keyword_only_inputs["allow_tf32"]
     ctx.save_for_backward(input, offset, weight, mask)
-
-
-def _alert_not_deterministic() -> None:
-    """What torch does for its own operators that add in no fixed order."""
-    if not torch.are_deterministic_algorithms_enabled():
-        return
-    message = (
-        "the gradient of deform_conv2d with respect to its input is not deterministic on CUDA, and "
-        "torch.use_deterministic_algorithms(True) is set: set warn_only=True to accept that"
-    )
-    if not torch.is_deterministic_algorithms_warn_only_enabled():
-        raise RuntimeError(message)
-    warnings.warn(message, stacklevel=2)
 
 
 def _backward(ctx, grad_output):
     input, offset, weight, mask = ctx.saved_tensors
     wants_input, wants_offset, wants_weight, wants_bias, *_, wants_mask = ctx.needs_input_grad
     output_mask = [wants_input, wants_offset, wants_weight, wants_mask]
+    options = {"allow_tf32": True} if ctx.allow_tf32 else {}
+    if input.is_cuda and torch.are_deterministic_algorithms_enabled():
+        options["deterministic"] = True
     gradients = [None] * 4
-    if wants_input and input.is_cuda:
-        _alert_not_deterministic()
     if any(output_mask):
         computed = torch.ops.mmdcn.deform_conv2d_backward(
             grad_output,
@@ -345,6 +365,7 @@ def _backward(ctx, grad_output):
             ctx.dilation,
             mask,
             output_mask,
+            **options,
         )
         gradients = [g if wanted else None for g, wanted in zip(computed, output_mask)]
     grad_input, grad_offset, grad_weight, grad_mask = gradients
@@ -355,7 +376,7 @@ def _backward(ctx, grad_output):
 torch.library.register_autograd("mmdcn::deform_conv2d", _backward, setup_context=_setup_context)
 
 
-def _setup_double_context(ctx, inputs, output) -> None:
+def _setup_double_context(ctx, inputs, keyword_only_inputs, output) -> None:
     *tensors, ctx.stride, ctx.padding, ctx.dilation, mask, ctx.output_mask = inputs
     ctx.save_for_backward(*tensors, mask)
 

@@ -1,7 +1,10 @@
 """Builds the CUDA operators' source for the host."""
 
+import contextlib
+import ctypes
 import os
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,21 +34,47 @@ def host_check(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def host_operators(tmp_path_factory):
-    """The CUDA operators for CPU tensors: ``torch.ops.mmdcn_host``, with the schemas of ours."""
-    import mmdcn.ops  # noqa: F401  (registers the schemas)
-
-    library = compile_host(
+def host_library(tmp_path_factory) -> Path:
+    """The CUDA operators for CPU tensors."""
+    return compile_host(
         "host_library.cpp",
         tmp_path_factory.mktemp("host_library") / "host.so",
         *("-O2", "-shared", "-fPIC", "-pthread", "-Wl,-Bsymbolic"),
         *("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
         *("-isystem", str(TORCH / "include"), f"-L{TORCH / 'lib'}", "-ltorch_cpu"),
     )
+
+
+def load_host_operators(library: Path) -> torch.library.Library:
+    """``torch.ops.mmdcn_host``, with the schemas of ours, while what is returned lives."""
+    import mmdcn.ops  # noqa: F401  (registers the schemas)
+
     definitions = torch.library.Library("mmdcn_host", "DEF")
-    for name in ("deform_conv2d", "deform_conv2d_backward"):
+    for name in ("deform_conv2d", "deform_conv2d_backward", "cuda_kernels"):
         schema = str(getattr(torch.ops.mmdcn, name).default._schema)
         definitions.define(schema.removeprefix("mmdcn::"))
     torch.ops.load_library(str(library))
+    return definitions
+
+
+@pytest.fixture(scope="session")
+def host_operators(host_library):
+    definitions = load_host_operators(host_library)
     yield torch.ops.mmdcn_host
     definitions._destroy()
+
+
+@pytest.fixture(scope="session")
+def tensor_cores(host_operators, host_library) -> Callable:
+    """``with tensor_cores() as launches``: their kernels are chosen; `launches()` counts them."""
+    library = ctypes.CDLL(str(host_library))
+
+    @contextlib.contextmanager
+    def chosen() -> Iterator[Callable[[], int]]:
+        library.mmdcn_host_use_tensor_cores(1)
+        try:
+            yield library.mmdcn_host_tensor_core_launches
+        finally:
+            library.mmdcn_host_use_tensor_cores(0)
+
+    return chosen

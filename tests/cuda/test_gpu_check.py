@@ -14,6 +14,7 @@ from mmdcn.benchmark import cases
 from mmdcn.ops import deform_conv2d
 
 TOOLS = Path(__file__).parents[2] / "tools"
+PASSED = {"status": "passed", "seconds": 0.0, "result": {}}
 
 
 @pytest.fixture
@@ -72,6 +73,21 @@ def test_a_section_that_breaks_takes_no_other_with_it(gpu_check, tmp_path, monke
     assert "dies, hangs, finds did not pass" in capsys.readouterr().err
 
 
+def test_only_some_sections(gpu_check, tmp_path, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(gpu_check, "run_section", lambda name, *_: ran.append(name) or PASSED)
+    monkeypatch.chdir(tmp_path)
+    command = ["gpu_check.py", "--out", "out", "--sections", "benchmark_tensor_core,agreement"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert gpu_check.main() == 0
+    assert ran == ["agreement", "benchmark_tensor_core"]
+
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", "out", "--sections", "tests,speed"])
+    with pytest.raises(SystemExit):
+        gpu_check.main()
+    assert "got ['speed']" in capsys.readouterr().err
+
+
 def test_report_compares_with_dense_convolution_and_torchvision(gpu_check):
     times = {"mmdcn": 2.0, "conv2d": 1.0, "torchvision": 10.0}
     row = {
@@ -127,12 +143,50 @@ def test_a_row_of_the_benchmark_has_every_figure(gpu_check, monkeypatch):
         assert {"mmdcn", "conv2d"} <= set(row[f"{direction}_ms"])
         assert all(ms > 0 for ms in row[f"{direction}_ms"].values())
         assert row[f"{direction}_peak_mb"]["mmdcn"] == 1.0
-    assert set(row["forward_ms"]) | set(row["errors"]) == {"mmdcn", "conv2d", "torchvision"}
+    compared = {"mmdcn", "mmdcn, zero offsets", "conv2d", "torchvision"}
+    assert set(row["forward_ms"]) | set(row["errors"]) == compared
+    compared.add("mmdcn, deterministic")
+    assert set(row["forward_backward_ms"]) | set(row["errors"]) == compared
+    assert not torch.are_deterministic_algorithms_enabled()
     assert len(gpu_check.benchmark_table([row])) == 3
+    assert len(gpu_check.kernels_table([row], [row])) == 3
+    assert len(gpu_check.kernels_table([], [row])) == 3
 
 
+def test_report_puts_both_kernels_side_by_side(gpu_check):
+    row = {"stage": "c3", "batch": 8, "dtype": "bfloat16", "layout": "channels_last"}
+    simple = {**row, "forward_ms": {"mmdcn": 8.0, "conv2d": 1.0}}
+    simple["forward_backward_ms"] = {"mmdcn": 30.0}
+    tensor_core = {**row, "forward_ms": {"mmdcn": 2.0, "conv2d": 1.0, "mmdcn, zero offsets": 1.5}}
+    tensor_core["forward_backward_ms"] = {"mmdcn": 6.0, "mmdcn, deterministic": 9.0, "conv2d": 3.0}
+    line = gpu_check.kernels_table([simple], [tensor_core])[-1]
+    columns = [column.strip() for column in line.strip("|").split("|")]
+    assert columns == [
+        *("c3", "8", "bfloat16", "channels_last"),
+        *("8.000", "2.000", "4.00", "2.00", "1.50"),
+        *("30.000", "6.000", "5.00", "2.00", "—"),
+        "1.50",
+    ]
+
+
+def test_sections_run_with_the_kernels_of_their_name(gpu_check, tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(
+        gpu_check, "agreement", lambda _: chosen.append(gpu_check.on_tensor_cores()) or {}
+    )
+    monkeypatch.setenv("MMDCN_CUDA_KERNELS", "simple")
+    for section in ("agreement", "agreement_tensor_core"):
+        assert section in gpu_check.SECTIONS
+        command = ["gpu_check.py", "--section", section, "--result", str(tmp_path / "result")]
+        monkeypatch.setattr(sys, "argv", command)
+        assert gpu_check.main() == 0
+    assert chosen == [False, True]
+
+
+@pytest.mark.parametrize("kernels", ["simple", "tensor_core"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_drawn_calls_are_valid(gpu_check, dtype):
+def test_drawn_calls_are_valid(gpu_check, monkeypatch, dtype, kernels):
+    monkeypatch.setenv("MMDCN_CUDA_KERNELS", kernels)
     for seed in range(10):
         tensors, arguments = gpu_check.draw_call(seed, dtype)
         again, _ = gpu_check.draw_call(seed, dtype)

@@ -287,7 +287,7 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
 Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& weight,
                      const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
                      const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                     const std::optional<Tensor>& mask) {
+                     const std::optional<Tensor>& mask, bool /* allow_tf32 */) {
   const DeformConv2dShape shape =
       deform_conv2d_shape(input, offset, weight, bias, stride, padding, dilation, mask);
   return with_element_type(input, [&](auto element) {
@@ -301,7 +301,8 @@ Gradients deform_conv2d_backward(const Tensor& grad_output, const Tensor& input,
                                  const std::vector<int64_t>& padding,
                                  const std::vector<int64_t>& dilation,
                                  const std::optional<Tensor>& mask,
-                                 const std::vector<bool>& output_mask) {
+                                 const std::vector<bool>& output_mask, bool /* allow_tf32 */,
+                                 bool /* deterministic: it always is */) {
   const DeformConv2dShape shape =
       deform_conv2d_shape(input, offset, weight, std::nullopt, stride, padding, dilation, mask);
   check_grad_output(shape, grad_output, input, output_mask);

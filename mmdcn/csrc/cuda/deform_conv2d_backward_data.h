@@ -2,7 +2,7 @@
 // columns, transposed weight times output gradient, goes back through the sampling at once.
 #pragma once
 
-#include "deform_conv2d_columns.h"
+#include "deform_conv2d_fixed_point.h"
 
 namespace mmdcn::cuda {
 
@@ -29,12 +29,14 @@ struct BackwardDataStorage {
 
 // Each block computes all gradients of some sampling points: those of kTile pixels, one tap, and
 // one offset group, or several small ones that fill a tile of channels together. So every element
-// of grad_offset and grad_mask comes from one block, in a fixed order.
-template <typename Ctx, typename scalar_t, typename acc_t>
+// of grad_offset and grad_mask comes from one block, in a fixed order. `grad_input` is a
+// FloatingSum or a FixedSum.
+template <typename Ctx, typename scalar_t, typename acc_t, typename Sum>
 MMDCN_BLOCK void deform_conv2d_backward_data_block(
     const Ctx& ctx, const DeformConv2dProblem& problem, const scalar_t* grad_output,
     const scalar_t* input, const acc_t* offset, const acc_t* mask, const scalar_t* weight,
-    acc_t* grad_input, acc_t* grad_offset, acc_t* grad_mask, BackwardDataStorage<acc_t>& storage) {
+    const Sum& grad_input, acc_t* grad_offset, acc_t* grad_mask,
+    BackwardDataStorage<acc_t>& storage) {
   using Items = PixelItems<Ctx, kTile>;
   const int64_t channels = problem.group_channels;
   const int64_t point_channels = problem.deform_group_channels;
@@ -147,9 +149,8 @@ MMDCN_BLOCK void deform_conv2d_backward_data_block(
                 slope_y += point.corners.weight_gradient[0][q] * x_of_q;
                 slope_x += point.corners.weight_gradient[1][q] * x_of_q;
               }
-              if (grad_input) {
-                ctx.atomic_add(&grad_input[start + position],
-                               point.corners.weight[q] * grad_sample);
+              if (grad_input.wanted()) {
+                grad_input.add(ctx, start + position, point.corners.weight[q] * grad_sample);
               }
             }
             gradient.y += grad_sample * slope_y;

@@ -20,12 +20,12 @@ MMDCN_BLOCK int64_t pixels_per_split(const DeformConv2dProblem& problem, int64_t
 }
 
 // Each block computes tiles of kTile output channels by kTile columns of one group, for one part of
-// the pixels, into workspace[split][output channel][column].
+// the pixels, into workspace[split][output channel][column], or adds them to what is there.
 template <typename Ctx, typename scalar_t, typename acc_t>
 MMDCN_BLOCK void deform_conv2d_backward_weight_block(
     const Ctx& ctx, const DeformConv2dProblem& problem, const scalar_t* grad_output,
-    const scalar_t* input, const acc_t* offset, const acc_t* mask, int64_t splits, acc_t* workspace,
-    BackwardWeightStorage<acc_t>& storage) {
+    const scalar_t* input, const acc_t* offset, const acc_t* mask, int64_t splits, bool accumulate,
+    acc_t* workspace, BackwardWeightStorage<acc_t>& storage) {
   constexpr int kStride = Tile<acc_t, kDepth>::kStride;
   const int64_t channel_tiles = divide_up(problem.group_out_channels, kTile);
   const int64_t column_tiles = divide_up(problem.columns, kTile);
@@ -65,7 +65,12 @@ MMDCN_BLOCK void deform_conv2d_backward_weight_block(
         return;
       }
       const int64_t row = split * problem.shape.out_channels + group_out + first_out + out;
-      ctx.store(&workspace[row * problem.columns + first_column + column], value);
+      acc_t* const to = &workspace[row * problem.columns + first_column + column];
+      if (accumulate) {
+        *to += value;
+      } else {
+        ctx.store(to, value);
+      }
     });
   }
 }

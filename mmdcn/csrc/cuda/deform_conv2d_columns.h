@@ -37,19 +37,19 @@ struct Pixel {
   }
 };
 
-// Finds output positions [first, end), numbered over the whole batch.
+// Finds one output position, numbered over the whole batch.
+MMDCN_BLOCK Pixel find_pixel(const DeformConv2dProblem& problem, int64_t number) {
+  const int64_t row = divide(number, problem.shape.out_width);
+  const int64_t batch = divide(row, problem.shape.out_height);
+  return {batch, row - batch * problem.shape.out_height, number - row * problem.shape.out_width};
+}
+
+// Finds output positions [first, end).
 template <typename Ctx, int kPixels>
 MMDCN_BLOCK void find_pixels(const Ctx& ctx, const DeformConv2dProblem& problem, int64_t first,
                              int64_t end, Pixel (&pixels)[kPixels]) {
   for (int i = ctx.thread(); i < kPixels; i += Ctx::kThreads) {
-    if (first + i >= end) {
-      pixels[i].batch = -1;
-      continue;
-    }
-    const int64_t row = divide(first + i, problem.shape.out_width);
-    pixels[i].x = first + i - row * problem.shape.out_width;
-    pixels[i].batch = divide(row, problem.shape.out_height);
-    pixels[i].y = row - pixels[i].batch * problem.shape.out_height;
+    pixels[i] = first + i < end ? find_pixel(problem, first + i) : Pixel{-1, 0, 0};
   }
 }
 
@@ -73,13 +73,13 @@ MMDCN_BLOCK int64_t offset_index(const DeformConv2dProblem& problem, const Pixel
 
 // Where one output pixel samples the input for one tap and one offset group. Kept while a thread
 // walks the channels, and moved when tap or offset group change.
-template <typename acc_t>
+template <typename acc_t, typename index_t = int64_t>
 struct SamplingPoint {
   int64_t tap;                         // -1: nowhere yet
   int64_t first_channel, end_channel;  // of the offset group
   bool inside;                         // otherwise `corners` is not filled
   acc_t modulation;
-  Corners<acc_t, 2> corners;  // positions in elements of the input
+  Corners<acc_t, 2, index_t> corners;  // after move_to(), positions in elements of the input
 
   MMDCN_BLOCK void reset() { tap = -1; }
 
@@ -87,24 +87,32 @@ struct SamplingPoint {
                            const acc_t* mask, const Pixel& pixel, int64_t new_tap,
                            int64_t channel) {
     if (tap == new_tap && first_channel <= channel && channel < end_channel) return;
-    const DeformConv2dShape& shape = problem.shape;
     const int64_t group = divide(channel, problem.deform_group_channels);
     tap = new_tap;
     first_channel = group * problem.deform_group_channels;
     end_channel = first_channel + problem.deform_group_channels;
-
-    const int64_t at = offset_index(problem, pixel, group, tap);
-    const int64_t tap_y = divide(tap, shape.kernel_width);
-    const int64_t tap_x = tap - tap_y * shape.kernel_width;
-    const acc_t p[2] = {
-        static_cast<acc_t>(shape.y.base(pixel.y, tap_y)) + offset[at],
-        static_cast<acc_t>(shape.x.base(pixel.x, tap_x)) + offset[at + problem.pixels]};
-    modulation = mask ? mask[mask_index(problem, pixel, group, tap)] : acc_t(1);
-    inside = corners.locate(p, {shape.height, shape.width});
+    const int64_t tap_y = divide(tap, problem.shape.kernel_width);
+    locate(problem, offset, mask, pixel, group, tap, tap_y,
+           tap - tap_y * problem.shape.kernel_width);
     if (inside) {
       MMDCN_UNROLL
       for (int q = 0; q < corners.kCount; ++q) corners.position[q] *= problem.input.position;
     }
+  }
+
+  // Finds the point of a tap, also given as its row and column in the kernel, and an offset group;
+  // its corners' positions are those of pixels.
+  MMDCN_BLOCK void locate(const DeformConv2dProblem& problem, const acc_t* offset,
+                          const acc_t* mask, const Pixel& pixel, int64_t group, int64_t at_tap,
+                          int64_t tap_y, int64_t tap_x) {
+    const DeformConv2dShape& shape = problem.shape;
+    const int64_t at = offset_index(problem, pixel, group, at_tap);
+    const acc_t p[2] = {
+        static_cast<acc_t>(shape.y.base(pixel.y, tap_y)) + offset[at],
+        static_cast<acc_t>(shape.x.base(pixel.x, tap_x)) + offset[at + problem.pixels]};
+    modulation = mask ? mask[mask_index(problem, pixel, group, at_tap)] : acc_t(1);
+    const index_t size[2] = {static_cast<index_t>(shape.height), static_cast<index_t>(shape.width)};
+    inside = corners.locate(p, size);
   }
 
   // X(p) in the channel that starts at `channel`, not modulated.

@@ -1,0 +1,48 @@
+// Launches of kernels.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "context.h"
+#include "deform_conv2d.h"
+
+namespace mmdcn::cuda {
+
+inline int64_t tiles(int64_t elements, int64_t size) { return (elements + size - 1) / size; }
+
+inline void check(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("mmdcn: CUDA refused to launch a kernel: ") +
+                           cudaGetErrorString(error));
+}
+
+// Launches a kernel on `blocks` blocks, or as many as a grid can have: kernels stride over the
+// rest. Each gets `shared_bytes` of shared memory besides what the kernel declares.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, size_t shared_bytes,
+            const Stream& stream, Arguments... arguments) {
+  constexpr int64_t kLargestGrid = 2147483647;
+  const dim3 grid(static_cast<unsigned>(std::min(blocks, kLargestGrid)));
+  // PyTorch's choice of device is known to its own copy of the CUDA runtime; this library has
+  // another.
+  check(cudaSetDevice(stream.device));
+  // What a kernel may take is a property of the kernel on each device, and starts at this.
+  constexpr size_t kAlwaysAllowed = 48 * 1024;
+  if (shared_bytes > kAlwaysAllowed) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)));
+  }
+  kernel<<<grid, DeviceContext::kThreads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(
+      arguments...);
+  check(cudaGetLastError());
+}
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+}  // namespace mmdcn::cuda
