@@ -126,7 +126,8 @@ def find(pattern: str = "*/**/*.py", passed_over: dict[str, str] | None = None) 
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    text = f"{type(error).__name__}: {error}".splitlines()[0].replace(f"{FOLDER}/", "")
+    return " ".join(text.split())
 
 
 def _offline(node: Any) -> Any:
