@@ -126,17 +126,17 @@ def find(pattern: str = "*/**/*.py", passed_over: dict[str, str] | None = None) 
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    text = f"{type(error).__name__}: {error}".splitlines()[0].replace(f"{FOLDER}/", "")
+    return " ".join(text.split())
 
 
 def _offline(node: Any) -> Any:
     """Without what initialises or is loaded from the network, or makes images large."""
     if isinstance(node, dict):
-        left_out = ("init_cfg", "pretrained", "batch_augments")
+        left_out = ("init_cfg", "pretrained", "teacher_ckpt", "batch_augments")
         node = ConfigDict({k: _offline(v) for k, v in node.items() if k not in left_out})
         if "teacher_config" in node:  # A path, relative to the folder that holds configs/.
             node.teacher_config = _offline(Config.fromfile(FOLDER.parent / node.teacher_config))
-            node.teacher_ckpt = None
         return node
     if isinstance(node, Config):
         return _offline(node._cfg_dict)

@@ -40,6 +40,7 @@ DEFORMABLE = {
     "dcn/mask-rcnn_r101-dconv-c3-c5_fpn_1x_coco.py": (V1, 30),
     "dcnv2/faster-rcnn_r18-mdconv-c3-c5_fpn_1x_coco.py": (V2, 6),
     "dcnv2/faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py": (V2, 13),
+    "dcnv2/faster-rcnn_r50_mdconv-fpn-rpn_1x_coco.py": (V2, 5),
     "dcnv2/faster-rcnn_r50-mdconv-group4-c3-c5_fpn_1x_coco.py": (V2, 13),
     "dcnv2/faster-rcnn_r101-mdconv-c3-c5_fpn_1x_coco.py": (V2, 30),
     "dcnv2/mask-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py": (V2, 13),

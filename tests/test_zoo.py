@@ -91,15 +91,23 @@ def test_the_table_lists_failures_and_counts_the_rest():
     assert f"torch {torch.__version__}" in text
 
 
+def published() -> dict[str, str | None]:
+    """The configs in the table of the documentation, and what failed there."""
+    rows = re.findall(
+        r"^\| (\S+\.py)(?: \*)? \| [^|]* \| ([^|]*) \|", TABLE.read_text(), re.MULTILINE
+    )
+    return {name: None if cell.isdigit() else cell for name, cell in rows}
+
+
 def test_the_published_table_is_complete():
     passed, of = map(int, re.search(r"\*\*(\d+) of (\d+)\*\* configs", TABLE.read_text()).groups())
-    rows = re.findall(r"^\| (\S+\.py)(?: \*)? \|", TABLE.read_text(), re.MULTILINE)
-    assert passed == of == len(rows) >= 50
+    problems = [problem for problem in published().values() if problem]
+    assert passed + len(problems) == of == len(published()) >= 90
+    # mmcv pools deformable regions on a GPU only.
+    assert all("deform_roi_pool" in problem for problem in problems)
 
 
 @pytest.mark.slow
 def test_every_config_works_as_with_mmcv(tmp_path):
-    results = list(zoo.sweep(zoo.find(), tmp_path / "zoo.json"))
-    assert {found.name: checked.problem for found, checked in results if checked.problem} == {}
-    published = re.findall(r"^\| (\S+\.py)(?: \*)? \|", TABLE.read_text(), re.MULTILINE)
-    assert [found.name for found, _ in results] == published
+    results = zoo.sweep(zoo.find(), tmp_path / "zoo.json")
+    assert {found.name: checked.problem for found, checked in results} == published()
