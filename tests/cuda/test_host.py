@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from mmdcn.ops import reference
+from mmdcn.ops import _library, reference
+from mmdcn.ops.deform_conv import _multiplies_in_tf32 as multiplies_in_tf32
 from tests.ops.problems import (
     NAMES,
     TOLERANCE,
@@ -379,6 +380,26 @@ def test_float32_is_multiplied_in_tf32_only_where_allowed(tensor_cores):
         compare(problem, torch.float32)
         compare(problem, torch.float64, allow_tf32=True)
         assert launches() == 0
+
+
+@pytest.mark.skipif(_library.cuda_is_loaded(), reason="the CUDA library chooses its kernels itself")
+def test_tf32_is_multiplied_in_where_torch_allows_it_for_convolutions():
+    def dtype_or_tf32(x):
+        return "tf32" if multiplies_in_tf32(x.dtype) else x.dtype
+
+    library = torch.library.Library("mmdcn", "IMPL")
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        library.impl("cuda_kernels", lambda: "tensor_core", "CompositeExplicitAutograd")
+        for precision, expected in (("tf32", "tf32"), ("ieee", torch.float32)):
+            torch.backends.cudnn.conv.fp32_precision = precision
+            for function in (dtype_or_tf32, torch.compile(dtype_or_tf32, fullgraph=True)):
+                assert function(torch.zeros(1)) == expected
+                assert function(torch.zeros(1).half()) == torch.float16
+            torch.compiler.reset()
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+        library._destroy()
 
 
 @pytest.mark.parametrize(
