@@ -29,6 +29,8 @@ DTYPES = list(TOLERANCE)
 # What the kernels for tensor cores compute, and how far from exact: float32 in TF32, with 11 bits.
 TENSOR_CORE_TOLERANCE = {**TOLERANCE, torch.float32: 1e-3}
 del TENSOR_CORE_TOLERANCE[torch.float64]
+# In fixed point sums have fewer bits than in float64.
+DETERMINISTIC_TOLERANCE = {**TOLERANCE, torch.float64: 1e-10}
 
 
 class HostDeformConv2d(torch.autograd.Function):
@@ -197,14 +199,14 @@ def test_layouts_are_the_fake_kernels(host_operators, dtype, channels_last):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(problem=problems())
 def test_deterministic_gradients_match_reference(host_operators, dtype, problem):
-    compare(problem, dtype, deterministic=True)
+    compare(problem, dtype, DETERMINISTIC_TOLERANCE, deterministic=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("scale", [1e-30, 1e30], ids=str)
 def test_deterministic_gradients_of_any_size(host_operators, dtype, scale):
     """The unit of the fixed-point sums follows the size of what is added up."""
-    scale = scale if dtype == torch.float32 else scale ** (1 / 7.5)
+    scale = scale if dtype == torch.float32 else scale ** (1 / 10)
     grad_output = (torch.randn(2, 6, 7, 8) * scale).to(dtype)
     actual, expected = (
         run(
