@@ -267,12 +267,13 @@ def sanitized(_: Path) -> dict:
                 : len(offset)
             ]
             expected = output_and_gradients(deform_conv2d, tensors, arguments)
-            for deterministic in (False, True):
+            # In fixed point sums have fewer bits than in float64.
+            for deterministic, least in ((False, 0.0), (True, 1e-10)):
                 torch.use_deterministic_algorithms(deterministic)
                 actual = output_and_gradients(deform_conv2d, convert(tensors, "cuda"), arguments)
                 for name, value in actual.items():
                     error = relative_error(value, expected[name])
-                    if error > 2 * bound:
+                    if error > 2 * max(bound, least):
                         failures.append(f"{dtype_name(dtype)} {name}, seed {seed}: {error}")
     torch.cuda.synchronize()
     print("the sanitized calls ended")

@@ -39,7 +39,8 @@ def deform_conv2d(
     A sample with a coordinate that is not finite, or outside (-1, H) × (-1, W), contributes zero
     and has zero gradient. float16 and bfloat16 accumulate in float32. On the CPU the result is the
     same, bit for bit, for any number of threads; on CUDA the gradient of the input is the same in
-    every run under ``torch.use_deterministic_algorithms(True)`` only, which costs time and memory.
+    every run under ``torch.use_deterministic_algorithms(True)`` only: it is then summed in fixed
+    point, in 62 bits, which takes longer, and is coarser than float64 for float64.
 
     Differentiable any number of times, from the second on through the reference, which is slow.
     Within the transformations of ``torch.func`` (``vmap``, ``grad``, ``jvp`` and so on) and in

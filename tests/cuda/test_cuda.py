@@ -338,7 +338,9 @@ def test_all_are_deterministic_where_torch_is(deterministic_algorithms, tf32, dt
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("problem", [SMALL, *TENSOR_CORE[:4]], ids=str)
 def test_deterministic_gradients_match_reference(deterministic_algorithms, dtype, problem):
-    compare_with_reference(problem, dtype, "cuda")
+    # In fixed point sums have fewer bits than in float64.
+    tolerance = {**TOLERANCE, torch.float64: 1e-9}[dtype]
+    compare_with_reference(problem, dtype, "cuda", tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -4,8 +4,8 @@
 //
 //   |sum| <= samples * output channels * max |grad_output| * max |weight| * max |mask| < 2^62 units
 //
-// as the weights of one sample's corners are at most 1. For layers of detectors that leaves
-// 2^-35 of a typical addition, where float has 2^-24.
+// as the weights of one sample's corners are at most 1. For layers of detectors a unit is some
+// 2^-36 of a typical sum: less than float rounds to, and more than double does.
 #pragma once
 
 #include <cmath>
@@ -94,7 +94,8 @@ class FixedSum {
   template <typename Ctx>
   MMDCN_BLOCK void add(const Ctx& ctx, int64_t index, acc_t value) const {
     // What is to be NaN may be more than an integer holds.
-    if (scale_ != 0) ctx.atomic_add(sum_ + index, static_cast<int64_t>(value * scale_));
+    if (scale_ != 0)
+      ctx.atomic_add(sum_ + index, static_cast<int64_t>(std::llrint(value * scale_)));
   }
   template <typename Ctx>
   MMDCN_BLOCK void add(const Ctx& ctx, int64_t index, const acc_t (&values)[4]) const {
