@@ -19,7 +19,8 @@ from tests.kernel_calls import KernelCalls
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
-V1, V2 = layers.DeformConv2dPack, layers.ModulatedDeformConv2dPack
+V1, V2, V4 = layers.DeformConv2dPack, layers.ModulatedDeformConv2dPack, layers.DCNv4
+POOL, MODULATED_POOL = layers.DeformRoIPoolPack, layers.ModulatedDeformRoIPoolPack
 # Stages c3 to c5 have 2 + 2 + 2 blocks in R-18, 4 + 6 + 3 in R-50, and 4 + 23 + 3 in R-101.
 DEFORMABLE = {
     "faster_rcnn/faster-rcnn_r18_fpn_1x_coco.py": (None, 0),
@@ -33,6 +34,7 @@ DEFORMABLE = {
     "dcn/cascade-rcnn_r101-dconv-c3-c5_fpn_1x_coco.py": (V1, 30),
     "dcn/faster-rcnn_r18-dconv-c3-c5_fpn_1x_coco.py": (V1, 6),
     "dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py": (V1, 13),
+    "dcn/faster-rcnn_r50_fpn_dpool_1x_coco.py": (POOL, 4),
     "dcn/faster-rcnn_r101-dconv-c3-c5_fpn_1x_coco.py": (V1, 30),
     "dcn/faster-rcnn_x101-32x4d-dconv-c3-c5_fpn_1x_coco.py": (V1, 30),
     "dcn/mask-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py": (V1, 13),
@@ -42,9 +44,11 @@ DEFORMABLE = {
     "dcnv2/faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py": (V2, 13),
     "dcnv2/faster-rcnn_r50_mdconv-fpn-rpn_1x_coco.py": (V2, 5),
     "dcnv2/faster-rcnn_r50-mdconv-group4-c3-c5_fpn_1x_coco.py": (V2, 13),
+    "dcnv2/faster-rcnn_r50_fpn_mdpool_1x_coco.py": (MODULATED_POOL, 4),
     "dcnv2/faster-rcnn_r101-mdconv-c3-c5_fpn_1x_coco.py": (V2, 30),
     "dcnv2/mask-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py": (V2, 13),
     "dcnv2/mask-rcnn_r50-mdconv-c3-c5_fpn_amp-1x_coco.py": (V2, 13),
+    "dcnv4/faster-rcnn_r50-dcnv4-c3-c5_fpn_1x_coco.py": (V4, 13),
 }
 TRAINED = [name for name in DEFORMABLE if re.search(r"/(faster|mask)-rcnn_r(18|50).*_fpn_1x", name)]
 
@@ -62,8 +66,8 @@ def build(config: Config) -> nn.Module:
 
 
 def deformable_layers(model: nn.Module) -> list[nn.Module]:
-    packs = (layers.DeformConv2dPack, layers.ModulatedDeformConv2dPack)
-    return [module for module in model.modules() if isinstance(module, packs)]
+    kinds = (V1, V2, V4, POOL, MODULATED_POOL)
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 def test_all_are_here():

@@ -34,7 +34,7 @@ void aggregate_forward(Precision precision, const AggregateProblem& problem, con
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
-    launch(forward_kernel<scalar_t, acc_t>, blocks_for(problem.shape), stream, problem,
+    launch(forward_kernel<scalar_t, acc_t>, blocks_for(problem.shape), 0, stream, problem,
            static_cast<const scalar_t*>(input), static_cast<const acc_t*>(offset),
            static_cast<const acc_t*>(mask), static_cast<scalar_t*>(output));
   });
@@ -47,7 +47,7 @@ void aggregate_backward(Precision precision, const AggregateProblem& problem,
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
-    launch(backward_kernel<scalar_t, acc_t>, blocks_for(problem.shape), stream, problem,
+    launch(backward_kernel<scalar_t, acc_t>, blocks_for(problem.shape), 0, stream, problem,
            static_cast<const scalar_t*>(grad_output), static_cast<const scalar_t*>(input),
            static_cast<const acc_t*>(offset), static_cast<const acc_t*>(mask),
            static_cast<acc_t*>(grad_input), static_cast<acc_t*>(grad_offset),

@@ -1,8 +1,6 @@
 // deform_conv2d on CUDA: layouts, memory, device and stream around the kernels.
 #include "deform_conv2d.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -11,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../tensors.h"
+#include "device.h"
 
 namespace mmdcn::cuda {
 namespace {
@@ -29,46 +27,6 @@ Tensor dense(const Tensor& any, MemoryFormat format) {
   const bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
   return aligned ? tensor : torch::stable::clone(tensor);
 }
-
-std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
-  if (!tensor.has_value()) return std::nullopt;
-  return torch::stable::contiguous(*tensor);
-}
-
-const void* pointer(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
-}
-
-Precision precision_of(const Tensor& input) {
-  switch (input.scalar_type()) {
-    case ScalarType::Double:
-      return Precision::kFloat64;
-    case ScalarType::Float:
-      return Precision::kFloat32;
-    case ScalarType::Half:
-      return Precision::kFloat16;
-    case ScalarType::BFloat16:
-      return Precision::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "mmdcn::deform_conv2d: input must be a floating-point tensor");
-  }
-}
-
-// Makes the device of a tensor the current one for its lifetime.
-class OnDevice {
- public:
-  explicit OnDevice(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {}
-
-  Stream current_stream() const {
-    void* handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &handle));
-    return {index_, handle};
-  }
-
- private:
-  int32_t index_;
-  torch::stable::accelerator::DeviceGuard guard_;
-};
 
 // Which kernels compute a call.
 Kernels kernels_for(Precision precision, const DeformConv2dShape& shape, bool allow_tf32,
@@ -105,7 +63,7 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& we
                      const std::optional<Tensor>& mask, bool allow_tf32) {
   DeformConv2dShape shape =
       deform_conv2d_shape(input, offset, weight, bias, stride, padding, dilation, mask);
-  const Precision precision = precision_of(input);
+  const Precision precision = precision_of("deform_conv2d", input);
   const OnDevice device(input);
   const MemoryFormat format = layout_of(input);
   const Tensor output =
@@ -145,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
   DeformConv2dShape shape =
       deform_conv2d_shape(input, offset, weight, std::nullopt, stride, padding, dilation, mask);
   check_grad_output(shape, grad_output, input, output_mask);
-  const Precision precision = precision_of(input);
+  const Precision precision = precision_of("deform_conv2d", input);
   const OnDevice device(input);
   const Stream stream = device.current_stream();
   const bool to_input = output_mask[0], to_offset = output_mask[1], to_weight = output_mask[2];

@@ -1,7 +1,4 @@
 // Kernels and launches of deformable convolution: the block programs, bound to the GPU.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 
 #include "deform_conv2d_backward_data.h"
@@ -9,15 +6,10 @@
 #include "deform_conv2d_fixed_point.h"
 #include "deform_conv2d_forward.h"
 #include "deform_conv2d_tensor_core.h"
-#include "launch.h"
+#include "operator.cuh"
 
 namespace mmdcn::cuda {
 namespace {
-
-// At least two blocks per multiprocessor, which leaves a thread 128 registers; in double precision
-// those would spill, and one block gets twice as many.
-#define MMDCN_KERNEL \
-  __global__ void __launch_bounds__(DeviceContext::kThreads, sizeof(acc_t) == 4 ? 2 : 1)
 
 template <typename scalar_t, typename acc_t>
 MMDCN_KERNEL forward_kernel(const DeformConv2dProblem problem, const scalar_t* input,
@@ -66,21 +58,6 @@ template <typename scalar_t, typename acc_t>
 MMDCN_KERNEL sum_splits_kernel(const DeformConv2dProblem problem, int64_t splits,
                                const acc_t* workspace, scalar_t* grad_weight) {
   deform_conv2d_sum_splits_block(DeviceContext{}, problem, splits, workspace, grad_weight);
-}
-
-// Calls run(Type<scalar_t>, Type<acc_t>) for a precision.
-template <typename Run>
-void dispatch(Precision precision, const Run& run) {
-  switch (precision) {
-    case Precision::kFloat64:
-      return run(Type<double>{}, Type<double>{});
-    case Precision::kFloat32:
-      return run(Type<float>{}, Type<float>{});
-    case Precision::kFloat16:
-      return run(Type<__half>{}, Type<float>{});
-    case Precision::kBFloat16:
-      return run(Type<__nv_bfloat16>{}, Type<float>{});
-  }
 }
 
 }  // namespace

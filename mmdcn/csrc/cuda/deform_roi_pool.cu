@@ -34,7 +34,7 @@ void roi_pool_forward(Precision precision, const DeformRoIPoolShape& shape, cons
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
-    launch(forward_kernel<scalar_t, acc_t>, blocks_for(shape), stream, shape,
+    launch(forward_kernel<scalar_t, acc_t>, blocks_for(shape), 0, stream, shape,
            static_cast<const scalar_t*>(input), static_cast<const acc_t*>(rois),
            static_cast<const acc_t*>(offset), static_cast<scalar_t*>(output));
   });
@@ -47,7 +47,7 @@ void roi_pool_backward(Precision precision, const DeformRoIPoolShape& shape,
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
-    launch(backward_kernel<scalar_t, acc_t>, blocks_for(shape), stream, shape,
+    launch(backward_kernel<scalar_t, acc_t>, blocks_for(shape), 0, stream, shape,
            static_cast<const scalar_t*>(grad_output), static_cast<const scalar_t*>(input),
            static_cast<const acc_t*>(rois), static_cast<const acc_t*>(offset),
            static_cast<acc_t*>(grad_input), static_cast<acc_t*>(grad_offset));

@@ -1,0 +1,8 @@
+_base_ = "../faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
+
+model = dict(
+    backbone=dict(
+        dcn=dict(type="DCNv4", deform_groups=8, fallback_on_stride=False),
+        stage_with_dcn=(False, True, True, True),
+    )
+)
