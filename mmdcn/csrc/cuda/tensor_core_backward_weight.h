@@ -80,7 +80,8 @@ MMDCN_BLOCK void tensor_backward_weight_block(const Ctx& ctx, const DeformConv2d
       ctx.sync();
       const bool more = coming < pixels;
       if (more) {
-        MMDCN_UNROLL
+        // Not unrolled, for the sake of registers.
+        MMDCN_NO_UNROLL
         for (int i = 0; i < kPerThread<Ctx, kStep<T> * kOutVectors>; ++i) {
           const int item = ctx.thread() + i * Ctx::kThreads;
           const int line = item / kOutVectors, v = item % kOutVectors;
