@@ -329,8 +329,8 @@ inline WindowPlan plan_forward(const DeformConv2dShape& shape) {
                           : plan_windows<A>(shape, shape.channels, kForwardTile);
 }
 
-// Tiles are shared out to threads by so many pixels: whole register blocks, but less than a tile, so
-// that threads end together. What a pixel's result is does not depend on it, as all of a tile's
+// Tiles are shared out to threads by so many pixels: whole register blocks, but less than a tile,
+// so that threads end together. What a pixel's result is does not depend on it, as all of a tile's
 // pixels are sampled from the same window.
 constexpr int64_t kSharePixels = 12;
 constexpr int64_t kShares = kForwardTile / kSharePixels;
