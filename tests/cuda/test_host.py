@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.modules.utils import _pair
 
 from mmdcn.ops import _library, reference
-from mmdcn.ops.deform_conv import _multiplies_in_tf32 as multiplies_in_tf32
+from mmdcn.ops.deform_conv import _cuda_multiplies_in_tf32 as multiplies_in_tf32
 from tests.ops.problems import (
     NAMES,
     TOLERANCE,
