@@ -79,6 +79,36 @@ void check_grad_output(const DeformConvNdShape<R>& shape, const Tensor& grad_out
       "output, and output_mask four elements");
 }
 
+namespace {
+
+// The gradients that the operator gives.
+struct ConvNdGradients {
+  Tensor input, offset, weight, mask;
+
+  // New ones for arguments as given, of no elements where they are not wanted.
+  ConvNdGradients(const Tensor& input_, const Tensor& offset_, const Tensor& weight_,
+                  const std::optional<Tensor>& mask_, const std::vector<bool>& wanted)
+      : input(like(input_, wanted[0])),
+        offset(like(offset_, wanted[1])),
+        weight(like(weight_, wanted[2])),
+        mask(like(mask_.value_or(offset_), wanted[3] && mask_.has_value())) {}
+
+  void zero() {
+    for (Tensor* gradient : {&input, &offset, &weight, &mask}) torch::stable::zero_(*gradient);
+  }
+  std::tuple<Tensor, Tensor, Tensor, Tensor> result() const {
+    return {input, offset, weight, mask};
+  }
+
+ private:
+  static Tensor like(const Tensor& tensor, bool wanted) {
+    return new_tensor(tensor, wanted ? sizes_of(tensor) : std::vector<int64_t>{0},
+                      tensor.scalar_type());
+  }
+};
+
+}  // namespace
+
 // Calls `function` with the rank of an input as a constant: std::integral_constant<int, R>.
 template <typename F>
 auto with_rank(const Tensor& input, const F& function) {

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmdcn.ops import deform_conv1d, deform_conv3d, reference
-from tests.ops.problems import TOLERANCE, divisors, exact, largest_error, run
+from tests.ops.problems import compare, divisors
 
 FUNCTIONS = {1: deform_conv1d, 3: deform_conv3d}
 
@@ -123,18 +123,6 @@ def compare_nd(
     device: str = "cpu",
 ) -> None:
     """Forward and every gradient against the reference in float64."""
-    tensors = problem.tensors(dtype, device)
     shape = (problem.batch, problem.out_channels, *problem.out_size)
-    # Rounded once, so that both sides differentiate along the same direction.
-    grad_output = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     function = function or FUNCTIONS[problem.rank]
-    actual = run(function, tensors, grad_output, **problem.arguments())
-    expected = run(
-        reference.deform_conv_nd, exact(tensors), grad_output.double(), **problem.arguments()
-    )
-    assert actual["output"].shape == shape
-    assert actual["output"].dtype == dtype
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        error = largest_error(actual[name], value)
-        assert error <= TOLERANCE[dtype], f"{name} of {problem}: error {error:.2e}"
+    compare(problem, shape, dtype, function, reference.deform_conv_nd, device)

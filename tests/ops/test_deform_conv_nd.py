@@ -77,14 +77,14 @@ def test_reference_is_equations_2_to_4(problem):
             torch.testing.assert_close(actual[(0, out, *p0)], total)
 
 
-@settings(max_examples=25)
+@settings(max_examples=20)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(problem=nd_problems())
 def test_matches_reference(dtype, problem):
     compare_nd(problem, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "problem",
     [
@@ -284,7 +284,7 @@ def compiled_arguments(problem: NdProblem, dtype: torch.dtype) -> tuple:
 
 
 @BOTH
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_opcheck(dtype, problem):
     arguments = compiled_arguments(problem, dtype)
     opcheck(torch.ops.mmdcn.deform_conv_nd, arguments)

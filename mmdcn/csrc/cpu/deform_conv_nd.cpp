@@ -169,19 +169,10 @@ Gradients backward(const DeformConvNdShape<R>& shape, const Tensor& grad_output,
                    const std::optional<Tensor>& mask, const std::vector<bool>& wanted) {
   using acc_t = accumulator_t<T>;
   const bool to_mask = wanted[3] && mask.has_value();
-  const auto gradient_of = [&](const Tensor& tensor, bool present) {
-    return new_tensor(input, present ? sizes_of(tensor) : std::vector<int64_t>{0},
-                      tensor.scalar_type());
-  };
-  Tensor grad_input = gradient_of(input, wanted[0]);
-  Tensor grad_offset = gradient_of(offset, wanted[1]);
-  Tensor grad_weight = gradient_of(weight, wanted[2]);
-  Tensor grad_mask = gradient_of(mask.value_or(offset), to_mask);
+  ConvNdGradients gradient(input, offset, weight, mask, wanted);
   if (grad_output.numel() == 0 || input.numel() == 0) {
-    for (Tensor* gradient : {&grad_input, &grad_offset, &grad_weight, &grad_mask}) {
-      torch::stable::zero_(*gradient);
-    }
-    return {grad_input, grad_offset, grad_weight, grad_mask};
+    gradient.zero();
+    return gradient.result();
   }
 
   const ConvNdKernel<R, T> kernel = MMDCN_KERNEL(deform_conv_nd, R, T);
@@ -217,8 +208,8 @@ Gradients backward(const DeformConvNdShape<R>& shape, const Tensor& grad_output,
     });
     const Buffer<acc_t> sums(wanted[0] ? input.numel() : 0);
     std::fill(sums.get(), sums.get() + (wanted[0] ? input.numel() : 0), acc_t(0));
-    const PointGradients<R, acc_t> offset_sums(shape, parts, grad_offset, R);
-    const PointGradients<R, acc_t> mask_sums(shape, parts, grad_mask, 1);
+    const PointGradients<R, acc_t> offset_sums(shape, parts, gradient.offset, R);
+    const PointGradients<R, acc_t> mask_sums(shape, parts, gradient.mask, 1);
     tensors.weight = packed.get();
     tensors.grad_input = wanted[0] ? sums.get() : nullptr;
 
@@ -237,7 +228,7 @@ Gradients backward(const DeformConvNdShape<R>& shape, const Tensor& grad_output,
         });
     if (wanted[1]) offset_sums.add_up();
     if (to_mask) mask_sums.add_up();
-    if (wanted[0]) store_rows(kernel, sums.get(), shape.positions(), grad_input);
+    if (wanted[0]) store_rows(kernel, sums.get(), shape.positions(), gradient.input);
   }
 
   if (wanted[2]) {
@@ -248,11 +239,11 @@ Gradients backward(const DeformConvNdShape<R>& shape, const Tensor& grad_output,
           const Buffer<std::byte> scratch(scratch_bytes);
           for (int64_t unit = begin; unit < end; ++unit) {
             kernel.backward_weight(shape, tensors, parts[unit % part_count], unit / part_count,
-                                   data<T>(grad_weight), scratch.get());
+                                   data<T>(gradient.weight), scratch.get());
           }
         });
   }
-  return {grad_input, grad_offset, grad_weight, grad_mask};
+  return gradient.result();
 }
 
 Tensor deform_conv_nd(const Tensor& input, const Tensor& offset, const Tensor& weight,

@@ -40,19 +40,10 @@ Gradients backward(const DeformConvNdShape<R>& shape, const Tensor& grad_output,
   const Precision precision = precision_of("deform_conv_nd", input);
   const OnDevice device(input);
   const bool to_mask = wanted[3] && mask.has_value();
-  const auto gradient_of = [&](const Tensor& tensor, bool present) {
-    return new_tensor(input, present ? sizes_of(tensor) : std::vector<int64_t>{0},
-                      tensor.scalar_type());
-  };
-  Tensor grad_input = gradient_of(input, wanted[0]);
-  Tensor grad_offset = gradient_of(offset, wanted[1]);
-  Tensor grad_weight = gradient_of(weight, wanted[2]);
-  Tensor grad_mask = gradient_of(mask.value_or(offset), to_mask);
+  ConvNdGradients gradient(input, offset, weight, mask, wanted);
   if (grad_output.numel() == 0 || input.numel() == 0) {
-    for (Tensor* gradient : {&grad_input, &grad_offset, &grad_weight, &grad_mask}) {
-      torch::stable::zero_(*gradient);
-    }
-    return {grad_input, grad_offset, grad_weight, grad_mask};
+    gradient.zero();
+    return gradient.result();
   }
 
   const ConvNdProblem<R> problem(shape);
@@ -64,22 +55,23 @@ Gradients backward(const DeformConvNdShape<R>& shape, const Tensor& grad_output,
   if (wanted[0] || wanted[1] || to_mask) {
     // Half types are summed in float.
     const bool convert = wanted[0] && input.scalar_type() != offset.scalar_type();
-    Tensor sum = convert ? new_tensor(input, sizes_of(input), offset.scalar_type()) : grad_input;
+    Tensor sum =
+        convert ? new_tensor(input, sizes_of(input), offset.scalar_type()) : gradient.input;
     torch::stable::zero_(sum);
     conv_nd_backward_data(precision, problem, gradients.const_data_ptr(), features.const_data_ptr(),
                           offsets.const_data_ptr(), pointer(masks), weights.const_data_ptr(),
                           wanted[0] ? sum.mutable_data_ptr() : nullptr,
-                          wanted[1] ? grad_offset.mutable_data_ptr() : nullptr,
-                          to_mask ? grad_mask.mutable_data_ptr() : nullptr,
+                          wanted[1] ? gradient.offset.mutable_data_ptr() : nullptr,
+                          to_mask ? gradient.mask.mutable_data_ptr() : nullptr,
                           device.current_stream());
-    if (convert) torch::stable::copy_(grad_input, sum);
+    if (convert) torch::stable::copy_(gradient.input, sum);
   }
   if (wanted[2]) {
     conv_nd_backward_weight(precision, problem, gradients.const_data_ptr(),
                             features.const_data_ptr(), offsets.const_data_ptr(), pointer(masks),
-                            grad_weight.mutable_data_ptr(), device.current_stream());
+                            gradient.weight.mutable_data_ptr(), device.current_stream());
   }
-  return {grad_input, grad_offset, grad_weight, grad_mask};
+  return gradient.result();
 }
 
 Tensor deform_conv_nd(const Tensor& input, const Tensor& offset, const Tensor& weight,

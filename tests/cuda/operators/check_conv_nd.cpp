@@ -1,4 +1,5 @@
 // The kernels of deform_conv_nd under the host's sanitizers: see check.h.
+#include <algorithm>
 #include <limits>
 
 #include "check.h"
@@ -7,16 +8,17 @@
 namespace mmdcn::cuda {
 namespace {
 
-template <int R>
+constexpr int R = 3;
+
 DeformConvNdShape<R> draw_shape(Draw& draw) {
   DeformConvNdShape<R> shape = {};
   shape.batch = draw.between(1, 3);
-  shape.channels = draw.one_of({1, 2, 6, 12, 40, 70});
+  shape.channels = draw.one_of({1, 2, 6, 12, 40});
   shape.groups = draw.divisor(shape.channels);
   shape.deform_groups = draw.divisor(shape.channels);
   shape.out_channels = shape.groups * draw.one_of({1, 2, shape.groups < 3 ? 70 : 3});
   for (int d = 0; d < R; ++d) {
-    shape.kernel[d] = draw.between(1, R == 1 ? 5 : 2);
+    shape.kernel[d] = draw.between(1, 2);
     shape.axis[d] = {draw.between(1, 2), draw.between(0, 2), draw.between(1, 2)};
     const GridAxis& axis = shape.axis[d];
     const int64_t reach = axis.dilation * (shape.kernel[d] - 1) + 1;
@@ -31,12 +33,11 @@ struct Results {
   std::vector<T> output, grad_input, grad_offset, grad_mask, grad_weight;
 };
 
-template <int R>
-struct CheckRank {
+struct Check {
   template <typename Several, typename T>
   static bool agrees(unsigned seed) {
     Draw draw(seed);
-    const ConvNdProblem<R> problem(draw_shape<R>(draw));
+    const ConvNdProblem<R> problem(draw_shape(draw));
     const DeformConvNdShape<R>& shape = problem.shape;
     const int64_t samples = all_pixels(problem) * shape.samples();
     const std::vector<T> input =
@@ -77,16 +78,8 @@ struct CheckRank {
                         differ("grad_offset", one.grad_offset, several.grad_offset) ||
                         differ("grad_mask", one.grad_mask, several.grad_mask) ||
                         differ("grad_weight", one.grad_weight, several.grad_weight);
-    if (failed) std::printf("seed %u, %d dimensions\n", seed, R);
+    if (failed) std::printf("seed %u\n", seed);
     return !failed;
-  }
-};
-
-struct Check {
-  template <typename Several, typename T>
-  static bool agrees(unsigned seed) {
-    if (seed % 2) return CheckRank<1>::agrees<Several, T>(seed);
-    return CheckRank<3>::agrees<Several, T>(seed);
   }
 };
 
