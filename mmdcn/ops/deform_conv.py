@@ -109,13 +109,13 @@ def _deform_conv(
 def _numbers(name: str, value: int | tuple[int, ...], rank: int, at_least: int) -> tuple[int, ...]:
     """The value as one number for each dimension."""
     numbers = tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
-    count = {1: "one", 2: "a pair of", 3: "three"}[rank]
     whole = all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in numbers)
     if not whole:
-        raise TypeError(f"{name}: expected an int or {count} ints, got {value!r}")
+        several = {1: "a tuple of one int", 2: "a pair of ints", 3: "three ints"}[rank]
+        raise TypeError(f"{name}: expected an int or {several}, got {value!r}")
     if len(numbers) != rank or any(n < at_least for n in numbers):
-        one_or = {1: "one number", 2: "one or two numbers", 3: "one or three numbers"}[rank]
-        raise ValueError(f"{name}: expected {one_or} of at least {at_least}, got {value!r}")
+        count = {1: "one number", 2: "one or two numbers", 3: "one or three numbers"}[rank]
+        raise ValueError(f"{name}: expected {count} of at least {at_least}, got {value!r}")
     return numbers
 
 
@@ -312,8 +312,8 @@ _register_fakes("deform_conv2d", _memory_format)
 # -------------------------------------------------------------------------------------- autograd
 
 
-def _register_autograd(name: str) -> None:
-    """For an operator of this name, over any number of dimensions."""
+def _register_autograd(name: str, functions: str) -> None:
+    """For an operator of this name, over any number of dimensions, that these functions call."""
 
     def setup_context(ctx, inputs, output) -> None:
         input, offset, weight, _, ctx.stride, ctx.padding, ctx.dilation, mask = inputs
@@ -325,7 +325,7 @@ def _register_autograd(name: str) -> None:
         output_mask = [wants_input, wants_offset, wants_weight, wants_mask]
         gradients = [None] * 4
         if wants_input and input.is_cuda:
-            alert_not_deterministic(name)
+            alert_not_deterministic(functions)
         if any(output_mask):
             computed = getattr(torch.ops.mmdcn, f"{name}_backward")(
                 grad_output,
@@ -390,4 +390,4 @@ def _double_backward(ctx, *grad_gradients):
     return *second[:4], None, None, None, second[4], None
 
 
-_register_autograd("deform_conv2d")
+_register_autograd("deform_conv2d", "deform_conv2d")

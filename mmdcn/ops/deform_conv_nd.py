@@ -99,4 +99,4 @@ def deform_conv3d(
 
 
 _register_fakes("deform_conv_nd")
-_register_autograd("deform_conv_nd")
+_register_autograd("deform_conv_nd", "deform_conv1d or deform_conv3d")
