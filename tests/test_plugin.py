@@ -221,6 +221,29 @@ def test_conv_module_takes_v3_and_v4(name):
     assert module(torch.randn(2, 8, 6, 6)).shape == (2, 6, 6, 6)
 
 
+# ------------------------------------------------------------------------- one and three dimensions
+
+
+@pytest.mark.parametrize("scope", ["", "mmdcn."])
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("DCN1d", layers.DeformConv1dPack),
+        ("DCNv2_1d", layers.ModulatedDeformConv1dPack),
+        ("DCN3d", layers.DeformConv3dPack),
+        ("DCNv2_3d", layers.ModulatedDeformConv3dPack),
+    ],
+)
+def test_conv_module_takes_other_ranks(name, layer, scope):
+    rank = layer.rank
+    module = mmcv.cnn.ConvModule(
+        4, 6, 3, padding=1, conv_cfg=dict(type=scope + name), norm_cfg=dict(type=f"BN{rank}d")
+    )
+    assert type(module.conv) is layer
+    module(torch.randn(2, 4, *(5, 6, 7)[:rank])).square().sum().backward()
+    assert module.conv.conv_offset.weight.grad.any()
+
+
 # ----------------------------------------------------------------------------------- RoI pooling
 
 ROI_LAYER_TYPES = {

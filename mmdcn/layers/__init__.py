@@ -2,10 +2,18 @@
 
 from mmdcn.layers.deform_aggregate import DCNv3, DCNv4
 from mmdcn.layers.deform_conv import (
+    DeformConv1d,
+    DeformConv1dPack,
     DeformConv2d,
     DeformConv2dPack,
+    DeformConv3d,
+    DeformConv3dPack,
+    ModulatedDeformConv1d,
+    ModulatedDeformConv1dPack,
     ModulatedDeformConv2d,
     ModulatedDeformConv2dPack,
+    ModulatedDeformConv3d,
+    ModulatedDeformConv3dPack,
 )
 from mmdcn.layers.deform_roi_pool import (
     DeformRoIPool,
@@ -16,11 +24,19 @@ from mmdcn.layers.deform_roi_pool import (
 __all__ = [
     "DCNv3",
     "DCNv4",
+    "DeformConv1d",
+    "DeformConv1dPack",
     "DeformConv2d",
     "DeformConv2dPack",
+    "DeformConv3d",
+    "DeformConv3dPack",
     "DeformRoIPool",
     "DeformRoIPoolPack",
+    "ModulatedDeformConv1d",
+    "ModulatedDeformConv1dPack",
     "ModulatedDeformConv2d",
     "ModulatedDeformConv2dPack",
+    "ModulatedDeformConv3d",
+    "ModulatedDeformConv3dPack",
     "ModulatedDeformRoIPoolPack",
 ]

@@ -11,19 +11,23 @@ ModulatedDeformConv2dPack ``(x)``                 ``DCNv2``
 
 Constructor arguments, parameter names and initial values are those of the layers of the same name
 in ``mmcv.ops``, so that configs, checkpoints and seeds carry over. Nothing here needs mmcv.
+
+The same four exist over one and over three dimensions: ``DeformConv1d`` to
+``ModulatedDeformConv3dPack``, in configs ``DCN1d``, ``DCNv2_1d``, ``DCN3d`` and ``DCNv2_3d``.
 """
 
 import functools
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from torch.nn.modules.utils import _pair
+from torch.nn.modules.utils import _ntuple
 
-from mmdcn.ops import deform_conv2d
+from mmdcn.ops import deform_conv1d, deform_conv2d, deform_conv3d
 from mmdcn.ops.deform_conv import autocast_is_enabled
 
 _logger = logging.getLogger("mmdcn")
@@ -39,48 +43,49 @@ def _check_int(name: str, value: int) -> None:
         raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
 
 
-def _check_pair(name: str, value: int | tuple[int, int], minimum: int) -> tuple[int, int]:
-    pair = _pair(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= minimum for v in pair):
+def _check_numbers(
+    name: str, value: int | tuple[int, ...], minimum: int, rank: int
+) -> tuple[int, ...]:
+    numbers = _ntuple(rank)(value)
+    if len(numbers) != rank or not all(isinstance(v, int) and v >= minimum for v in numbers):
+        several = {
+            1: "one in a tuple",
+            2: "a pair of ints (vertical, horizontal)",
+            3: "three ints (depth, vertical, horizontal)",
+        }
         raise ValueError(
-            f"{name}: expected an int or a pair of ints (vertical, horizontal), "
-            f"each at least {minimum}, got {value!r}"
+            f"{name}: expected an int or {several[rank]}, each at least {minimum}, got {value!r}"
         )
-    return pair
+    return numbers
 
 
-class _DeformConv2dBase(nn.Module):
-    """The arguments, parameters and description that all four layers have in common."""
+def _check_pair(name: str, value: int | tuple[int, int], minimum: int) -> tuple[int, int]:
+    return _check_numbers(name, value, minimum, 2)
+
+
+class _DeformConvBase(nn.Module):
+    """The arguments, parameters and description that all layers have in common."""
+
+    #: Dimensions of an image, and the operator and the ordinary convolution over so many.
+    rank: int
+    _function: Callable[..., Tensor]
+    _conv: type[nn.Module]
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
         groups: int = 1,
         deform_groups: int = 1,
         bias: bool = False,
-        im2col_step: int | None = None,
-        *,
-        deformable_groups: int | None = None,
     ) -> None:
         # Not super(): the toolbox's variants of these layers have mmcv's layer as a second base
         # (see mmdcn.plugin), and super() would then reach its constructor.
         nn.Module.__init__(self)
-
-        if deformable_groups is not None:
-            if deform_groups not in (1, deformable_groups):
-                raise ValueError(
-                    "deformable_groups: the former name of deform_groups, expected only one of "
-                    f"them, got {deformable_groups} beside deform_groups={deform_groups}"
-                )
-            _warn_once("deformable_groups is the former name of deform_groups; please rename it.")
-            deform_groups = deformable_groups
-        if im2col_step is not None:
-            _warn_once("im2col_step is ignored: a batch of any size is processed at once.")
 
         _check_int("in_channels", in_channels)
         _check_int("out_channels", out_channels)
@@ -98,15 +103,15 @@ class _DeformConv2dBase(nn.Module):
 
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = _check_pair("kernel_size", kernel_size, 1)
-        self.stride = _check_pair("stride", stride, 1)
-        self.padding = _check_pair("padding", padding, 0)
-        self.dilation = _check_pair("dilation", dilation, 1)
+        self.kernel_size = _check_numbers("kernel_size", kernel_size, 1, self.rank)
+        self.stride = _check_numbers("stride", stride, 1, self.rank)
+        self.padding = _check_numbers("padding", padding, 0, self.rank)
+        self.dilation = _check_numbers("dilation", dilation, 1, self.rank)
         self.groups = groups
         self.deform_groups = deform_groups
         # Read by code that handles convolutions of any kind, such as mmcv's ConvModule.
         self.transposed = False
-        self.output_padding = (0, 0)
+        self.output_padding = (0,) * self.rank
 
         self.weight = nn.Parameter(
             torch.empty(out_channels, in_channels // groups, *self.kernel_size)
@@ -125,9 +130,60 @@ class _DeformConv2dBase(nn.Module):
             f"bias={self.bias is not None}"
         )
 
-    def _deform_conv2d(self, x: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
-        return deform_conv2d(
+    def _deform_conv(self, x: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
+        return type(self)._function(
             x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask
+        )
+
+
+class _Over1d(_DeformConvBase):
+    rank, _function, _conv = 1, staticmethod(deform_conv1d), nn.Conv1d
+
+
+class _Over3d(_DeformConvBase):
+    rank, _function, _conv = 3, staticmethod(deform_conv3d), nn.Conv3d
+
+
+class _Over2d(_DeformConvBase):
+    """With what old configs say, which are of two dimensions only."""
+
+    rank, _function, _conv = 2, staticmethod(deform_conv2d), nn.Conv2d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        deform_groups: int = 1,
+        bias: bool = False,
+        im2col_step: int | None = None,
+        *,
+        deformable_groups: int | None = None,
+    ) -> None:
+        if deformable_groups is not None:
+            if deform_groups not in (1, deformable_groups):
+                raise ValueError(
+                    "deformable_groups: the former name of deform_groups, expected only one of "
+                    f"them, got {deformable_groups} beside deform_groups={deform_groups}"
+                )
+            _warn_once("deformable_groups is the former name of deform_groups; please rename it.")
+            deform_groups = deformable_groups
+        if im2col_step is not None:
+            _warn_once("im2col_step is ignored: a batch of any size is processed at once.")
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            deform_groups,
+            bias,
         )
 
 
@@ -135,16 +191,15 @@ class _OffsetBranch:
     """Mixed into a deformable layer: the ordinary convolution that predicts what it needs.
 
     The branch sees the layer's input and has its kernel size, stride, padding and dilation, so
-    that its output has the height and width of the layer's output.
+    that its output has the size of the layer's output.
     """
 
     _version = 2  # Of the keys in state dicts, as mmcv counts; see _accept_old_keys_in_parent.
 
     def _add_offset_branch(self, channels_per_tap: int) -> None:
-        taps = self.kernel_size[0] * self.kernel_size[1]
-        self.conv_offset = nn.Conv2d(
+        self.conv_offset = self._conv(
             self.in_channels,
-            self.deform_groups * channels_per_tap * taps,
+            self.deform_groups * channels_per_tap * math.prod(self.kernel_size),
             self.kernel_size,
             self.stride,
             self.padding,
@@ -193,7 +248,137 @@ def _rename_old_keys(
 register_module_module_registration_hook(_accept_old_keys_in_parent)
 
 
-class DeformConv2d(_DeformConv2dBase):
+class _DeformConv(_DeformConvBase):
+    """What v1 is over any number of dimensions."""
+
+    def reset_parameters(self) -> None:
+        """He's uniform initialisation for the weight (arXiv 1502.01852), zero for the bias."""
+        nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+        """Convolve `x` at the offset sampling points.
+
+        Args:
+            x: input of shape (N, C, H, W), or (N, C, L), or (N, C, D, H, W).
+            offset: in pixels, of shape (N, rank * deform_groups * taps, Ho, Wo), or so: for each
+                offset group and each tap, in row-major order, one number for each dimension, in
+                the order of the input's: y then x, or z, y and x.
+
+        Returns:
+            Tensor of shape (N, Co, Ho, Wo), or so.
+        """
+        return self._deform_conv(x, offset, None)
+
+
+class _DeformConvPack(_OffsetBranch):
+    """Mixed into v1, to predict its offsets."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._add_offset_branch(channels_per_tap=self.rank)
+        self.init_offset()
+
+    def init_weights(self) -> None:
+        """Zero the offset branch again, after mmengine has initialised every convolution."""
+        self.init_offset()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo), or so."""
+        return self._deform_conv(x, self._predict(x), None)
+
+
+class _ModulatedDeformConv(_DeformConvBase):
+    """What v2 is over any number of dimensions."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        deform_groups: int = 1,
+        bias: bool = True,
+        **kwargs: int,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            deform_groups,
+            bias,
+            **kwargs,
+        )
+
+    def reset_parameters(self) -> None:
+        """Uniform in ±1 / sqrt(C * taps) for the weight, zero for the bias."""
+        bound = 1 / math.sqrt(self.in_channels * math.prod(self.kernel_size))
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def init_weights(self) -> None:
+        """Initialise again; mmengine calls this on what it builds."""
+        self.reset_parameters()
+
+    def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+        """Convolve `x` at the offset sampling points, each scaled by its modulation.
+
+        Args:
+            x, offset: as of v1.
+            mask: modulation of shape (N, deform_groups * taps, Ho, Wo), or so, in [0, 1] as a
+                rule.
+
+        Returns:
+            Tensor of shape (N, Co, Ho, Wo), or so.
+        """
+        return self._deform_conv(x, offset, mask)
+
+
+class _ModulatedDeformConvPack(_OffsetBranch):
+    """Mixed into v2, to predict its offsets and modulation."""
+
+    modulation_scale = 1.0  # Of layers that were pickled before there was another.
+
+    def __init__(self, *args: Any, modulation_scale: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(modulation_scale, int | float) or not 0 < modulation_scale < math.inf:
+            raise ValueError(
+                f"modulation_scale: expected a number above 0, got {modulation_scale!r}"
+            )
+        self.modulation_scale = modulation_scale
+        self._add_offset_branch(channels_per_tap=self.rank + 1)
+        self.init_weights()
+
+    def extra_repr(self) -> str:
+        scaled = self.modulation_scale != 1
+        return super().extra_repr() + scaled * f", modulation_scale={self.modulation_scale}"
+
+    def init_weights(self) -> None:
+        """Initialise the weight again and zero the offset branch; mmengine calls this."""
+        super().init_weights()
+        self.init_offset()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo), or so."""
+        # All offsets come first, then the modulation of every tap.
+        samples = self.deform_groups * math.prod(self.kernel_size)
+        offset, mask = self._predict(x).split([self.rank * samples, samples], dim=1)
+        modulation = mask.sigmoid()
+        if self.modulation_scale != 1:
+            modulation = self.modulation_scale * modulation
+        return self._deform_conv(x, offset, modulation)
+
+
+class DeformConv2d(_DeformConv, _Over2d):
     """Deformable convolution (arXiv 1703.06211, eq. 2), at offsets that the caller gives.
 
     Args:
@@ -216,106 +401,23 @@ class DeformConv2d(_DeformConv2dBase):
         ValueError: if an argument is out of range, or does not divide the channels.
     """
 
-    def reset_parameters(self) -> None:
-        """He's uniform initialisation for the weight (arXiv 1502.01852), zero for the bias."""
-        nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
-        """Convolve `x` at the offset sampling points.
-
-        Args:
-            x: input of shape (N, C, H, W).
-            offset: in pixels, of shape (N, 2 * deform_groups * kh * kw, Ho, Wo): for each offset
-                group and each tap, in row-major order, y then x.
-
-        Returns:
-            Tensor of shape (N, Co, Ho, Wo).
-        """
-        return self._deform_conv2d(x, offset, None)
-
-
-class DeformConv2dPack(_OffsetBranch, DeformConv2d):
+class DeformConv2dPack(_DeformConvPack, DeformConv2d):
     """Deformable convolution that predicts its own offsets: a drop-in for a convolution.
 
     The offset branch starts at zero, so that a fresh layer equals the plain convolution of the
     same weight. Arguments and errors are those of :class:`DeformConv2d`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._add_offset_branch(channels_per_tap=2)
-        self.init_offset()
 
-    def init_weights(self) -> None:
-        """Zero the offset branch again, after mmengine has initialised every ``nn.Conv2d``."""
-        self.init_offset()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo)."""
-        return self._deform_conv2d(x, self._predict(x), None)
-
-
-class ModulatedDeformConv2d(_DeformConv2dBase):
+class ModulatedDeformConv2d(_ModulatedDeformConv, _Over2d):
     """Modulated deformable convolution (v2, arXiv 1811.11168, eq. 1): each sample is scaled.
 
     Arguments and errors are those of :class:`DeformConv2d`; ``bias`` defaults to True.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        deform_groups: int = 1,
-        bias: bool = True,
-        **kwargs: int,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            deform_groups,
-            bias,
-            **kwargs,
-        )
 
-    def reset_parameters(self) -> None:
-        """Uniform in ±1 / sqrt(C * kh * kw) for the weight, zero for the bias."""
-        bound = 1 / math.sqrt(self.in_channels * self.kernel_size[0] * self.kernel_size[1])
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def init_weights(self) -> None:
-        """Initialise again; mmengine calls this on what it builds."""
-        self.reset_parameters()
-
-    def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-        """Convolve `x` at the offset sampling points, each scaled by its modulation.
-
-        Args:
-            x: input of shape (N, C, H, W).
-            offset: in pixels, of shape (N, 2 * deform_groups * kh * kw, Ho, Wo): for each offset
-                group and each tap, in row-major order, y then x.
-            mask: modulation of shape (N, deform_groups * kh * kw, Ho, Wo), in [0, 1] as a rule.
-
-        Returns:
-            Tensor of shape (N, Co, Ho, Wo).
-        """
-        return self._deform_conv2d(x, offset, mask)
-
-
-class ModulatedDeformConv2dPack(_OffsetBranch, ModulatedDeformConv2d):
+class ModulatedDeformConv2dPack(_ModulatedDeformConvPack, ModulatedDeformConv2d):
     """Modulated deformable convolution that predicts its own offsets and modulation.
 
     A drop-in for a convolution. The branch starts at zero, where the modulation is sigmoid(0), so
@@ -327,33 +429,42 @@ class ModulatedDeformConv2dPack(_OffsetBranch, ModulatedDeformConv2d):
             modulation. 1 is the paper's layer; 2 suits weights of a plain convolution.
     """
 
-    modulation_scale = 1.0  # Of layers that were pickled before there was another.
 
-    def __init__(self, *args: Any, modulation_scale: float = 1.0, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if not isinstance(modulation_scale, int | float) or not 0 < modulation_scale < math.inf:
-            raise ValueError(
-                f"modulation_scale: expected a number above 0, got {modulation_scale!r}"
-            )
-        self.modulation_scale = modulation_scale
-        self._add_offset_branch(channels_per_tap=3)
-        self.init_weights()
+class DeformConv1d(_DeformConv, _Over1d):
+    """:class:`DeformConv2d` over one dimension, for `x` of shape (N, C, L).
 
-    def extra_repr(self) -> str:
-        scaled = self.modulation_scale != 1
-        return super().extra_repr() + scaled * f", modulation_scale={self.modulation_scale}"
+    Arguments and errors are those of :class:`DeformConv2d`, without the last two; `kernel_size`,
+    `stride`, `padding` and `dilation` are one number, or a tuple of one.
+    """
 
-    def init_weights(self) -> None:
-        """Initialise the weight again and zero the offset branch; mmengine calls this."""
-        super().init_weights()
-        self.init_offset()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo)."""
-        # All offsets come first, then the modulation of every tap.
-        taps = self.deform_groups * self.kernel_size[0] * self.kernel_size[1]
-        offset, mask = self._predict(x).split([2 * taps, taps], dim=1)
-        modulation = mask.sigmoid()
-        if self.modulation_scale != 1:
-            modulation = self.modulation_scale * modulation
-        return self._deform_conv2d(x, offset, modulation)
+class DeformConv1dPack(_DeformConvPack, DeformConv1d):
+    """:class:`DeformConv2dPack` over one dimension."""
+
+
+class ModulatedDeformConv1d(_ModulatedDeformConv, _Over1d):
+    """:class:`ModulatedDeformConv2d` over one dimension: see :class:`DeformConv1d`."""
+
+
+class ModulatedDeformConv1dPack(_ModulatedDeformConvPack, ModulatedDeformConv1d):
+    """:class:`ModulatedDeformConv2dPack` over one dimension."""
+
+
+class DeformConv3d(_DeformConv, _Over3d):
+    """:class:`DeformConv2d` over three dimensions, for `x` of shape (N, C, D, H, W).
+
+    Arguments and errors are those of :class:`DeformConv2d`, without the last two; `kernel_size`,
+    `stride`, `padding` and `dilation` are one number, or three for depth, height and width.
+    """
+
+
+class DeformConv3dPack(_DeformConvPack, DeformConv3d):
+    """:class:`DeformConv2dPack` over three dimensions."""
+
+
+class ModulatedDeformConv3d(_ModulatedDeformConv, _Over3d):
+    """:class:`ModulatedDeformConv2d` over three dimensions: see :class:`DeformConv3d`."""
+
+
+class ModulatedDeformConv3dPack(_ModulatedDeformConvPack, ModulatedDeformConv3d):
+    """:class:`ModulatedDeformConv2dPack` over three dimensions."""

@@ -4,6 +4,8 @@ The mathematics is in :mod:`mmdcn.ops.reference`; the kernels are in ``csrc/``.
 """
 
 import contextlib
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _library, reference
+from ._determinism import alert_not_deterministic
 
 _library.load()
 
@@ -69,20 +72,37 @@ def deform_conv2d(
         ValueError: a shape, a device or a number does not fit the others.
         RuntimeError: there is no compiled kernel for the device of the input.
     """
-    stride = _pair("stride", stride, at_least=1)
-    padding = _pair("padding", padding, at_least=0)
-    dilation = _pair("dilation", dilation, at_least=1)
-    if _goes_straight(input, offset, weight, bias, mask):
+    return _deform_conv(
+        torch.ops.mmdcn.deform_conv2d,
+        ("height", "width"),
+        input,
+        offset,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        mask,
+    )
+
+
+def _deform_conv(
+    operator, sides: tuple[str, ...], input, offset, weight, bias, stride, padding, dilation, mask
+) -> Tensor:
+    """The compiled operator on checked arguments; `sides` names the dimensions of an image."""
+    rank = len(sides)
+    stride = _numbers("stride", stride, rank, at_least=1)
+    padding = _numbers("padding", padding, rank, at_least=0)
+    dilation = _numbers("dilation", dilation, rank, at_least=1)
+    if rank == 2 and _goes_straight(input, offset, weight, bias, mask):
         # The operator refuses whatever does not fit together, and for small layers it counts that
         # finding out what is at fault, and saying so, is left for when something is.
         with contextlib.suppress(RuntimeError, TypeError, ValueError):
-            return torch.ops.mmdcn.deform_conv2d.default(
-                input, offset, weight, bias, stride, padding, dilation, mask
-            )
-    _check_tensors(input=input, offset=offset, weight=weight, bias=bias, mask=mask)
+            return operator.default(input, offset, weight, bias, stride, padding, dilation, mask)
+    _check_tensors(rank, input=input, offset=offset, weight=weight, bias=bias, mask=mask)
     input, weight, bias = _autocast(input, weight, bias)
     _check_types(input, offset, weight, bias, mask)
-    _check_shapes(input, offset, weight, bias, stride, padding, dilation, mask)
+    _check_shapes(sides, input, offset, weight, bias, stride, padding, dilation, mask)
     _library.require_kernels_for(input.device)
     coordinate_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     offset = offset.to(coordinate_dtype)
@@ -90,9 +110,9 @@ def deform_conv2d(
     arguments = (input, offset, weight, bias, stride, padding, dilation, mask)
     if _is_transformed():
         return _by_reference(*arguments)
-    # Said only where it matters, for graphs that others translate.
-    tf32 = {"allow_tf32": True} if _multiplies_in_tf32(input) else {}
-    return torch.ops.mmdcn.deform_conv2d(*arguments, **tf32)
+    # Said only where it matters, for graphs that others translate, and to kernels that have TF32.
+    tf32 = {"allow_tf32": True} if rank == 2 and _multiplies_in_tf32(input) else {}
+    return operator(*arguments, **tf32)
 
 
 def _multiplies_in_tf32(input: Tensor) -> bool:
@@ -120,7 +140,7 @@ def _is_transformed() -> bool:
 def _by_reference(input, offset, weight, bias, stride, padding, dilation, mask) -> Tensor:
     """The reference by the compiled operator's arguments, in the precision of the kernels."""
     wide = (t if t is None else t.to(offset.dtype) for t in (weight, bias))
-    output = reference.deform_conv2d(
+    output = reference.deform_conv_nd(
         input.to(offset.dtype), offset, *wide, stride, padding, dilation, mask
     )
     return output.to(input.dtype)
@@ -142,21 +162,26 @@ def _goes_straight(input: Tensor, *others: Tensor | None) -> bool:
 # ---------------------------------------------------------------------------------------- checks
 
 
-def _pair(name: str, value: int | tuple[int, int], at_least: int) -> tuple[int, int]:
+def _numbers(name: str, value: int | tuple[int, ...], rank: int, at_least: int) -> tuple[int, ...]:
+    """The value as one number for each dimension."""
     if type(value) is int and value >= at_least:
-        return (value, value)
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    whole = all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in pair)
+        return (value,) * rank
+    numbers = tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
+    whole = all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in numbers)
     if not whole:
-        raise TypeError(f"{name}: expected an int or a pair of ints, got {value!r}")
-    if len(pair) != 2 or any(n < at_least for n in pair):
-        raise ValueError(
-            f"{name}: expected one or two numbers of at least {at_least}, got {value!r}"
-        )
-    return pair
+        several = {1: "a tuple of one int", 2: "a pair of ints", 3: "three ints"}[rank]
+        raise TypeError(f"{name}: expected an int or {several}, got {value!r}")
+    if len(numbers) != rank or any(n < at_least for n in numbers):
+        count = {1: "one number", 2: "one or two numbers", 3: "one or three numbers"}[rank]
+        raise ValueError(f"{name}: expected {count} of at least {at_least}, got {value!r}")
+    return numbers
 
 
-def _check_tensors(**arguments: Tensor | None) -> None:
+def _pair(name: str, value: int | tuple[int, int], at_least: int) -> tuple[int, int]:
+    return _numbers(name, value, 2, at_least)
+
+
+def _check_tensors(rank: int, **arguments: Tensor | None) -> None:
     for name, argument in arguments.items():
         optional = name in ("bias", "mask")
         if argument is None and optional:
@@ -164,10 +189,12 @@ def _check_tensors(**arguments: Tensor | None) -> None:
         if not isinstance(argument, Tensor):
             expected = "a tensor or None" if optional else "a tensor"
             raise TypeError(f"{name}: expected {expected}, got {type(argument).__name__}")
-        dimensions = 1 if name == "bias" else 4
+        dimensions = 1 if name == "bias" else 2 + rank
         if argument.dim() != dimensions:
+            plural = "" if dimensions == 1 else "s"
             raise ValueError(
-                f"{name}: expected {dimensions} dimensions, got shape {tuple(argument.shape)}"
+                f"{name}: expected {dimensions} dimension{plural}, got shape "
+                f"{tuple(argument.shape)}"
             )
 
 
@@ -216,14 +243,22 @@ def _check_types(input, offset, weight, bias, mask) -> None:
             )
 
 
-def _check_shapes(input, offset, weight, bias, stride, padding, dilation, mask) -> None:
-    batch, channels, height, width = input.shape
-    out_channels, group_channels, kernel_h, kernel_w = weight.shape
-    taps = kernel_h * kernel_w
+def _listed(names: tuple[str, ...]) -> str:
+    """'height and width', for example."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _check_shapes(sides, input, offset, weight, bias, stride, padding, dilation, mask) -> None:
+    rank = len(sides)
+    batch, channels, *size = input.shape
+    out_channels, group_channels, *kernel = weight.shape
+    taps = math.prod(kernel)
     if channels < 1:
         raise ValueError(f"input: expected at least one channel, got shape {tuple(input.shape)}")
-    if height >= LONGEST_SIDE or width >= LONGEST_SIDE:
-        raise ValueError(f"input: expected a height and a width below 2**30, got {(height, width)}")
+    if any(length >= LONGEST_SIDE for length in size):
+        raise ValueError(
+            f"input: expected a {' and a '.join(sides)} below 2**30, got {tuple(size)}"
+        )
     if taps < 1 or group_channels < 1 or out_channels < 1:
         raise ValueError(
             f"weight: expected no dimension of size 0, got shape {tuple(weight.shape)}"
@@ -245,47 +280,49 @@ def _check_shapes(input, offset, weight, bias, stride, padding, dilation, mask) 
             f"got {tuple(bias.shape)}"
         )
 
-    out_h, out_w = (
-        (size + 2 * pad - dil * (kernel - 1) - 1) // step + 1
-        for size, pad, dil, kernel, step in zip(
-            (height, width), padding, dilation, (kernel_h, kernel_w), stride
-        )
+    out_size = tuple(
+        (length + 2 * pad - dil * (taps_along - 1) - 1) // step + 1
+        for length, pad, dil, taps_along, step in zip(size, padding, dilation, kernel, stride)
     )
-    if out_h >= LONGEST_SIDE or out_w >= LONGEST_SIDE:
+    if any(length >= LONGEST_SIDE for length in out_size):
         raise ValueError(
-            f"padding: expected an output with a height and a width below 2**30, got "
-            f"{(out_h, out_w)} with padding {padding}"
+            f"padding: expected an output with a {' and a '.join(sides)} below 2**30, got "
+            f"{out_size} with padding {padding}"
         )
-    if out_h < 1 or out_w < 1:
+    if any(length < 1 for length in out_size):
         raise ValueError(
-            f"input: expected height and width of at least the dilated kernel's, "
-            f"{tuple(d * (k - 1) + 1 for d, k in zip(dilation, (kernel_h, kernel_w)))}, with "
-            f"padding {padding} on each side, got {(height, width)}"
+            f"input: expected {_listed(sides)} of at least the dilated kernel's, "
+            f"{tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel))}, with "
+            f"padding {padding} on each side, got {tuple(size)}"
         )
-    per_tap = offset.shape[1] // (2 * taps)
-    if offset.shape[1] % (2 * taps) != 0 or per_tap < 1 or channels % per_tap != 0:
+    per_tap = offset.shape[1] // (rank * taps)
+    if offset.shape[1] % (rank * taps) != 0 or per_tap < 1 or channels % per_tap != 0:
         raise ValueError(
-            f"offset: offset.shape[1] is not valid: expected 2 · {kernel_h} · {kernel_w} · "
+            f"offset: offset.shape[1] is not valid: expected {rank} · {_product(kernel)} · "
             f"deform_groups, where deform_groups divides the {channels} channels of input "
-            f"({2 * taps} for one group), got {offset.shape[1]}"
+            f"({rank * taps} for one group), got {offset.shape[1]}"
         )
     expected = {
-        "offset": (offset, (batch, offset.shape[1], out_h, out_w)),
-        "mask": (mask, (batch, per_tap * taps, out_h, out_w)),
+        "offset": (offset, (batch, offset.shape[1], *out_size)),
+        "mask": (mask, (batch, per_tap * taps, *out_size)),
     }
     for name, (tensor, shape) in expected.items():
         if tensor is None:
             continue
         if name == "mask" and tensor.shape[1] != shape[1]:
             raise ValueError(
-                f"mask: mask.shape[1] is not valid: expected {shape[1]}, {kernel_h} · {kernel_w} "
+                f"mask: mask.shape[1] is not valid: expected {shape[1]}, {_product(kernel)} "
                 f"for each of the {per_tap} offset groups of offset, got {tensor.shape[1]}"
             )
         if tensor.shape != shape:
             raise ValueError(
-                f"{name}: expected shape {shape}, the batch of input and the height and width of "
+                f"{name}: expected shape {shape}, the batch of input and the {_listed(sides)} of "
                 f"the output, got {tuple(tensor.shape)}"
             )
+
+
+def _product(kernel: list[int]) -> str:
+    return " · ".join(map(str, kernel))
 
 
 # ------------------------------------------------------------------- what the compiler must know
@@ -298,86 +335,97 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
-@torch.library.register_fake("mmdcn::deform_conv2d")
-def _(input, offset, weight, bias, stride, padding, dilation, mask, *, allow_tf32=False):
-    return torch.empty(
-        (input.shape[0], weight.shape[0], offset.shape[2], offset.shape[3]),
-        dtype=input.dtype,
-        device=input.device,
-        memory_format=_memory_format(input),
-    )
+def _register_fakes(
+    name: str,
+    layout_of: Callable[[Tensor], torch.memory_format] = lambda _: torch.contiguous_format,
+) -> None:
+    """For an operator of this name; `layout_of` an input is that of the output."""
 
-
-@torch.library.register_fake("mmdcn::deform_conv2d_backward")
-def _(
-    grad_output,
-    input,
-    offset,
-    weight,
-    stride,
-    padding,
-    dilation,
-    mask,
-    output_mask,
-    *,
-    allow_tf32=False,
-    deterministic=False,
-):
-    def like(tensor: Tensor | None, wanted: bool, memory_format=torch.contiguous_format) -> Tensor:
-        if tensor is None or not wanted:
-            return (offset if tensor is None else tensor).new_empty(0)
+    def forward(input, offset, weight, bias, stride, padding, dilation, mask, **_):
         return torch.empty(
-            tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=memory_format
+            (input.shape[0], weight.shape[0], *offset.shape[2:]),
+            dtype=input.dtype,
+            device=input.device,
+            memory_format=layout_of(input),
         )
 
-    return (
-        like(input, output_mask[0], _memory_format(input)),
-        like(offset, output_mask[1]),
-        like(weight, output_mask[2]),
-        like(mask, output_mask[3]),
-    )
+    def backward(
+        grad_output, input, offset, weight, stride, padding, dilation, mask, output_mask, **_
+    ):
+        def like(
+            tensor: Tensor | None, wanted: bool, memory_format=torch.contiguous_format
+        ) -> Tensor:
+            if tensor is None or not wanted:
+                return (offset if tensor is None else tensor).new_empty(0)
+            return torch.empty(
+                tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=memory_format
+            )
 
+        return (
+            like(input, output_mask[0], layout_of(input)),
+            like(offset, output_mask[1]),
+            like(weight, output_mask[2]),
+            like(mask, output_mask[3]),
+        )
+
+    torch.library.register_fake(f"mmdcn::{name}", forward)
+    torch.library.register_fake(f"mmdcn::{name}_backward", backward)
+
+
+_register_fakes("deform_conv2d", _memory_format)
 
 # -------------------------------------------------------------------------------------- autograd
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
-    input, offset, weight, _, ctx.stride, ctx.padding, ctx.dilation, mask = inputs
-    ctx.allow_tf32 = keyword_only_inputs["allow_tf32"]
-    ctx.save_for_backward(input, offset, weight, mask)
+def _register_autograd(name: str, unordered: str | None = None) -> None:
+    """For an operator of this name, over any number of dimensions.
+
+    `unordered` names the functions that call one that takes no ``deterministic``.
+    """
+
+    def setup_context(ctx, inputs, output, keyword_only_inputs=None) -> None:
+        input, offset, weight, _, ctx.stride, ctx.padding, ctx.dilation, mask = inputs
+        # Given for an operator that takes options, which are the backward operator's too.
+        options = keyword_only_inputs or {}
+        ctx.options = {option: value for option, value in options.items() if value}
+        ctx.save_for_backward(input, offset, weight, mask)
+
+    def backward(ctx, grad_output):
+        input, offset, weight, mask = ctx.saved_tensors
+        wants_input, wants_offset, wants_weight, wants_bias, *_, wants_mask = ctx.needs_input_grad
+        output_mask = [wants_input, wants_offset, wants_weight, wants_mask]
+        options = dict(ctx.options)
+        if unordered is None:
+            if input.is_cuda and torch.are_deterministic_algorithms_enabled():
+                options["deterministic"] = True
+        elif input.is_cuda and wants_input:
+            alert_not_deterministic(unordered)
+        gradients = [None] * 4
+        if any(output_mask):
+            computed = getattr(torch.ops.mmdcn, f"{name}_backward")(
+                grad_output,
+                input,
+                offset,
+                weight,
+                ctx.stride,
+                ctx.padding,
+                ctx.dilation,
+                mask,
+                output_mask,
+                **options,
+            )
+            gradients = [g if wanted else None for g, wanted in zip(computed, output_mask)]
+        grad_input, grad_offset, grad_weight, grad_mask = gradients
+        grad_bias = grad_output.sum((0, *range(2, grad_output.dim()))) if wants_bias else None
+        return grad_input, grad_offset, grad_weight, grad_bias, None, None, None, grad_mask
+
+    torch.library.register_autograd(f"mmdcn::{name}", backward, setup_context=setup_context)
+    torch.library.register_autograd(
+        f"mmdcn::{name}_backward", _double_backward, setup_context=_setup_double_context
+    )
 
 
-def _backward(ctx, grad_output):
-    input, offset, weight, mask = ctx.saved_tensors
-    wants_input, wants_offset, wants_weight, wants_bias, *_, wants_mask = ctx.needs_input_grad
-    output_mask = [wants_input, wants_offset, wants_weight, wants_mask]
-    options = {"allow_tf32": True} if ctx.allow_tf32 else {}
-    if input.is_cuda and torch.are_deterministic_algorithms_enabled():
-        options["deterministic"] = True
-    gradients = [None] * 4
-    if any(output_mask):
-        computed = torch.ops.mmdcn.deform_conv2d_backward(
-            grad_output,
-            input,
-            offset,
-            weight,
-            ctx.stride,
-            ctx.padding,
-            ctx.dilation,
-            mask,
-            output_mask,
-            **options,
-        )
-        gradients = [g if wanted else None for g, wanted in zip(computed, output_mask)]
-    grad_input, grad_offset, grad_weight, grad_mask = gradients
-    grad_bias = grad_output.sum((0, 2, 3)) if wants_bias else None
-    return grad_input, grad_offset, grad_weight, grad_bias, None, None, None, grad_mask
-
-
-torch.library.register_autograd("mmdcn::deform_conv2d", _backward, setup_context=_setup_context)
-
-
-def _setup_double_context(ctx, inputs, keyword_only_inputs, output) -> None:
+def _setup_double_context(ctx, inputs, output, **_) -> None:
     *tensors, ctx.stride, ctx.padding, ctx.dilation, mask, ctx.output_mask = inputs
     ctx.save_for_backward(*tensors, mask)
 
@@ -418,10 +466,7 @@ def _double_backward(ctx, *grad_gradients):
     return *second[:4], None, None, None, second[4], None
 
 
-torch.library.register_autograd(
-    "mmdcn::deform_conv2d_backward", _double_backward, setup_context=_setup_double_context
-)
-
+_register_autograd("deform_conv2d")
 
 # ------------------------------------------------------------------------- counting of operations
 
@@ -436,12 +481,14 @@ def multiply_adds(weight: torch.Size, output: torch.Size) -> int:
     return batch * out_channels * torch.Size(size).numel() * torch.Size(weight[1:]).numel()
 
 
-@register_flop_formula(torch.ops.mmdcn.deform_conv2d)
+@register_flop_formula([torch.ops.mmdcn.deform_conv2d, torch.ops.mmdcn.deform_conv_nd])
 def _flops(input, offset, weight, *_, out_shape, **__) -> int:
     return 2 * multiply_adds(weight, out_shape)
 
 
-@register_flop_formula(torch.ops.mmdcn.deform_conv2d_backward)
+@register_flop_formula(
+    [torch.ops.mmdcn.deform_conv2d_backward, torch.ops.mmdcn.deform_conv_nd_backward]
+)
 def _backward_flops(
     grad_output, input, offset, weight, stride, padding, dilation, mask, output_mask, **__
 ) -> int:

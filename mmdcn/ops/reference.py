@@ -10,47 +10,54 @@ Notation: R is the regular grid of the kernel's N taps, p0 an output position, p
     (3) X(p)    = Σ_q G(q, p) · X(q)
     (4) G(q, p) = max(0, 1 - |q_y - p_y|) · max(0, 1 - |q_x - p_x|)
 
+(4) has one factor for each dimension, here of two.
+
 Sources: Deformable Convolutional Networks (arXiv 1703.06211), eq. (2)-(4); Deformable ConvNets v2
 (arXiv 1811.11168), eq. (1), for the modulation. The other operators' equations are where they are
 computed.
 """
 
+import itertools
 import math
 
 import torch
 from torch import Tensor
-from torch.nn.modules.utils import _pair
+from torch.nn.modules.utils import _ntuple, _pair
 
 
-def sample(input: Tensor, p_y: Tensor, p_x: Tensor) -> Tensor:
-    """X(p) of equations (3) and (4), at any number of points.
+def sample(input: Tensor, *p: Tensor) -> Tensor:
+    """X(p) of equations (3) and (4), at any number of points, over any number of dimensions.
 
     Args:
-        input: X, of shape (B, C, H, W).
-        p_y, p_x: coordinates in pixels, of shape (B, P).
+        input: X, of shape (B, C, H, W), or with another number of dimensions after the channels.
+        p: coordinates in pixels along each of these, here p_y and p_x, of shape (B, P).
 
     Returns:
         Tensor of shape (B, C, P). A point with a coordinate that is not finite, or that lies
         outside (-1, H) × (-1, W), gives 0 and passes no gradient.
     """
-    height, width = input.shape[-2:]
+    size = input.shape[2:]
     # Comparisons with NaN are false, so `inside` also excludes what is not finite.
-    inside = (p_y > -1) & (p_y < height) & (p_x > -1) & (p_x < width)
-    p_y = torch.where(inside, p_y, 0.0)
-    p_x = torch.where(inside, p_x, 0.0)
+    inside = torch.stack([(p_d > -1) & (p_d < size_d) for p_d, size_d in zip(p, size)]).all(0)
 
-    # G(q, p) vanishes unless q is one of the four integer positions around p. At integer
-    # coordinates, where (4) has a kink, this takes the derivative towards the higher position.
-    low_y, low_x = p_y.detach().floor(), p_x.detach().floor()
+    # G(q, p) vanishes unless q is one of the two integer positions around p in every dimension. At
+    # integer coordinates, where (4) has a kink, this takes the derivative towards the higher one.
+    around = []
+    for p_d in p:
+        p_d = torch.where(inside, p_d, 0.0)
+        low = p_d.detach().floor()
+        around.append([(low, 1 - (p_d - low)), (low + 1, p_d - low)])
     x_of_p = 0
-    for q_y, g_y in ((low_y, 1 - (p_y - low_y)), (low_y + 1, p_y - low_y)):
-        for q_x, g_x in ((low_x, 1 - (p_x - low_x)), (low_x + 1, p_x - low_x)):
-            exists = inside & (q_y >= 0) & (q_y < height) & (q_x >= 0) & (q_x < width)
-            g = torch.where(exists, g_y * g_x, 0.0)
-            q = torch.where(exists, q_y * width + q_x, 0.0).long()
-            x_of_q = input.flatten(2).gather(2, q.unsqueeze(1).expand(-1, input.shape[1], -1))
-            # Not g * x_of_q alone: 0 · inf would be NaN where the position does not exist.
-            x_of_p = x_of_p + torch.where(exists.unsqueeze(1), g.unsqueeze(1) * x_of_q, 0.0)
+    for corner in itertools.product(*around):
+        exists, flat, g = inside, 0, 1
+        for (q_d, g_d), size_d in zip(corner, size):
+            exists = exists & (q_d >= 0) & (q_d < size_d)
+            flat, g = flat * size_d + q_d, g * g_d
+        g = torch.where(exists, g, 0.0)
+        q = torch.where(exists, flat, 0.0).long()
+        x_of_q = input.flatten(2).gather(2, q.unsqueeze(1).expand(-1, input.shape[1], -1))
+        # Not g * x_of_q alone: 0 · inf would be NaN where the position does not exist.
+        x_of_p = x_of_p + torch.where(exists.unsqueeze(1), g.unsqueeze(1) * x_of_q, 0.0)
     return x_of_p
 
 
@@ -74,54 +81,62 @@ def sample_with_border(input: Tensor, p_y: Tensor, p_x: Tensor) -> Tensor:
     return sample(input, p_y, p_x)
 
 
-def deform_conv2d(
+def deform_conv_nd(
     input: Tensor,
     offset: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Equation (2); arguments and result as of :func:`mmdcn.ops.deform_conv2d`, unchecked."""
-    batch, channels, height, width = input.shape
-    out_channels, channels_per_group, kernel_h, kernel_w = weight.shape
-    out_h, out_w = offset.shape[-2:]
-    taps = kernel_h * kernel_w
+    """Equation (2) over any number of dimensions.
+
+    Arguments and result are those of :func:`mmdcn.ops.deform_conv2d`, and of its counterparts for
+    one and three dimensions; unchecked.
+    """
+    batch, channels, *size = input.shape
+    out_channels, channels_per_group, *kernel = weight.shape
+    out_size = offset.shape[2:]
+    rank, taps, pixels = len(size), math.prod(kernel), math.prod(out_size)
     groups = channels // channels_per_group
-    deform_groups = offset.shape[1] // (2 * taps)
-    (stride_h, stride_w), (pad_h, pad_w) = _pair(stride), _pair(padding)
-    dilation_h, dilation_w = _pair(dilation)
+    deform_groups = offset.shape[1] // (rank * taps)
+    to_each = _ntuple(rank)
 
-    # p = p0 + pn + Δpn, of shape (batch, deform_groups, taps, out_h, out_w).
-    def grid(length: int, view: tuple[int, ...]) -> Tensor:
-        return torch.arange(length, dtype=offset.dtype, device=offset.device).view(view)
+    # p0 + pn, of shape (rank, taps, pixels), for all output positions and taps in row-major order.
+    def positions(lengths: list[int]) -> Tensor:
+        axes = [torch.arange(n, dtype=offset.dtype, device=offset.device) for n in lengths]
+        return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
 
-    delta = offset.reshape(batch, deform_groups, taps, 2, out_h, out_w)
-    p0_y = grid(out_h, (out_h, 1)) * stride_h - pad_h
-    p0_x = grid(out_w, (1, out_w)) * stride_w - pad_w
-    pn_y = (grid(kernel_h, (kernel_h, 1)) * dilation_h).expand(kernel_h, kernel_w)
-    pn_x = (grid(kernel_w, (1, kernel_w)) * dilation_w).expand(kernel_h, kernel_w)
-    p_y = p0_y + pn_y.reshape(taps, 1, 1) + delta[:, :, :, 0]
-    p_x = p0_x + pn_x.reshape(taps, 1, 1) + delta[:, :, :, 1]
+    def per_axis(numbers: int | tuple[int, ...]) -> Tensor:
+        return offset.new_tensor(to_each(numbers)).unsqueeze(1)
+
+    p0 = positions(out_size) * per_axis(stride) - per_axis(padding)
+    pn = positions(kernel) * per_axis(dilation)
+    # p = p0 + pn + Δpn, of shape (batch, deform_groups, rank, taps, pixels).
+    delta = offset.reshape(batch, deform_groups, taps, rank, pixels).transpose(2, 3)
+    p = p0.unsqueeze(1) + pn.unsqueeze(2) + delta
 
     # X(p) · Δmn: the channels of an offset group are sampled at the same points.
     sampled = sample(
-        input.reshape(batch * deform_groups, channels // deform_groups, height, width),
-        p_y.reshape(batch * deform_groups, taps * out_h * out_w),
-        p_x.reshape(batch * deform_groups, taps * out_h * out_w),
-    ).view(batch, deform_groups, channels // deform_groups, taps, out_h, out_w)
+        input.reshape(batch * deform_groups, channels // deform_groups, *size),
+        *p.reshape(batch * deform_groups, rank, taps * pixels).unbind(1),
+    ).view(batch, deform_groups, channels // deform_groups, taps, pixels)
     if mask is not None:
-        sampled = sampled * mask.reshape(batch, deform_groups, 1, taps, out_h, out_w)
+        sampled = sampled * mask.reshape(batch, deform_groups, 1, taps, pixels)
 
     # Σ_n W(pn) · …, over the taps and over the input channels of each group.
     output = torch.einsum(
-        "bgcnyx,gocn->bgoyx",
-        sampled.reshape(batch, groups, channels_per_group, taps, out_h, out_w),
+        "bgcnp,gocn->bgop",
+        sampled.reshape(batch, groups, channels_per_group, taps, pixels),
         weight.reshape(groups, out_channels // groups, channels_per_group, taps),
-    ).reshape(batch, out_channels, out_h, out_w)
-    return output if bias is None else output + bias.view(-1, 1, 1)
+    ).reshape(batch, out_channels, *out_size)
+    return output if bias is None else output + bias.view(-1, *[1] * rank)
+
+
+# The operators that this is the reference of.
+deform_conv1d = deform_conv2d = deform_conv3d = deform_conv_nd
 
 
 def deform_roi_pool(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmdcn.ops import dcnv3, reference
-from tests.ops.problems import TOLERANCE, divisors, exact, largest_error, run
+from tests.ops.problems import compare, divisors
 
 
 @dataclasses.dataclass
@@ -120,15 +120,5 @@ def compare_aggregate(
     device: str = "cpu",
 ) -> None:
     """Forward and every gradient against the reference in float64."""
-    tensors = problem.tensors(dtype, device)
     shape = (problem.batch, *problem.out_size, problem.channels)
-    # Rounded once, so that both sides differentiate along the same direction.
-    grad_output = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    actual = run(function, tensors, grad_output, **problem.arguments())
-    expected = run(reference.dcnv3, exact(tensors), grad_output.double(), **problem.arguments())
-    assert actual["output"].shape == shape
-    assert actual["output"].dtype == dtype
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        error = largest_error(actual[name], value)
-        assert error <= TOLERANCE[dtype], f"{name} of {problem}: error {error:.2e}"
+    compare(problem, shape, dtype, function, reference.dcnv3, device)

@@ -1,6 +1,7 @@
 """Randomly drawn problems of deformable convolution, and their comparison with the reference."""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from hypothesis import strategies as st
@@ -178,22 +179,33 @@ def assert_samples_nothing(function, tensors: dict, **arguments) -> None:
         assert torch.count_nonzero(results[f"grad_{name}"]) == 0, name
 
 
+def compare(
+    problem,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    function: Callable[..., Tensor],
+    expected: Callable[..., Tensor],
+    device: str = "cpu",
+    tolerance: float | None = None,
+) -> None:
+    """Forward, into a result of this shape, and every gradient against the reference in float64."""
+    tolerance = tolerance or TOLERANCE[dtype]
+    tensors = problem.tensors(dtype, device)
+    # Rounded once, so that both sides differentiate along the same direction.
+    grad_output = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    actual = run(function, tensors, grad_output, **problem.arguments())
+    wanted = run(expected, exact(tensors), grad_output.double(), **problem.arguments())
+    assert actual["output"].shape == shape
+    assert actual["output"].dtype == dtype
+    assert actual.keys() == wanted.keys()
+    for name, value in wanted.items():
+        error = largest_error(actual[name], value)
+        assert error <= tolerance, f"{name} of {problem}: error {error:.2e}"
+
+
 def compare_with_reference(
     problem: Problem, dtype: torch.dtype, device: str = "cpu", tolerance: float | None = None
 ) -> None:
     """Forward and every gradient against the reference in float64."""
-    tolerance = tolerance or TOLERANCE[dtype]
-    tensors = problem.tensors(dtype, device)
     shape = (problem.batch, problem.out_channels, *problem.out_size)
-    # Rounded once, so that both sides differentiate along the same direction.
-    grad_output = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    actual = run(deform_conv2d, tensors, grad_output, **problem.arguments())
-    expected = run(
-        reference.deform_conv2d, exact(tensors), grad_output.double(), **problem.arguments()
-    )
-    assert actual["output"].shape == shape
-    assert actual["output"].dtype == dtype
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        error = largest_error(actual[name], value)
-        assert error <= tolerance, f"{name} of {problem}: error {error:.2e}"
+    compare(problem, shape, dtype, deform_conv2d, reference.deform_conv2d, device, tolerance)

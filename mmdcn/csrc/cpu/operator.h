@@ -26,13 +26,13 @@ inline int64_t grain(int64_t units, int64_t work) {
 
 // The kernels of the instruction set in use.
 #ifdef __x86_64__
-#define MMDCN_KERNEL(name, T)                                       \
-  (capability() == Capability::kAvx512Bf16 ? avx512_bf16::name<T>() \
-   : capability() == Capability::kAvx512   ? avx512::name<T>()      \
-   : capability() == Capability::kAvx2     ? avx2::name<T>()        \
-                                           : portable::name<T>())
+#define MMDCN_KERNEL(name, ...)                                               \
+  (capability() == Capability::kAvx512Bf16 ? avx512_bf16::name<__VA_ARGS__>() \
+   : capability() == Capability::kAvx512   ? avx512::name<__VA_ARGS__>()      \
+   : capability() == Capability::kAvx2     ? avx2::name<__VA_ARGS__>()        \
+                                           : portable::name<__VA_ARGS__>())
 #else
-#define MMDCN_KERNEL(name, T) portable::name<T>()
+#define MMDCN_KERNEL(name, ...) portable::name<__VA_ARGS__>()
 #endif
 
 template <typename A>

@@ -1,4 +1,4 @@
-"""Builds the CUDA source of RoI pooling and of aggregation for the host."""
+"""Builds the CUDA source of the operators but deform_conv2d for the host."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def host_operators(tmp_path_factory):
         *("-isystem", str(TORCH / "include"), f"-L{TORCH / 'lib'}", "-ltorch_cpu"),
     )
     definitions = torch.library.Library("mmdcn_host_operators", "DEF")
-    for operator in ("deform_roi_pool", "deform_aggregate"):
+    for operator in ("deform_roi_pool", "deform_aggregate", "deform_conv_nd"):
         for name in (operator, f"{operator}_backward"):
             schema = str(getattr(torch.ops.mmdcn, name).default._schema)
             definitions.define(schema.removeprefix("mmdcn::"))

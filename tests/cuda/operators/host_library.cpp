@@ -1,5 +1,5 @@
-// deform_roi_pool and deform_aggregate on CUDA, registration and all, for CPU tensors: namespace
-// mmdcn_host_operators.
+// deform_roi_pool, deform_aggregate and deform_conv_nd on CUDA, registration and all, for CPU
+// tensors: namespace mmdcn_host_operators.
 //
 // The registration files and the kernels are compiled from their own source. Only what it takes to
 // have a GPU is replaced: the launches run blocks on the host, there is no device to switch to, and
@@ -8,11 +8,14 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "../../../mmdcn/csrc/cuda/deform_aggregate.h"
+#include "../../../mmdcn/csrc/cuda/deform_conv_nd.h"
 #include "../../../mmdcn/csrc/cuda/deform_roi_pool.h"
 #include "../../../mmdcn/csrc/cuda/device.h"
 #include "../../../mmdcn/csrc/deform_aggregate_tensors.h"
+#include "../../../mmdcn/csrc/deform_conv_nd_tensors.h"
 #include "../../../mmdcn/csrc/deform_roi_pool_tensors.h"
 #include "host_aggregate.h"
+#include "host_conv_nd.h"
 #include "host_roi_pool.h"
 
 AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
@@ -99,6 +102,50 @@ void aggregate_backward(Precision precision, const AggregateProblem& problem,
   });
 }
 
+template <int R>
+void conv_nd_forward(Precision precision, const ConvNdProblem<R>& problem, const void* input,
+                     const void* offset, const void* mask, const void* weight, const void* bias,
+                     void* output, const Stream&) {
+  dispatch(precision, [&](auto scalar, auto acc) {
+    using scalar_t = typename decltype(scalar)::type;
+    using acc_t = typename decltype(acc)::type;
+    HostConvNd<HostContext<1, 1>, R, scalar_t, acc_t>::forward(
+        problem, static_cast<const scalar_t*>(input), static_cast<const acc_t*>(offset),
+        static_cast<const acc_t*>(mask), static_cast<const scalar_t*>(weight),
+        static_cast<const scalar_t*>(bias), static_cast<scalar_t*>(output));
+  });
+}
+
+template <int R>
+void conv_nd_backward_data(Precision precision, const ConvNdProblem<R>& problem,
+                           const void* grad_output, const void* input, const void* offset,
+                           const void* mask, const void* weight, void* grad_input,
+                           void* grad_offset, void* grad_mask, const Stream&) {
+  dispatch(precision, [&](auto scalar, auto acc) {
+    using scalar_t = typename decltype(scalar)::type;
+    using acc_t = typename decltype(acc)::type;
+    HostConvNd<HostContext<1, 1>, R, scalar_t, acc_t>::backward_data(
+        problem, static_cast<const scalar_t*>(grad_output), static_cast<const scalar_t*>(input),
+        static_cast<const acc_t*>(offset), static_cast<const acc_t*>(mask),
+        static_cast<const scalar_t*>(weight), static_cast<acc_t*>(grad_input),
+        static_cast<acc_t*>(grad_offset), static_cast<acc_t*>(grad_mask));
+  });
+}
+
+template <int R>
+void conv_nd_backward_weight(Precision precision, const ConvNdProblem<R>& problem,
+                             const void* grad_output, const void* input, const void* offset,
+                             const void* mask, void* grad_weight, const Stream&) {
+  dispatch(precision, [&](auto scalar, auto acc) {
+    using scalar_t = typename decltype(scalar)::type;
+    using acc_t = typename decltype(acc)::type;
+    HostConvNd<HostContext<1, 1>, R, scalar_t, acc_t>::backward_weight(
+        problem, static_cast<const scalar_t*>(grad_output), static_cast<const scalar_t*>(input),
+        static_cast<const acc_t*>(offset), static_cast<const acc_t*>(mask),
+        static_cast<scalar_t*>(grad_weight));
+  });
+}
+
 }  // namespace mmdcn::cuda
 
 // Every header is included by now: what follows renames the dispatch key and the operators'
@@ -112,4 +159,5 @@ using namespace mmdcn::cuda;
 #define mmdcn mmdcn_host_operators
 #define CUDA CPU
 #include "../../../mmdcn/csrc/cuda/deform_aggregate.cpp"
+#include "../../../mmdcn/csrc/cuda/deform_conv_nd.cpp"
 #include "../../../mmdcn/csrc/cuda/deform_roi_pool.cpp"

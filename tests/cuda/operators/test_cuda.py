@@ -1,4 +1,4 @@
-"""RoI pooling, DCNv3 and DCNv4 on a GPU: against the reference, and what CUDA programs expect."""
+"""The operators but deform_conv2d on a GPU: against the reference, and what CUDA programs ask."""
 
 import os
 import random
@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from mmdcn.ops import dcnv3, deform_roi_pool
+from mmdcn.ops import dcnv3, deform_conv3d, deform_roi_pool
 from tests.ops.aggregate_problems import AggregateProblem, compare_aggregate
+from tests.ops.nd_problems import VOLUME, NdProblem, compare_nd
 from tests.ops.problems import TOLERANCE, divisors, run
 from tests.ops.roi_problems import RoIProblem, compare_roi_pool, run_roi_pool
 
@@ -68,6 +69,33 @@ def test_aggregate_matches_reference(dtype, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("seed", range(10))
+def test_conv_nd_matches_reference(dtype, rank, seed):
+    draw = random.Random(seed)
+    each = lambda low, high: tuple(draw.randint(low, high) for _ in range(rank))  # noqa: E731
+    channels = draw.choice([1, 6, 36, 70, 130])
+    groups = draw.choice(divisors(channels))
+    problem = NdProblem(
+        size=each(6, 9),
+        batch=draw.randint(1, 3),
+        channels=channels,
+        out_channels=groups * draw.choice([1, 3] if groups > 3 else [5, 70]),
+        kernel=each(1, 3),
+        stride=each(1, 2),
+        padding=each(0, 2),
+        dilation=each(1, 2),
+        groups=groups,
+        deform_groups=draw.choice(divisors(channels)),
+        has_mask=draw.random() < 0.5,
+        has_bias=draw.random() < 0.5,
+        float32_offset=draw.random() < 0.5,
+        seed=seed,
+    )
+    compare_nd(problem, dtype, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     # grad_input is added up in no fixed order.
@@ -80,6 +108,10 @@ def test_opcheck(dtype):
     points = [t.detach().to(wide).unflatten(3, (2, -1)).requires_grad_() for t in (offset, mask)]
     arguments = (x, *points, [3, 3], [1, 1], [1, 1], [1, 1], 1.0, False)
     opcheck(torch.ops.mmdcn.deform_aggregate, arguments, **close)
+    x, offset, weight, bias, mask = VOLUME.tensors(dtype, "cuda").values()
+    offset, mask = (t.detach().to(wide).requires_grad_() for t in (offset, mask))
+    arguments = (x, offset, weight, bias, [1] * 3, [1] * 3, [1] * 3, mask)
+    opcheck(torch.ops.mmdcn.deform_conv_nd, arguments, **close)
 
 
 def test_all_but_grad_input_are_deterministic():
@@ -87,6 +119,7 @@ def test_all_but_grad_input_are_deterministic():
     for problem, function, call in (
         (roi, deform_roi_pool, run_roi_pool),
         (aggregate, dcnv3, run),
+        (VOLUME, deform_conv3d, run),
     ):
         first, second = (
             call(function, problem.tensors(torch.float32, "cuda"), **problem.arguments())
@@ -102,6 +135,7 @@ def test_host_is_not_synchronised():
     calls = [
         (run_roi_pool, deform_roi_pool, roi, torch.ones(5, 4, 2, 4, device="cuda")),
         (run, dcnv3, aggregate, torch.ones(2, 7, 8, 8, device="cuda")),
+        (run, deform_conv3d, VOLUME, torch.ones(2, 6, 4, 5, 6, device="cuda")),
     ]
     for call, function, problem, grad_output in calls:
         tensors = problem.tensors(torch.float32, "cuda")

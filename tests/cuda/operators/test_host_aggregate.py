@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
+from tests.cuda.operators.promises import assert_promises_kept
 from tests.ops.aggregate_problems import AggregateProblem, aggregate_problems, compare_aggregate
 from tests.ops.problems import TOLERANCE, run
 
@@ -89,14 +90,7 @@ def test_results_are_the_fake_kernels(host_operators, dtype, batch):
     for wanted in range(8):
         output_mask = [bool(wanted >> i & 1) for i in range(3)]
         calls.append(("deform_aggregate_backward", [grad_output, *arguments, output_mask]))
-    for name, values in calls:
-        meta = [v.to("meta") if isinstance(v, Tensor) else v for v in values]
-        promised = getattr(torch.ops.mmdcn, name)(*meta)
-        actual = getattr(torch.ops.mmdcn_host_operators, name)(*values)
-        if isinstance(actual, Tensor):
-            promised, actual = [promised], [actual]
-        for a, p in zip(actual, promised):
-            assert (a.shape, a.stride(), a.dtype) == (p.shape, p.stride(), p.dtype), name
+    assert_promises_kept(calls)
 
 
 @pytest.mark.parametrize("sanitizers", ["address,undefined,float-cast-overflow", "thread"])

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from tests.cuda.operators.promises import assert_promises_kept
 from tests.ops.problems import TOLERANCE
 from tests.ops.roi_problems import RoIProblem, compare_roi_pool, roi_problems
 
@@ -108,14 +109,7 @@ def test_results_are_the_fake_kernels(host_operators, dtype, channels_last, defo
     for wanted in range(4):
         output_mask = [bool(wanted & 1), bool(wanted & 2)]
         calls.append(("deform_roi_pool_backward", [grad_output, *arguments, output_mask]))
-    for name, values in calls:
-        meta = [v.to("meta") if isinstance(v, Tensor) else v for v in values]
-        promised = getattr(torch.ops.mmdcn, name)(*meta)
-        actual = getattr(torch.ops.mmdcn_host_operators, name)(*values)
-        if isinstance(actual, Tensor):
-            promised, actual = [promised], [actual]
-        for a, p in zip(actual, promised):
-            assert (a.shape, a.stride(), a.dtype) == (p.shape, p.stride(), p.dtype), name
+    assert_promises_kept(calls)
 
 
 @pytest.mark.parametrize("sanitizers", ["address,undefined,float-cast-overflow", "thread"])

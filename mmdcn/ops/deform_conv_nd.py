@@ -1,0 +1,104 @@
+"""Deformable convolution, v1 and v2, over one and three dimensions.
+
+What the arguments mean, the checks and the autograd are those of :mod:`mmdcn.ops.deform_conv`; the
+mathematics is in :mod:`mmdcn.ops.reference`; the kernels are in ``csrc/``, for any rank.
+"""
+
+import torch
+from torch import Tensor
+
+from .deform_conv import _deform_conv, _register_autograd, _register_fakes
+
+
+def deform_conv1d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int] = 1,
+    padding: int | tuple[int] = 0,
+    dilation: int | tuple[int] = 1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """:func:`mmdcn.ops.deform_conv2d` over one dimension, with linear interpolation.
+
+    Args:
+        input: features of shape (N, C, L); float32, float64, float16 or bfloat16. N may be 0.
+        offset: Δpn in positions, of shape (N, deform_groups · k, Lo): for each offset group, one
+            for each tap. In the input's dtype, or in float32 beside half-precision features.
+        weight: kernel of shape (Co, C / groups, k), in the input's dtype.
+        bias: shape (Co,), in the input's dtype.
+        stride, padding, dilation: in positions.
+        mask: modulation of shape (N, deform_groups · k, Lo), in the offset's dtype or one that the
+            offset may have.
+
+    Returns:
+        Tensor of shape (N, Co, Lo) in the input's dtype, contiguous, where
+        ``Lo = (L + 2 · padding - dilation · (k - 1) - 1) // stride + 1``.
+
+    Samples outside (-1, L), precision, derivatives and errors are as in
+    :func:`mmdcn.ops.deform_conv2d`. On CUDA the gradient of the input is added in no fixed order,
+    and raises under ``torch.use_deterministic_algorithms(True)``.
+    """
+    return _deform_conv(
+        torch.ops.mmdcn.deform_conv_nd,
+        ("length",),
+        input,
+        offset,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        mask,
+    )
+
+
+def deform_conv3d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int, int] = 1,
+    padding: int | tuple[int, int, int] = 0,
+    dilation: int | tuple[int, int, int] = 1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """:func:`mmdcn.ops.deform_conv2d` over three dimensions, with trilinear interpolation.
+
+    Args:
+        input: features of shape (N, C, D, H, W); float32, float64, float16 or bfloat16. N may be 0.
+        offset: Δpn in voxels, of shape (N, 3 · deform_groups · kd · kh · kw, Do, Ho, Wo): for each
+            offset group and each tap in row-major order, z then y then x. In the input's dtype, or
+            in float32 beside half-precision features.
+        weight: kernel of shape (Co, C / groups, kd, kh, kw), in the input's dtype.
+        bias: shape (Co,), in the input's dtype.
+        stride, padding, dilation: one number, or one for each of depth, height and width, in
+            voxels.
+        mask: modulation of shape (N, deform_groups · kd · kh · kw, Do, Ho, Wo), in the offset's
+            dtype or one that the offset may have.
+
+    Returns:
+        Tensor of shape (N, Co, Do, Ho, Wo) in the input's dtype, contiguous, where
+        ``Do = (D + 2 · padding - dilation · (kd - 1) - 1) // stride + 1``, and Ho and Wo likewise.
+
+    Samples outside (-1, D) × (-1, H) × (-1, W), precision, derivatives and errors are as in
+    :func:`mmdcn.ops.deform_conv2d`; the gradient of the input on CUDA as in
+    :func:`mmdcn.ops.deform_conv1d`.
+    """
+    return _deform_conv(
+        torch.ops.mmdcn.deform_conv_nd,
+        ("depth", "height", "width"),
+        input,
+        offset,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        mask,
+    )
+
+
+_register_fakes("deform_conv_nd")
+_register_autograd("deform_conv_nd", unordered="deform_conv1d or deform_conv3d")

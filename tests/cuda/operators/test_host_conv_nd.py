@@ -1,0 +1,107 @@
+"""The CUDA source of convolution over any rank, run on the host: kernels and registration."""
+
+import subprocess
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from tests.cuda.operators.promises import assert_promises_kept
+from tests.ops.nd_problems import LINE, VOLUME, NdProblem, compare_nd, nd_problems
+from tests.ops.problems import NAMES, TOLERANCE, run
+
+DTYPES = list(TOLERANCE)
+
+
+class HostDeformConvNd(torch.autograd.Function):
+    """The autograd of ``mmdcn::deform_conv_nd`` around the host's build of it."""
+
+    @staticmethod
+    def forward(ctx, input, offset, weight, bias, mask, *geometry):
+        ctx.geometry = geometry
+        ctx.save_for_backward(input, offset, weight, mask)
+        operator = torch.ops.mmdcn_host_operators.deform_conv_nd
+        return operator(input, offset, weight, bias, *geometry, mask)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        *tensors, mask = ctx.saved_tensors
+        wants = ctx.needs_input_grad
+        wanted = [wants[0], wants[1], wants[2], wants[4]]
+        gradients = torch.ops.mmdcn_host_operators.deform_conv_nd_backward(
+            grad_output, *tensors, *ctx.geometry, mask, wanted
+        )
+        gradients = [g if want else None for g, want in zip(gradients, wanted)]
+        grad_bias = grad_output.transpose(0, 1).flatten(1).sum(1) if wants[3] else None
+        return *gradients[:3], grad_bias, gradients[3], None, None, None
+
+
+def host_deform_conv(input, offset, weight, bias, mask, stride, padding, dilation) -> Tensor:
+    """What ``mmdcn.ops`` does around the operator."""
+    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    offset, mask = (None if t is None else t.to(wide) for t in (offset, mask))
+    geometry = (list(numbers) for numbers in (stride, padding, dilation))
+    return HostDeformConvNd.apply(input, offset, weight, bias, mask, *geometry)
+
+
+@settings(max_examples=12)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(problem=nd_problems(ranks=(1, 2, 3)))
+def test_matches_reference(host_operators, dtype, problem):
+    compare_nd(problem, dtype, host_deform_conv)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        # Several tiles of output channels and of channels.
+        NdProblem((40,), 2, 140, 70, (3,), (1,), (1,), (1,), deform_groups=2),
+        NdProblem((3, 3, 4), 2, 36, 66, (1, 2, 2), groups=2, deform_groups=3),
+    ],
+    ids=str,
+)
+def test_matches_reference_across_tiles(host_operators, problem):
+    compare_nd(problem, torch.float64, host_deform_conv)
+
+
+@pytest.mark.parametrize("problem", [LINE, VOLUME], ids=["1d", "3d"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, -1e30, 3e9])
+def test_offsets_that_reach_nothing(host_operators, value, problem):
+    tensors = problem.tensors(torch.float32)
+    with torch.no_grad():
+        tensors["offset"].fill_(value)
+        tensors["mask"].fill_(float("nan"))
+    results = run(host_deform_conv, tensors, **problem.arguments())
+    bias = tensors["bias"].detach().view(-1, *[1] * problem.rank)
+    assert torch.equal(results["output"], bias.expand_as(results["output"]))
+    for name in ("input", "offset", "weight", "mask"):
+        assert torch.count_nonzero(results[f"grad_{name}"]) == 0, name
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("problem", [LINE, VOLUME], ids=["1d", "3d"])
+def test_results_are_the_fake_kernels(host_operators, problem, batch):
+    """Results have the shapes and strides promised to the compiler, whatever is asked for."""
+    x, offset, weight, bias, mask = (problem.tensors(torch.float16)[n].detach() for n in NAMES)
+    offset, mask = offset[:batch].float(), mask[:batch].float()
+    geometry = [list(numbers) for numbers in problem.arguments().values()]
+    grad_output = torch.randn(batch, 6, *problem.out_size).half()
+    calls = [("deform_conv_nd", [x[:batch], offset, weight, bias, *geometry, mask])]
+    for wanted in range(16):
+        output_mask = [bool(wanted >> i & 1) for i in range(4)]
+        arguments = [grad_output, x[:batch], offset, weight, *geometry, mask, output_mask]
+        calls.append(("deform_conv_nd_backward", arguments))
+    assert_promises_kept(calls)
+
+
+@pytest.mark.parametrize("sanitizers", ["address,undefined,float-cast-overflow", "thread"])
+def test_sanitizers(check, sanitizers):
+    flags = ("-O1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all")
+    program = check("check_conv_nd.cpp", *flags)
+    runs = [("0", "12", "4")]
+    if sanitizers != "thread":
+        runs.append(("100", "1", "256"))  # the geometry of the GPU's blocks
+    for arguments in runs:
+        result = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-5000:]
