@@ -62,6 +62,7 @@ def test_resume_in_mixed_precision(project, trained):
     assert not (project.root / "executed").exists()
 
 
+@pytest.mark.slow
 def test_compiled_training_breaks_graphs_at_no_line_of_ours(project, trained, monkeypatch):
     """What mmengine's `compile` does to the training step, without inductor's minutes."""
     monkeypatch.setenv("TORCH_LOGS", "graph_breaks")
