@@ -35,7 +35,7 @@ $(ENVIRONMENT): $(wildcard tools/environment/*)
 $(INSTALLED): $(ENVIRONMENT) setup.py pyproject.toml mmdcn/version.py $(shell find mmdcn/csrc -type f)
 	@printf '\n==> compiling mmdcn\n'
 	@MMDCN_WERROR=1 $(RUN) setup.py --quiet build_ext --inplace
-	@$(RUN) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@MMDCN_WERROR=1 $(RUN) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 demo: $(INSTALLED)

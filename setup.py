@@ -134,6 +134,14 @@ def cuda_architectures() -> list[str]:
 class BuildOperators(build_ext):
     """Compiles mmdcn/_cpu and mmdcn/_cuda with the C++ compiler and nvcc, in parallel."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.editable_mode:
+            # Not setuptools' temporary folder, where all would be compiled once more: here are the
+            # objects of `build_ext --inplace`.
+            folder = f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
+            self.build_temp = str(Path("build") / folder)
+
     def build_extensions(self) -> None:
         self.torch = find_torch()
         check_torch(self.torch)

@@ -3,7 +3,6 @@
 The mathematics is in :mod:`mmdcn.ops.reference`; the kernels are in ``csrc/``.
 """
 
-import contextlib
 import math
 from collections.abc import Callable
 
@@ -97,8 +96,17 @@ def _deform_conv(
     if rank == 2 and _goes_straight(input, offset, weight, bias, mask):
         # The operator refuses whatever does not fit together, and for small layers it counts that
         # finding out what is at fault, and saying so, is left for when something is.
-        with contextlib.suppress(RuntimeError, TypeError, ValueError):
-            return operator.default(input, offset, weight, bias, stride, padding, dilation, mask)
+        try:
+            if torch.is_grad_enabled():
+                return operator.default(
+                    input, offset, weight, bias, stride, padding, dilation, mask
+                )
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator.default(
+                    input, offset, weight, bias, stride, padding, dilation, mask
+                )
+        except (RuntimeError, TypeError, ValueError):
+            pass
     _check_tensors(rank, input=input, offset=offset, weight=weight, bias=bias, mask=mask)
     input, weight, bias = _autocast(input, weight, bias)
     _check_types(input, offset, weight, bias, mask)
@@ -148,14 +156,19 @@ def _by_reference(input, offset, weight, bias, stride, padding, dilation, mask) 
 
 def _goes_straight(input: Tensor, *others: Tensor | None) -> bool:
     """Whether the compiled operator's kernel is what a call reaches, with tensors as they are."""
-    if type(input) not in _PLAIN or torch.compiler.is_compiling() or _is_transformed():
+    if type(input) not in _PLAIN:
         return False
-    device = input.device
-    return (
-        device.type in ("cpu", "cuda")
-        and not torch.is_autocast_enabled(device.type)
-        and not _multiplies_in_tf32(input)
-        and all(t is None or (type(t) in _PLAIN and t.device == device) for t in others)
+    on_cpu = input.is_cpu
+    for tensor in (input, *others):
+        if tensor is not None and (
+            type(tensor) not in _PLAIN or not (tensor.is_cpu if on_cpu else tensor.is_cuda)
+        ):
+            return False
+    return not (
+        torch.compiler.is_compiling()
+        or _is_transformed()
+        or torch.is_autocast_enabled("cpu" if on_cpu else "cuda")
+        or (not on_cpu and _multiplies_in_tf32(input))
     )
 
 

@@ -103,6 +103,9 @@ def test_matches_reference_across_blocks(dtype, problem):
         Problem(2, 64, 24, 451, 3, stride=(2, 1), spread=40.0, points_channels_last=True),
         # So many channels that the window shows little more than the grid itself.
         Problem(1, 1100, 30, 40, 2, groups=2, spread=3.0),
+        # So many output channels to so few pixels that each thread has its own of them.
+        Problem(2, 100, 12, 9, 256, spread=6.0),
+        Problem(2, 100, 12, 9, 256, channels_last=True),
     ],
     ids=str,
 )
@@ -305,6 +308,9 @@ def test_each_gradient_alone(wanted):
         Problem(1, 24, 70, 9, 40, spread=25.0),
         Problem(1, 72, 30, 21, 40, deform_groups=36, points_channels_last=True),
         Problem(1, 128, 256, 20, 10),  # weights that are packed by several threads
+        # Few pixels to many output channels: each thread has channels of its own.
+        Problem(2, 128, 12, 9, 256),
+        Problem(2, 64, 6, 9, 128, channels_last=True),
     ],
     ids=str,
 )
@@ -317,6 +323,18 @@ def test_same_bits_for_any_number_of_threads(problem, dtype):
     for other in results[1:]:
         for name, value in results[0].items():
             assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_it_is_the_same(mode):
+    tensors = Problem().tensors(torch.float32)
+    expected = deform_conv2d(**tensors, padding=1)
+    with mode():
+        actual = deform_conv2d(**tensors, padding=1)
+        with pytest.raises(ValueError, match="mask: expected shape"):
+            deform_conv2d(**{**tensors, "mask": tensors["mask"][:, 1:]}, padding=1)
+    assert torch.equal(actual, expected)
+    assert not actual.requires_grad
 
 
 def test_coordinates_are_float32_beside_half_features():

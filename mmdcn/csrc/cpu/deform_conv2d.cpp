@@ -77,13 +77,29 @@ Tensor forward(const DeformConv2dShape& shape, const Tensor& input, const Tensor
   }
 
   const ForwardKernel<T> kernel = MMDCN_KERNEL(deform_conv2d_forward, T);
-  const Buffer<std::byte> packed(kernel.packed_bytes(shape));
-  const int64_t units = kernel.pack_units(shape), shares = kernel.shares(shape);
-  const int64_t unit_grain = grain(units, weights.numel() * kElementWork);
-  torch::stable::parallel_for(0, units, unit_grain, [&](int64_t begin, int64_t end) {
-    kernel.pack_weight(shape, const_data<T>(weights), weight_layout(weights), begin, end,
-                       packed.get());
-  });
+  const int64_t blocks = kernel.out_blocks(shape, torch::stable::get_num_threads());
+  DeformConv2dShape part = shape;
+  part.out_channels /= blocks;
+  const int64_t block_bytes = kernel.packed_bytes(part);
+  const Buffer<std::byte> packed(blocks * block_bytes);
+  // Threads get the same part of the units and of the shares: blocks stay with those who pack them.
+  const auto in_blocks = [&](int64_t per_block, int64_t work, const auto& function) {
+    const int64_t all = blocks * per_block;
+    torch::stable::parallel_for(0, all, grain(all, work), [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin / per_block; block * per_block < end; ++block) {
+        const int64_t first = block * per_block;
+        function(block, std::max(begin - first, INT64_C(0)), std::min(end - first, per_block));
+      }
+    });
+  };
+
+  const WeightLayout layout = weight_layout(weights);
+  in_blocks(
+      kernel.pack_units(part), weights.numel() * kElementWork,
+      [&](int64_t block, int64_t begin, int64_t end) {
+        const T* weight = const_data<T>(weights) + block * part.out_channels * layout.out_stride;
+        kernel.pack_weight(part, weight, layout, begin, end, packed.get() + block * block_bytes);
+      });
 
   ForwardTensors<T> tensors = {};
   tensors.input = const_data<T>(inputs);
@@ -94,11 +110,17 @@ Tensor forward(const DeformConv2dShape& shape, const Tensor& input, const Tensor
   tensors.bias = biases.has_value() ? const_data<acc_t>(*biases) : nullptr;
   tensors.output = data<T>(output);
   tensors.output_layout = image_layout(output);
-  const int64_t share_grain = grain(shares, pass_work(shape, shape.batch * shape.pixels()));
-  torch::stable::parallel_for(0, shares, share_grain, [&](int64_t begin, int64_t end) {
-    const Buffer<std::byte> scratch(kernel.scratch_bytes(shape, tensors));
-    kernel.run(shape, tensors, begin, end, scratch.get());
-  });
+  tensors.output_image = shape.out_channels * shape.pixels();
+  in_blocks(kernel.shares(part), pass_work(shape, shape.batch * shape.pixels()),
+            [&](int64_t block, int64_t begin, int64_t end) {
+              const Buffer<std::byte> scratch(kernel.scratch_bytes(part, tensors));
+              const int64_t first = block * part.out_channels;
+              ForwardTensors<T> own = tensors;
+              own.weight += block * block_bytes;
+              if (own.bias) own.bias += first;
+              own.output += first * own.output_layout.channel_stride;
+              kernel.run(part, own, begin, end, scratch.get());
+            });
   return output;
 }
 

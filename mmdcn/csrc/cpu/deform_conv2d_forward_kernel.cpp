@@ -34,6 +34,19 @@ inline int64_t pairs(int64_t channels) { return (channels + 1) / 2; }
 
 // ------------------------------------------------------------------------------ weights
 
+// Where there are few pixels to many output channels, sharing out pixels means that each core packs
+// weights that the others have to fetch from its caches, and takes their old copies from them: for
+// P pixels about 58 / P of all the time on processors whose cores do not share all of their caches.
+// Blocks of output channels stay with the core that packs them, but each samples all of the input
+// again, which takes as long as multiplying with some 7 output channels.
+template <typename T, typename A = accumulator_t<T>>
+int64_t out_blocks(const DeformConv2dShape& shape, int64_t threads) {
+  const bool even = shape.groups == 1 && shape.out_channels % (threads * kPanelWidth<A>) == 0;
+  if (!even || is_planar(shape)) return 1;
+  const int64_t pixels = shape.batch * shape.pixels();
+  return 7 * (threads - 1) * pixels < 58 * shape.out_channels ? threads : 1;
+}
+
 // Bytes of the packed weights of one group and tap.
 template <typename T, typename A = accumulator_t<T>>
 inline int64_t tap_bytes(const DeformConv2dShape& shape) {
@@ -46,6 +59,9 @@ template <typename T>
 int64_t packed_bytes(const DeformConv2dShape& shape) {
   return shape.groups * shape.taps() * tap_bytes<T>(shape);
 }
+
+// What is larger leaves a core's own caches before it is read again.
+constexpr int64_t kFarBytes = 1 << 20;
 
 // A unit is a register's width of output channels.
 template <typename A>
@@ -65,6 +81,8 @@ void pack_weight(const DeformConv2dShape& shape, const T* weight, const WeightLa
   const int64_t in = shape.group_channels(), out = shape.group_out_channels();
   const int64_t taps = shape.taps(), per_tap = tap_bytes<T>(shape);
   const bool paired = in_pairs<T>(shape);
+  // Too much to stay in a core's caches is written past them, as it need not be fetched first then.
+  const bool past_caches = packed_bytes<T>(shape) >= kFarBytes;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t group = unit / group_units<A>(shape), part = unit % group_units<A>(shape);
     const int64_t count = std::clamp<int64_t>(out - part * lanes, 0, lanes);
@@ -91,7 +109,12 @@ void pack_weight(const DeformConv2dShape& shape, const T* weight, const WeightLa
         if (!paired) {
           A* values = reinterpret_cast<A*>(place) + panel * in + c * width + half;
           for (int64_t k = 0; k < channels; ++k) {
-            store_register(values + k * width, load_register(value(k)));
+            const register_t<A> lane_values = load_register(value(k));
+            if (past_caches) {
+              stream_register(values + k * width, lane_values);
+            } else {
+              store_register(values + k * width, lane_values);
+            }
           }
           continue;
         }
@@ -107,6 +130,7 @@ void pack_weight(const DeformConv2dShape& shape, const T* weight, const WeightLa
       }
     });
   }
+  if (past_caches) finish_streams();
 }
 
 // ------------------------------------------------------------------------------ sampling
@@ -139,6 +163,18 @@ struct Blends {
   A weight[4][kForwardTile];
 };
 
+// Rows of an image that will be needed soon and lie in a far cache.
+struct Ahead {
+  const std::byte* row = nullptr;
+  int64_t rows = 0, stride = 0, bytes = 0;  // stride: from row to row
+
+  template <typename E>
+  static Ahead of(const E* first, int64_t rows, int64_t stride, int64_t count) {
+    constexpr int64_t size = sizeof(E);
+    return {reinterpret_cast<const std::byte*>(first), rows, stride * size, count * size};
+  }
+};
+
 // Blends the columns of some taps piece by piece: for each pixel of the tile a row, of the channels
 // of all offset groups for each tap.
 template <typename S, typename A, typename L>
@@ -153,11 +189,11 @@ class Blending {
   int64_t wait = kNever;
 
   // `blends` has those of each tap and offset group. The work is to be spread over so many steps of
-  // a multiplication, which reads, one after the other, so many bytes from `stream` on: they are
-  // asked for from the caches along the way.
+  // a multiplication, which reads, one after the other, so many bytes from `stream` on: these and
+  // what is needed next are asked for from the caches along the way.
   void start(const DeformConv2dShape& shape, const Blends<A>* blends, int64_t taps, int64_t pixels,
              L* columns, int64_t stride, int64_t tap_stride, int64_t steps, const std::byte* stream,
-             int64_t stream_bytes) {
+             int64_t stream_bytes, const Ahead& ahead) {
     blends_ = blends;
     end_ = blends + taps * shape.deform_groups;
     deform_groups_ = shape.deform_groups;
@@ -172,6 +208,8 @@ class Blending {
     wait = pace_;
     stream_ = stream;
     stream_piece_ = stream_bytes / pieces;
+    ahead_ = ahead;
+    ahead_rows_ = (ahead.rows + pieces - 1) / pieces;
     prefetch();
   }
 
@@ -179,6 +217,13 @@ class Blending {
     wait = pace_;
     for (int64_t b = 0; b < stream_piece_; b += 64) __builtin_prefetch(stream_ + b, 0, 2);
     stream_ += stream_piece_;
+    if (ahead_.rows > 0) {
+      for (int64_t r = 0; r < ahead_rows_; ++r) {
+        for (int64_t b = 0; b < ahead_.bytes; b += 64) __builtin_prefetch(ahead_.row + b, 0, 2);
+        ahead_.row += ahead_.stride;
+      }
+      ahead_.rows -= ahead_rows_;
+    }
     const Blends<A>& blends = *blends_;
     const int64_t i = i_, c = c_;
     if (!blends.at.missing[i]) {
@@ -241,7 +286,9 @@ class Blending {
   int64_t stride_, tap_stride_, pace_;
   const std::byte* stream_;
   int64_t stream_piece_;
-  int64_t d_, i_, c_;  // the next piece: offset group, pixel, channel in the group
+  Ahead ahead_;
+  int64_t ahead_rows_;  // for each piece
+  int64_t d_, i_, c_;   // the next piece: offset group, pixel, channel in the group
 };
 
 // A sample that needs pixels beyond the window: those come from `planes`, where the offset group's
@@ -355,7 +402,7 @@ inline int64_t taps_together(const DeformConv2dShape& shape) {
 // Scratch memory of one thread. S is what corners are read as, L what columns are kept as.
 template <typename S, typename L, typename A>
 struct Scratch {
-  ForwardTile* tiles;  // two: at work, and the next
+  ForwardTile* tiles;  // three: two at work, and the next, which is only looked at
   ForwardSamples<A>* samples;
   A* sums;        // pixels × groups × padded out channels
   L* columns[2];  // pixels × taps × channels; at work, and the next
@@ -368,7 +415,7 @@ struct Scratch {
 
   template <typename T>
   Scratch(const DeformConv2dShape& shape, const ForwardTensors<T>& tensors, Arena& arena)
-      : tiles(arena.take<ForwardTile>(2)), samples(arena.take<ForwardSamples<A>>(1)) {
+      : tiles(arena.take<ForwardTile>(3)), samples(arena.take<ForwardSamples<A>>(1)) {
     const int64_t taps = taps_together(shape), part = shape.deform_group_channels();
     sums = arena.take<A>(kForwardTile * shape.groups * padded<A>(shape.group_out_channels()));
     tap_stride = 2 * pairs(shape.channels);
@@ -509,7 +556,7 @@ struct Image {
     input = tensors.input + number * shape.channels * shape.height * shape.width;
     offset = tensors.offset.image(number);
     mask = tensors.mask.image(number);
-    output = tensors.output + number * shape.out_channels * shape.pixels();
+    output = tensors.output + number * tensors.output_image;
   }
 };
 
@@ -597,6 +644,35 @@ inline void run_rows(const DeformConv2dShape& shape, const ForwardTensors<T>& te
   // One tap's weights are read in one sweep, from a far cache where all taps' are large.
   const int64_t stream_bytes = shape.groups == 1 && together == 1 ? tap_bytes<T>(shape) : 0;
   const int64_t first_panel = stream_bytes * kPanelWidth<A> / padded<A>(shape.out_channels);
+  // The rows that a tile should find in the window. The first one's need not wait for all of those
+  // that the window has room for.
+  const auto range_of = [&](const ForwardTile& tile) {
+    WindowRange range = range_around(shape, tile, plan, plan.rows, plan.columns);
+    const int64_t reached =
+        shape.y.base(tile.y[tile.count - 1], shape.kernel_height - 1) + 2 + kMargin;
+    range.end = std::clamp(reached, range.begin, range.end);
+    return range;
+  };
+  // What is needed soonest after a part of `unit` is blended, in planes: where the tile at work is
+  // stored once it is multiplied, or what enters the window for the next one. Channels-last images
+  // are read and written in runs that the processor foresees.
+  const auto needed_after = [&](int64_t unit, int64_t part) -> Ahead {
+    if (direct) return {};
+    if (part == 0 && unit > first_tile) {
+      const auto& run = scratch.tiles[(unit - 1) % 2].run[0];
+      return Ahead::of(Image<T>(shape, tensors, (unit - 1) / per_image).output + run.pixel,
+                       shape.out_channels, tensors.output_layout.channel_stride, run.count);
+    }
+    if (part + 1 < parts || unit == last_tile || (unit + 1) % per_image == 0) return {};
+    ForwardTile& next = scratch.tiles[2];
+    set_tile(shape, plan, (unit + 1) % per_image, next);
+    const Image<T> image(shape, tensors, unit / per_image);
+    const WindowRange range = range_of(next);
+    const int64_t rows = range.end - window.end;
+    if (range.left != window.left || rows <= 0 || range.begin > window.end) return {};
+    return Ahead::of(image.input + window.end * shape.width + range.left, shape.channels,
+                     shape.height * shape.width, (rows - 1) * shape.width + plan.columns);
+  };
   const auto prepare = [&](int64_t unit, int64_t part, int64_t steps, const std::byte* stream) {
     ForwardTile& tile = scratch.tiles[unit % 2];
     const Image<T> image(shape, tensors, unit / per_image);
@@ -606,8 +682,7 @@ inline void run_rows(const DeformConv2dShape& shape, const ForwardTensors<T>& te
         if (unit == first_tile || unit % per_image == 0) {
           window = empty_window(scratch.window, shape.channels, plan.rows, plan.columns);
         }
-        roll_input(shape, range_around(shape, tile, plan, plan.rows, plan.columns), image.input,
-                   shape.channels, window);
+        roll_input(shape, range_of(tile), image.input, shape.channels, window);
       }
       crop(tile, (begin - unit * kShares) * kSharePixels, (end - unit * kShares) * kSharePixels);
       points =
@@ -622,7 +697,7 @@ inline void run_rows(const DeformConv2dShape& shape, const ForwardTensors<T>& te
                        scratch.stride);
       }
       blending.start(shape, scratch.blends, taps_of(part), tile.count, columns, scratch.stride,
-                     scratch.tap_stride, steps, stream, stream_bytes);
+                     scratch.tap_stride, steps, stream, stream_bytes, needed_after(unit, part));
     };
     if constexpr (std::is_same_v<S, A>) {
       if (!direct) return ready(window);
@@ -639,7 +714,8 @@ inline void run_rows(const DeformConv2dShape& shape, const ForwardTensors<T>& te
     if constexpr (std::is_same_v<T, A>) {
       // The sums of pixels that follow one another have the layout of channels-last output.
       in_place = tensors.output_layout.channels_last() && tile.runs == 1 &&
-                 padded<A>(shape.group_out_channels()) == shape.group_out_channels();
+                 tensors.output_layout.pixel_stride ==
+                     shape.groups * padded<A>(shape.group_out_channels());
       if (in_place) sums = output + tile.run[0].pixel * tensors.output_layout.pixel_stride;
     }
     start_tile(shape, tensors, tile.count, sums);
@@ -704,7 +780,8 @@ void run(const DeformConv2dShape& shape, const ForwardTensors<T>& tensors, int64
 
 template <typename T>
 ForwardKernel<T> deform_conv2d_forward() {
-  return {pack_units<T>, packed_bytes<T>, pack_weight<T>, shares<T>, scratch_bytes<T>, run<T>};
+  return {out_blocks<T>, pack_units<T>,    packed_bytes<T>, pack_weight<T>,
+          shares<T>,     scratch_bytes<T>, run<T>};
 }
 
 template ForwardKernel<double> deform_conv2d_forward<double>();

@@ -97,11 +97,15 @@ struct ForwardTensors {
   const acc_t* bias;          // (Co), or null
   T* output;                  // (N, Co, Ho, Wo) in the layout below
   ImageLayout output_layout;
+  int64_t output_image;  // from image to image; more than an image's elements in a block's call
 };
 
 template <typename T>
 struct ForwardKernel {
   using acc_t = accumulator_t<T>;
+  // Blocks of output channels, of one size, that so many threads had best compute each on its own.
+  // What follows works on one block at a time: the shape has its output channels only.
+  int64_t (*out_blocks)(const DeformConv2dShape&, int64_t threads);
   // Units of packing, all to be packed before the first call of `run`; each writes its own part of
   // packed_bytes.
   int64_t (*pack_units)(const DeformConv2dShape&);

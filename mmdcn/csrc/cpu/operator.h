@@ -2,6 +2,10 @@
 // and the choice of a kernel by instruction set and element type.
 #pragma once
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -35,11 +39,27 @@ inline int64_t grain(int64_t units, int64_t work) {
 #define MMDCN_KERNEL(name, ...) portable::name<__VA_ARGS__>()
 #endif
 
+// Memory for `bytes` bytes, from a cache line's border on; null where there is none. What is larger
+// than a huge page lies in such pages, where the system has them: weights that are read from end to
+// end for every tile would otherwise miss in the table of pages all along.
+inline void* allocate(int64_t bytes) {
+  constexpr int64_t line = 64, huge_page = 2 << 20;
+  const int64_t border = bytes < huge_page ? line : huge_page;
+  void* memory = std::aligned_alloc(border, (bytes + border - 1) / border * border);
+#ifdef MADV_HUGEPAGE
+  if (border == huge_page && memory != nullptr) {
+    // Refused where the system has none: the pages are then small.
+    madvise(memory, bytes, MADV_HUGEPAGE);
+  }
+#endif
+  return memory;
+}
+
 template <typename A>
 class Buffer {
  public:
   explicit Buffer(int64_t count)
-      : data_(static_cast<A*>(std::aligned_alloc(64, (count * sizeof(A) + 63) / 64 * 64))) {
+      : data_(static_cast<A*>(allocate(count * static_cast<int64_t>(sizeof(A))))) {
     STD_TORCH_CHECK(data_ != nullptr || count == 0, "mmdcn: out of memory for ", count,
                     " elements of scratch space");
   }

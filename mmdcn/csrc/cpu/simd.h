@@ -176,6 +176,21 @@ inline void store_register(Half* target, register_t<float> value) {
   for (int lane = 0; lane < kLanes<float>; ++lane) store(target + lane, value[lane]);
 #endif
 }
+// Stores past the caches, where a register is a whole cache line, to which `target` is aligned.
+template <typename A>
+inline void stream_register(A* target, register_t<A> value) {
+#ifdef __AVX512F__
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(target), bit_cast<__m512i>(value));
+#else
+  store_register(target, value);
+#endif
+}
+// To be called before others may read what has been stored so.
+inline void finish_streams() {
+#ifdef __AVX512F__
+  _mm_sfence();
+#endif
+}
 
 // ------------------------------------------------------------------------------ transposition
 
