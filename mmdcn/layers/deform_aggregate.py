@@ -220,8 +220,8 @@ class DCNv3(_DeformAggregateBase):
         for branch in (self.offset, self.mask):
             nn.init.zeros_(branch.weight)
             nn.init.zeros_(branch.bias)
-        _init_projection(self.input_proj)
-        _init_projection(self.output_proj)
+        _init_projection(self.input_proj, self.groups)
+        _init_projection(self.output_proj, self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo)."""
@@ -283,8 +283,8 @@ class DCNv4(_DeformAggregateBase):
             used = self.offset_mask.bias[: 3 * self.deform_groups * self.taps]
             used.view(self.deform_groups, 3, self.taps)[:, 2] = 1 / self.taps
         if not self.without_pointwise:
-            _init_projection(self.value_proj)
-            _init_projection(self.output_proj)
+            _init_projection(self.value_proj, self.groups)
+            _init_projection(self.output_proj, self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo)."""
@@ -299,7 +299,8 @@ class DCNv4(_DeformAggregateBase):
         return _as_input(output if self.without_pointwise else self.output_proj(output), x)
 
 
-def _init_projection(projection: nn.Linear) -> None:
-    nn.init.xavier_uniform_(projection.weight)
+def _init_projection(projection: nn.Linear, groups: int) -> None:
+    for weight in projection.weight.detach().chunk(groups):
+        nn.init.xavier_uniform_(weight)
     if projection.bias is not None:
         nn.init.zeros_(projection.bias)

@@ -275,6 +275,16 @@ def test_init_weights_makes_it_fresh(name):
     torch.testing.assert_close(layer(x), layer.output_proj(average).permute(0, 3, 1, 2))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_groups_start_as_layers_of_their_own_would(name):
+    """Glorot's uniform initialisation, up to √(6 / (inputs + outputs)) of a group."""
+    layer = make(name, in_channels=64, out_channels=32, kernel_size=1, groups=4)
+    project = layer.input_proj if name == "DCNv3" else layer.value_proj
+    for projection, width in ((project, 16 + 16), (layer.output_proj, 16 + 8)):
+        bound = (6 / width) ** 0.5
+        assert 0.95 * bound < projection.weight.abs().max() <= bound
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 @pytest.mark.parametrize("name", NAMES)
 def test_copies_compute_the_same(name, duplicate):
