@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import BenchmarkError, cases, operators, report, tables, timing
+from . import BenchmarkError, cases, family, operators, report, tables, timing
 from .implementations import PEERS
 
 
@@ -22,6 +22,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_operators(commands)
+    _add_family(commands)
     _add_detectors(commands)
     _add_report(commands)
     args = parser.parse_args(arguments)
@@ -224,6 +225,38 @@ def _run_operators(args: argparse.Namespace) -> int:
     return _measure(args, lambda result: operators.run(settings, result))
 
 
+# --------------------------------------------------------------------------- the other operators
+
+
+def _add_family(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "family",
+        help="the other operators: 1-D, 3-D, DCNv3, DCNv4, RoI pooling",
+        description="Time the other operators, forward and forward + backward, in float32, each "
+        "beside what it replaces or its equation in plain PyTorch.",
+    )
+    parser.set_defaults(run=_run_family)
+    _add_common(parser, seconds=1.0)
+    parser.add_argument(
+        "--operators",
+        type=_several(_one_of(*family.OPERATORS)),
+        default=list(family.OPERATORS),
+        help=f"of {', '.join(family.OPERATORS)} (default: all)",
+    )
+
+
+def _run_family(args: argparse.Namespace) -> int:
+    settings = family.Settings(
+        args.operators,
+        device=_check_device(args),
+        offset_std=args.offset_std,
+        threads=args.threads,
+        measure_memory=not args.no_memory,
+        budget=timing.Budget(seconds=args.seconds),
+    )
+    return _measure(args, lambda result: family.run(settings, result))
+
+
 # ----------------------------------------------------------------------------------- the detectors
 
 
@@ -314,7 +347,11 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     )
     parser.set_defaults(run=_run_report)
     parser.add_argument(
-        "runs", type=_json_file, nargs="+", metavar="RUN.json", help="written by ops or detector"
+        "runs",
+        type=_json_file,
+        nargs="+",
+        metavar="RUN.json",
+        help="written by ops, family or detector",
     )
     parser.add_argument(
         "--out",
