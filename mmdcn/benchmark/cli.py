@@ -152,6 +152,17 @@ def _check_device(args: argparse.Namespace) -> torch.device:
     return torch.device(args.device)
 
 
+def _common_settings(args: argparse.Namespace) -> dict:
+    """What :func:`_add_common` added, as the settings of each measurement call it."""
+    return {
+        "device": _check_device(args),
+        "offset_std": args.offset_std,
+        "threads": args.threads,
+        "measure_memory": not args.no_memory,
+        "budget": timing.Budget(seconds=args.seconds),
+    }
+
+
 # ----------------------------------------------------------------------------------------- the ops
 
 
@@ -213,14 +224,10 @@ def _add_operators(commands: argparse._SubParsersAction) -> None:
 def _run_operators(args: argparse.Namespace) -> int:
     settings = operators.Settings(
         cases.expand(args.shapes, args.versions, args.layouts, args.dtype, args.batch),
-        device=_check_device(args),
         peers=args.peers,
         directions=operators.DIRECTIONS[: 1 if args.forward_only else 2],
-        offset_std=args.offset_std,
-        threads=args.threads,
         scaling=args.scaling,
-        measure_memory=not args.no_memory,
-        budget=timing.Budget(seconds=args.seconds),
+        **_common_settings(args),
     )
     return _measure(args, lambda result: operators.run(settings, result))
 
@@ -248,11 +255,7 @@ def _add_family(commands: argparse._SubParsersAction) -> None:
 def _run_family(args: argparse.Namespace) -> int:
     settings = family.Settings(
         args.operators,
-        device=_check_device(args),
-        offset_std=args.offset_std,
-        threads=args.threads,
-        measure_memory=not args.no_memory,
-        budget=timing.Budget(seconds=args.seconds),
+        **_common_settings(args),
     )
     return _measure(args, lambda result: family.run(settings, result))
 
@@ -322,15 +325,11 @@ def _run_detectors(args: argparse.Namespace) -> int:
         raise BenchmarkError(f"detectors need mmengine, mmcv and mmdet: {error}") from error
     settings = detectors.Settings(
         args.configs,
-        device=_check_device(args),
         kernels=args.kernels,
         size=args.size,
         batch=args.batch,
         amp=args.amp,
-        offset_std=args.offset_std,
-        threads=args.threads,
-        measure_memory=not args.no_memory,
-        budget=timing.Budget(seconds=args.seconds),
+        **_common_settings(args),
     )
     return _measure(args, lambda result: detectors.run(settings, result))
 
