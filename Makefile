@@ -61,12 +61,14 @@ benchmark: $(INSTALLED)
 	    --seconds 0.5 --json $(MEASURED)/bfloat16.json
 	@$(RUN) tools/benchmark.py ops --dtype float16 --layouts nchw,channels_last --peers none \
 	    --seconds 0.5 --json $(MEASURED)/float16.json
+	@$(RUN) tools/benchmark.py family --seconds 0.5 --json $(MEASURED)/family.json
 	@$(RUN) tools/benchmark.py detector --seconds 5 --json $(MEASURED)/detectors.json --configs \
 	    configs/faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py \
 	    configs/dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py \
 	    configs/dcnv2/faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py
 	@$(RUN) tools/benchmark.py report --out docs/benchmarks/cpu --readme README.md \
-	    $(addprefix $(MEASURED)/,design.json variants.json bfloat16.json float16.json detectors.json)
+	    $(addprefix $(MEASURED)/,design.json variants.json bfloat16.json float16.json family.json \
+	    detectors.json)
 
 zoo: $(INSTALLED)
 	@$(RUN) tools/check_zoo.py --out docs/zoo.md $(ARGS)

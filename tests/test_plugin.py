@@ -215,7 +215,7 @@ def test_backbones_take_v3_and_v4(name, scope):
 @pytest.mark.parametrize("name", ["DCNv3", "DCNv4"])
 def test_conv_module_takes_v3_and_v4(name):
     module = mmcv.cnn.ConvModule(
-        8, 6, 3, padding=1, conv_cfg=dict(type=name), norm_cfg=dict(type="BN")
+        8, 6, 3, padding=1, groups=2, conv_cfg=dict(type=name), norm_cfg=dict(type="BN")
     )
     assert module.conv.output_proj.bias is None
     assert module(torch.randn(2, 8, 6, 6)).shape == (2, 6, 6, 6)

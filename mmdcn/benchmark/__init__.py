@@ -6,6 +6,7 @@
 :mod:`~.timing`          times of several calls, taken in turns
 :mod:`~.memory`          the memory that one call takes beyond what goes in and comes out
 :mod:`~.operators`       all of that for the operator
+:mod:`~.family`          the same for the other operators, beside what they replace
 :mod:`~.detectors`       whole detectors, in training and at inference
 :mod:`~.machine`         what it was measured on, and with
 :mod:`~.tables`          all that as Markdown

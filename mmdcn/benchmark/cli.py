@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import BenchmarkError, cases, operators, report, tables, timing
+from . import BenchmarkError, cases, family, operators, report, tables, timing
 from .implementations import PEERS
 
 
@@ -22,6 +22,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_operators(commands)
+    _add_family(commands)
     _add_detectors(commands)
     _add_report(commands)
     args = parser.parse_args(arguments)
@@ -151,6 +152,17 @@ def _check_device(args: argparse.Namespace) -> torch.device:
     return torch.device(args.device)
 
 
+def _common_settings(args: argparse.Namespace) -> dict:
+    """What :func:`_add_common` added, as the settings of each measurement call it."""
+    return {
+        "device": _check_device(args),
+        "offset_std": args.offset_std,
+        "threads": args.threads,
+        "measure_memory": not args.no_memory,
+        "budget": timing.Budget(seconds=args.seconds),
+    }
+
+
 # ----------------------------------------------------------------------------------------- the ops
 
 
@@ -212,16 +224,40 @@ def _add_operators(commands: argparse._SubParsersAction) -> None:
 def _run_operators(args: argparse.Namespace) -> int:
     settings = operators.Settings(
         cases.expand(args.shapes, args.versions, args.layouts, args.dtype, args.batch),
-        device=_check_device(args),
         peers=args.peers,
         directions=operators.DIRECTIONS[: 1 if args.forward_only else 2],
-        offset_std=args.offset_std,
-        threads=args.threads,
         scaling=args.scaling,
-        measure_memory=not args.no_memory,
-        budget=timing.Budget(seconds=args.seconds),
+        **_common_settings(args),
     )
     return _measure(args, lambda result: operators.run(settings, result))
+
+
+# --------------------------------------------------------------------------- the other operators
+
+
+def _add_family(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "family",
+        help="the other operators: 1-D, 3-D, DCNv3, DCNv4, RoI pooling",
+        description="Time the other operators, forward and forward + backward, in float32, each "
+        "beside what it replaces or its equation in plain PyTorch.",
+    )
+    parser.set_defaults(run=_run_family)
+    _add_common(parser, seconds=1.0)
+    parser.add_argument(
+        "--operators",
+        type=_several(_one_of(*family.OPERATORS)),
+        default=list(family.OPERATORS),
+        help=f"of {', '.join(family.OPERATORS)} (default: all)",
+    )
+
+
+def _run_family(args: argparse.Namespace) -> int:
+    settings = family.Settings(
+        args.operators,
+        **_common_settings(args),
+    )
+    return _measure(args, lambda result: family.run(settings, result))
 
 
 # ----------------------------------------------------------------------------------- the detectors
@@ -289,15 +325,11 @@ def _run_detectors(args: argparse.Namespace) -> int:
         raise BenchmarkError(f"detectors need mmengine, mmcv and mmdet: {error}") from error
     settings = detectors.Settings(
         args.configs,
-        device=_check_device(args),
         kernels=args.kernels,
         size=args.size,
         batch=args.batch,
         amp=args.amp,
-        offset_std=args.offset_std,
-        threads=args.threads,
-        measure_memory=not args.no_memory,
-        budget=timing.Budget(seconds=args.seconds),
+        **_common_settings(args),
     )
     return _measure(args, lambda result: detectors.run(settings, result))
 
@@ -314,7 +346,11 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     )
     parser.set_defaults(run=_run_report)
     parser.add_argument(
-        "runs", type=_json_file, nargs="+", metavar="RUN.json", help="written by ops or detector"
+        "runs",
+        type=_json_file,
+        nargs="+",
+        metavar="RUN.json",
+        help="written by ops, family or detector",
     )
     parser.add_argument(
         "--out",

@@ -52,14 +52,8 @@ def run(settings: Settings, result: dict) -> None:
     Raises:
         BenchmarkError: an implementation gives a wrong result.
     """
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
     device = settings.device
-    if device.type == "cuda":
-        # Dense convolution at its best, and in the same arithmetic as ours.
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_tf32 = False
+    set_up(device, settings.threads)
     implementations, left_out = _choose(settings)
     result |= {
         "benchmark": "operators",
@@ -93,6 +87,17 @@ def run(settings: Settings, result: dict) -> None:
     for entry, case in zip(result["cases"], settings.cases):
         entry["floor_ms"] = {d: _floor(case, d, result["rates"]) for d in settings.directions}
     result["complete"] = True
+
+
+def set_up(device: torch.device, threads: int | None) -> None:
+    """Make torch compute what is measured as fairly as fast."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device.type == "cuda":
+        # Dense convolution at its best, and in the same arithmetic as ours.
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def _choose(settings: Settings) -> tuple[list[Implementation], dict[str, str]]:
@@ -205,16 +210,17 @@ class _Checker:
             compared += [(key, found[key], ours[key], "ours") for key in found if key in ours]
         for what, value, expected, whose in compared:
             # Not `>`: the distance may be NaN.
-            if not (distance := _distance(value, expected)) <= TOLERANCE[case.dtype]:
+            if not (apart := distance(value, expected)) <= TOLERANCE[case.dtype]:
                 raise BenchmarkError(
                     f"{name} computes a wrong {what} for {case.label}, {case.version}, "
                     f"{case.layout}, {case.dtype}: expected {whose} within {TOLERANCE[case.dtype]} "
-                    f"of its norm, got a distance of {distance:.2g}. Wrong results are not timed; "
+                    f"of its norm, got a distance of {apart:.2g}. Wrong results are not timed; "
                     f"leave {name} out by --peers, and report this."
                 )
 
 
-def _distance(value: Tensor, expected: Tensor) -> float:
+def distance(value: Tensor, expected: Tensor) -> float:
+    """Of two results, relative to the size of what is expected."""
     value, expected = value.double(), expected.double()
     return float((value - expected).norm() / expected.norm().clamp(min=1e-30))
 

@@ -50,8 +50,8 @@ def load_runs(paths: Iterable[Path]) -> list[dict]:
             unfinished = [run["benchmark"] for run in found if not run["complete"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BenchmarkError(
-                f"{path}: expected what tools/benchmark.py ops or detector wrote by --json, or a "
-                f"report of these; {type(error).__name__}: {error}"
+                f"{path}: expected what tools/benchmark.py ops, family or detector wrote by "
+                f"--json, or a report of these; {type(error).__name__}: {error}"
             ) from error
         if unfinished:
             raise BenchmarkError(f"{path}: expected finished runs, this one was interrupted")
@@ -98,7 +98,11 @@ def document(runs: list[dict], name: str) -> str:
     ]
     if any(readme_rows(runs)):
         lines += [f"![times relative to a dense convolution]({name}.png)", ""]
-    headings = {"operators": "The operator", "detectors": "Whole detectors"}
+    headings = {
+        "operators": "The operator",
+        "family": "The other operators",
+        "detectors": "Whole detectors",
+    }
     for run in runs:
         lines += [
             f"## {headings[run['benchmark']]}",

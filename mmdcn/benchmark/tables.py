@@ -23,7 +23,8 @@ def text(run: dict) -> str:
 
 
 def run_lines(run: dict) -> list[str]:
-    return operator_lines(run) if run["benchmark"] == "operators" else detector_lines(run)
+    lines_of = {"operators": operator_lines, "family": family_lines, "detectors": detector_lines}
+    return lines_of[run["benchmark"]](run)
 
 
 def environment_line(run: dict) -> str:
@@ -81,10 +82,14 @@ def operator_lines(run: dict) -> list[str]:
         entries = [first, *run["memory_growth"]]
         lines += [*_columns_table(_memory_columns(run), entries, "forward"), ""]
     lines += _rate_lines(run)
-    if run["left_out"]:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in run["left_out"].items())
-        lines += [f"Left out: {reasons}.", ""]
-    return lines
+    return lines + _left_out(run)
+
+
+def _left_out(run: dict) -> list[str]:
+    if not run["left_out"]:
+        return []
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in run["left_out"].items())
+    return [f"Left out: {reasons}.", ""]
 
 
 def _columns_table(columns: list[Column], entries: list[dict], direction: str) -> list[str]:
@@ -196,6 +201,48 @@ def _rate_lines(run: dict) -> list[str]:
         f"run saw on this machine: {'; '.join([*multiplied, moved])}.",
         "",
     ]
+
+
+# ----------------------------------------------------------------------------- the other operators
+
+
+def family_lines(run: dict) -> list[str]:
+    """Tables of a run of :mod:`mmdcn.benchmark.family`."""
+    lines = []
+    for direction, heading in DIRECTIONS.items():
+        lines += [f"{heading}, float32, ms:", "", *_columns_table(_FAMILY, run["cases"], direction)]
+        lines.append("")
+    lines += _left_out(run)
+    return lines
+
+
+def _family_time(name: str | None) -> Callable[[dict, str], str]:
+    """The cell of an implementation, or of the yardstick."""
+
+    def cell(entry: dict, direction: str) -> str:
+        taken = _number(milliseconds(entry, direction, name or entry["yardstick"]))
+        return taken if name else f"{taken}, {entry['yardstick']}"
+
+    return cell
+
+
+def _family_memory(entry: dict, direction: str) -> str:
+    if "extra_bytes" not in entry:
+        return NOTHING
+    names = ("mmdcn", entry["yardstick"])
+    return " / ".join(_megabytes(megabytes(entry, direction, name)) for name in names)
+
+
+_FAMILY: list[Column] = [
+    ("operator", lambda entry, _: entry["operator"]),
+    ("problem", lambda entry, _: entry["label"]),
+    ("yardstick", _family_time(None)),
+    ("plain PyTorch", _family_time("plain PyTorch")),
+    ("mmdcn, no offsets", _family_time("mmdcn, no offsets")),
+    ("mmdcn", _family_time("mmdcn")),
+    ("mmdcn ÷ yardstick", lambda e, direction: times(ratio(e, direction, "mmdcn", e["yardstick"]))),
+    ("memory, MB, mmdcn / yardstick", _family_memory),
+]
 
 
 # --------------------------------------------------------------------------------------- detectors

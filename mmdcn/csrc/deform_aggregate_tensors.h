@@ -6,8 +6,6 @@
 
 namespace mmdcn {
 
-// mmdcn.ops has checked the arguments with errors that say what to do; what is checked again here
-// is what keeps every memory access in bounds for those who call the compiled operator directly.
 inline DeformAggregateShape deform_aggregate_shape(const Tensor& input, const Tensor& offset,
                                                    const Tensor& mask,
                                                    const std::vector<int64_t>& kernel_size,
@@ -15,14 +13,14 @@ inline DeformAggregateShape deform_aggregate_shape(const Tensor& input, const Te
                                                    const std::vector<int64_t>& padding,
                                                    const std::vector<int64_t>& dilation,
                                                    double offset_scale, bool remove_center) {
-#define MMDCN_REQUIRE(condition)                                                         \
-  STD_TORCH_CHECK(condition, "mmdcn::deform_aggregate: arguments do not fit together (", \
-                  #condition, "); call mmdcn.ops.dcnv3 or dcnv4, which say what must change")
-  MMDCN_REQUIRE(input.dim() == 4 && offset.dim() == 5 && mask.dim() == 5);
-  MMDCN_REQUIRE(kernel_size.size() == 2 && stride.size() == 2);
-  MMDCN_REQUIRE(padding.size() == 2 && dilation.size() == 2);
-  // Rows and columns are counted in 32 bits.
-  constexpr int64_t too_long = INT64_C(1) << 30;
+  constexpr const char* op = "deform_aggregate";
+  MMDCN_REQUIRE(input.dim() == 4);
+  MMDCN_REQUIRE(offset.dim() == 5);
+  MMDCN_REQUIRE(mask.dim() == 5);
+  MMDCN_REQUIRE(kernel_size.size() == 2);
+  MMDCN_REQUIRE(stride.size() == 2);
+  MMDCN_REQUIRE(padding.size() == 2);
+  MMDCN_REQUIRE(dilation.size() == 2);
   DeformAggregateShape shape = {};
   shape.batch = input.size(0);
   shape.channels = input.size(3);
@@ -35,32 +33,34 @@ inline DeformAggregateShape deform_aggregate_shape(const Tensor& input, const Te
             offset.size(1 + d),
             kernel_size[d],
             {stride[d], padding[d], dilation[d]}};
-    MMDCN_REQUIRE(axis.size < too_long && axis.out_size < too_long);
-    MMDCN_REQUIRE(axis.kernel > 0 && axis.kernel < too_long);
+    MMDCN_REQUIRE(input.size(1 + d) < kTooLong);
+    MMDCN_REQUIRE(offset.size(1 + d) < kTooLong);
+    MMDCN_REQUIRE(kernel_size[d] > 0 && kernel_size[d] < kTooLong);
+    MMDCN_REQUIRE(!remove_center || kernel_size[d] % 2 == 1);
+    MMDCN_REQUIRE(stride[d] > 0);
+    MMDCN_REQUIRE(padding[d] >= 0);
+    MMDCN_REQUIRE(dilation[d] > 0);
+    MMDCN_REQUIRE(offset.size(1 + d) == outputs(axis.grid, axis.size, axis.kernel));
   }
-  MMDCN_REQUIRE(shape.taps() > 0);
-  MMDCN_REQUIRE(shape.channels > 0 && shape.groups > 0 && shape.channels % shape.groups == 0);
-  MMDCN_REQUIRE(offset.size(0) == shape.batch && offset.size(4) == 2 * shape.taps());
-  MMDCN_REQUIRE(mask.size(0) == shape.batch && mask.size(1) == shape.y.out_size);
-  MMDCN_REQUIRE(mask.size(2) == shape.x.out_size && mask.size(3) == shape.groups);
+  MMDCN_REQUIRE(!remove_center || kernel_size[0] * kernel_size[1] > 1);
+  MMDCN_REQUIRE(input.size(3) > 0);
+  MMDCN_REQUIRE(offset.size(3) > 0 && input.size(3) % offset.size(3) == 0);
+  MMDCN_REQUIRE(offset.size(0) == shape.batch);
+  MMDCN_REQUIRE(offset.size(4) == 2 * shape.taps());
+  for (int d = 0; d < 4; ++d) MMDCN_REQUIRE(mask.size(d) == offset.size(d));
   MMDCN_REQUIRE(mask.size(4) == shape.taps());
   MMDCN_REQUIRE(offset.scalar_type() == coordinate_type(input.scalar_type()));
   MMDCN_REQUIRE(mask.scalar_type() == offset.scalar_type());
-  MMDCN_REQUIRE(offset.device() == input.device() && mask.device() == input.device());
-#undef MMDCN_REQUIRE
+  MMDCN_REQUIRE(offset.device() == input.device());
+  MMDCN_REQUIRE(mask.device() == input.device());
   return shape;
 }
 
 inline void check_grad_output(const DeformAggregateShape& shape, const Tensor& grad_output,
                               const Tensor& input, const std::vector<bool>& output_mask) {
-  STD_TORCH_CHECK(
-      grad_output.dim() == 4 && grad_output.size(0) == shape.batch &&
-          grad_output.size(1) == shape.y.out_size && grad_output.size(2) == shape.x.out_size &&
-          grad_output.size(3) == shape.channels &&
-          grad_output.scalar_type() == input.scalar_type() &&
-          grad_output.device() == input.device() && output_mask.size() == 3,
-      "mmdcn::deform_aggregate_backward: grad_output must have the shape, dtype and device of the "
-      "output, and output_mask three elements");
+  check_grad_output("deform_aggregate_backward", grad_output,
+                    {shape.batch, shape.y.out_size, shape.x.out_size, shape.channels}, input,
+                    output_mask, 3);
 }
 
 // Offsets or modulations, (N, Ho, Wo, G, taps), or else a copy of them, that the kernels can read:

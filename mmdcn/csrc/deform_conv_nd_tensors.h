@@ -1,5 +1,5 @@
-// Reads the sizes of a deformable convolution over R dimensions off its arguments, for the
-// registration files.
+// What the registration files of all devices do with the tensors of a deformable convolution over R
+// dimensions.
 #pragma once
 
 #include <tuple>
@@ -8,57 +8,6 @@
 #include "tensors.h"
 
 namespace mmdcn {
-
-// mmdcn.ops has checked the arguments with errors that say what to do; what is checked again here
-// is what keeps every memory access in bounds for those who call the compiled operator directly.
-template <int R>
-DeformConvNdShape<R> deform_conv_nd_shape(const Tensor& input, const Tensor& offset,
-                                          const Tensor& weight, const std::optional<Tensor>& bias,
-                                          const std::vector<int64_t>& stride,
-                                          const std::vector<int64_t>& padding,
-                                          const std::vector<int64_t>& dilation,
-                                          const std::optional<Tensor>& mask) {
-#define MMDCN_REQUIRE(condition)                                                                   \
-  STD_TORCH_CHECK(condition, "mmdcn::deform_conv_nd: arguments do not fit together (", #condition, \
-                  "); call mmdcn.ops, which says what must change")
-  MMDCN_REQUIRE(offset.dim() == R + 2 && weight.dim() == R + 2);
-  MMDCN_REQUIRE(stride.size() == R && padding.size() == R && dilation.size() == R);
-  // Positions along each dimension are counted in 32 bits.
-  constexpr int64_t too_long = INT64_C(1) << 30;
-  DeformConvNdShape<R> shape = {};
-  shape.batch = input.size(0);
-  shape.channels = input.size(1);
-  shape.out_channels = weight.size(0);
-  for (int d = 0; d < R; ++d) {
-    shape.size[d] = input.size(2 + d);
-    shape.out_size[d] = offset.size(2 + d);
-    shape.kernel[d] = weight.size(2 + d);
-    shape.axis[d] = {stride[d], padding[d], dilation[d]};
-    MMDCN_REQUIRE(shape.size[d] < too_long && shape.out_size[d] < too_long);
-  }
-  MMDCN_REQUIRE(shape.taps() > 0 && shape.channels > 0 && weight.size(1) > 0);
-  MMDCN_REQUIRE(shape.channels % weight.size(1) == 0);
-  shape.groups = shape.channels / weight.size(1);
-  shape.deform_groups = offset.size(1) / (R * shape.taps());
-  MMDCN_REQUIRE(shape.out_channels > 0 && shape.out_channels % shape.groups == 0);
-  MMDCN_REQUIRE(shape.deform_groups > 0 && shape.channels % shape.deform_groups == 0);
-  MMDCN_REQUIRE(offset.size(0) == shape.batch && offset.size(1) == R * shape.samples());
-  MMDCN_REQUIRE(weight.scalar_type() == input.scalar_type());
-  MMDCN_REQUIRE(offset.scalar_type() == coordinate_type(input.scalar_type()));
-  MMDCN_REQUIRE(offset.device() == input.device() && weight.device() == input.device());
-  if (bias.has_value()) {
-    MMDCN_REQUIRE(bias->dim() == 1 && bias->size(0) == shape.out_channels);
-    MMDCN_REQUIRE(bias->scalar_type() == input.scalar_type() && bias->device() == input.device());
-  }
-  if (mask.has_value()) {
-    MMDCN_REQUIRE(mask->dim() == R + 2 && mask->size(0) == shape.batch);
-    MMDCN_REQUIRE(mask->size(1) == shape.samples());
-    for (int d = 0; d < R; ++d) MMDCN_REQUIRE(mask->size(2 + d) == shape.out_size[d]);
-    MMDCN_REQUIRE(mask->scalar_type() == offset.scalar_type() && mask->device() == input.device());
-  }
-#undef MMDCN_REQUIRE
-  return shape;
-}
 
 // Sizes of the output.
 template <int R>
@@ -71,12 +20,8 @@ std::vector<int64_t> output_size(const DeformConvNdShape<R>& shape) {
 template <int R>
 void check_grad_output(const DeformConvNdShape<R>& shape, const Tensor& grad_output,
                        const Tensor& input, const std::vector<bool>& output_mask) {
-  STD_TORCH_CHECK(
-      sizes_of(grad_output) == output_size(shape) &&
-          grad_output.scalar_type() == input.scalar_type() &&
-          grad_output.device() == input.device() && output_mask.size() == 4,
-      "mmdcn::deform_conv_nd_backward: grad_output must have the shape, dtype and device of the "
-      "output, and output_mask four elements");
+  check_grad_output("deform_conv_nd_backward", grad_output, output_size(shape), input, output_mask,
+                    4);
 }
 
 namespace {

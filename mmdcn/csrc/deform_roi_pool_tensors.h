@@ -6,24 +6,18 @@
 
 namespace mmdcn {
 
-// mmdcn.ops.deform_roi_pool has checked the arguments with errors that say what to do; what is
-// checked again here is what keeps every memory access in bounds for those who call the compiled
-// operator directly.
 inline DeformRoIPoolShape deform_roi_pool_shape(const Tensor& input, const Tensor& rois,
                                                 const std::optional<Tensor>& offset,
                                                 const std::vector<int64_t>& output_size,
                                                 double spatial_scale, int64_t sampling_ratio,
                                                 double gamma, bool position_sensitive) {
-#define MMDCN_REQUIRE(condition)                                                        \
-  STD_TORCH_CHECK(condition, "mmdcn::deform_roi_pool: arguments do not fit together (", \
-                  #condition, "); call mmdcn.ops.deform_roi_pool, which says what must change")
-  MMDCN_REQUIRE(input.dim() == 4 && rois.dim() == 2 && rois.size(1) == 5);
-  // Rows and columns are counted in 32 bits.
-  constexpr int64_t too_long = INT64_C(1) << 30;
-  MMDCN_REQUIRE(input.size(2) < too_long && input.size(3) < too_long);
+  constexpr const char* op = "deform_roi_pool";
+  MMDCN_REQUIRE(input.dim() == 4);
+  MMDCN_REQUIRE(rois.dim() == 2 && rois.size(1) == 5);
+  MMDCN_REQUIRE(input.size(2) < kTooLong && input.size(3) < kTooLong);
   MMDCN_REQUIRE(output_size.size() == 2);
-  MMDCN_REQUIRE(output_size[0] > 0 && output_size[0] < too_long);
-  MMDCN_REQUIRE(output_size[1] > 0 && output_size[1] < too_long);
+  MMDCN_REQUIRE(output_size[0] > 0 && output_size[0] < kTooLong);
+  MMDCN_REQUIRE(output_size[1] > 0 && output_size[1] < kTooLong);
   MMDCN_REQUIRE(sampling_ratio <= kMostBinPoints);
   MMDCN_REQUIRE(rois.scalar_type() == coordinate_type(input.scalar_type()));
   MMDCN_REQUIRE(rois.device() == input.device());
@@ -41,7 +35,7 @@ inline DeformRoIPoolShape deform_roi_pool_shape(const Tensor& input, const Tenso
   shape.gamma = gamma;
   shape.position_sensitive = position_sensitive;
   const int64_t parts = position_sensitive ? shape.bins() : 1;
-  MMDCN_REQUIRE(shape.channels > 0 && shape.channels % parts == 0);
+  MMDCN_REQUIRE(input.size(1) > 0 && input.size(1) % parts == 0);
   shape.out_channels = shape.channels / parts;
   if (offset.has_value()) {
     MMDCN_REQUIRE(offset->dim() == 4 && offset->size(0) == shape.rois);
@@ -50,22 +44,16 @@ inline DeformRoIPoolShape deform_roi_pool_shape(const Tensor& input, const Tenso
     MMDCN_REQUIRE(offset->scalar_type() == rois.scalar_type());
     MMDCN_REQUIRE(offset->device() == input.device());
     shape.deform_groups = offset->size(1) / 2;
-    MMDCN_REQUIRE(shape.out_channels % shape.deform_groups == 0);
+    MMDCN_REQUIRE(shape.out_channels % (offset->size(1) / 2) == 0);
   }
-#undef MMDCN_REQUIRE
   return shape;
 }
 
 inline void check_grad_output(const DeformRoIPoolShape& shape, const Tensor& grad_output,
                               const Tensor& input, const std::vector<bool>& output_mask) {
-  STD_TORCH_CHECK(
-      grad_output.dim() == 4 && grad_output.size(0) == shape.rois &&
-          grad_output.size(1) == shape.out_channels && grad_output.size(2) == shape.out_height &&
-          grad_output.size(3) == shape.out_width &&
-          grad_output.scalar_type() == input.scalar_type() &&
-          grad_output.device() == input.device() && output_mask.size() == 2,
-      "mmdcn::deform_roi_pool_backward: grad_output must have the shape, dtype and device of the "
-      "output, and output_mask two elements");
+  check_grad_output("deform_roi_pool_backward", grad_output,
+                    {shape.rois, shape.out_channels, shape.out_height, shape.out_width}, input,
+                    output_mask, 2);
 }
 
 }  // namespace mmdcn

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "deform_conv2d_shape.h"
+#include "deform_conv_nd_shape.h"
 
 namespace mmdcn {
 
@@ -65,8 +66,75 @@ inline int64_t outputs(const GridAxis& axis, int64_t size, int64_t kernel) {
   return (room - axis.dilation * (kernel - 1)) / axis.stride + 1;
 }
 
-// Reads the sizes off the arguments. Whatever does not fit is refused; mmdcn.ops.deform_conv2d then
-// finds out what it is, and says what must change.
+// Refuses arguments that do not fit together, in a function with the operator's name in `op`. What
+// is checked keeps every memory access in bounds for those who call a compiled operator directly;
+// its function in mmdcn.ops finds out what is at fault, and says what must change.
+#define MMDCN_REQUIRE(condition)                                       \
+  STD_TORCH_CHECK(condition, "mmdcn::", op, ": expected ", #condition, \
+                  ", which does not hold; the function in mmdcn.ops says what must change")
+
+// Lengths along one dimension are counted in 32 bits.
+constexpr int64_t kTooLong = INT64_C(1) << 30;
+
+// Reads the sizes of a deformable convolution over R dimensions off its arguments.
+template <int R>
+DeformConvNdShape<R> deform_conv_nd_shape(const Tensor& input, const Tensor& offset,
+                                          const Tensor& weight, const std::optional<Tensor>& bias,
+                                          const std::vector<int64_t>& stride,
+                                          const std::vector<int64_t>& padding,
+                                          const std::vector<int64_t>& dilation,
+                                          const std::optional<Tensor>& mask,
+                                          const char* op = "deform_conv_nd") {
+  MMDCN_REQUIRE(input.dim() == R + 2);
+  MMDCN_REQUIRE(offset.dim() == R + 2);
+  MMDCN_REQUIRE(weight.dim() == R + 2);
+  MMDCN_REQUIRE(stride.size() == R);
+  MMDCN_REQUIRE(padding.size() == R);
+  MMDCN_REQUIRE(dilation.size() == R);
+  MMDCN_REQUIRE(input.size(1) > 0);
+  MMDCN_REQUIRE(weight.numel() > 0);
+  DeformConvNdShape<R> shape = {};
+  shape.batch = input.size(0);
+  shape.channels = input.size(1);
+  shape.out_channels = weight.size(0);
+  for (int d = 0; d < R; ++d) {
+    shape.size[d] = input.size(2 + d);
+    shape.out_size[d] = offset.size(2 + d);
+    shape.kernel[d] = weight.size(2 + d);
+    shape.axis[d] = {stride[d], padding[d], dilation[d]};
+    MMDCN_REQUIRE(input.size(2 + d) < kTooLong);
+    MMDCN_REQUIRE(offset.size(2 + d) < kTooLong);
+    MMDCN_REQUIRE(stride[d] > 0);
+    MMDCN_REQUIRE(padding[d] >= 0);
+    MMDCN_REQUIRE(dilation[d] > 0);
+    MMDCN_REQUIRE(offset.size(2 + d) == outputs(shape.axis[d], shape.size[d], shape.kernel[d]));
+  }
+  MMDCN_REQUIRE(shape.channels % weight.size(1) == 0);
+  shape.groups = shape.channels / weight.size(1);
+  MMDCN_REQUIRE(weight.size(0) % shape.groups == 0);
+  shape.deform_groups = offset.size(1) / shape.taps() / R;
+  MMDCN_REQUIRE(offset.size(0) == shape.batch);
+  MMDCN_REQUIRE(offset.size(1) > 0 && offset.size(1) == R * shape.samples());
+  MMDCN_REQUIRE(shape.channels % (offset.size(1) / (R * shape.taps())) == 0);
+  MMDCN_REQUIRE(weight.scalar_type() == input.scalar_type());
+  MMDCN_REQUIRE(offset.scalar_type() == coordinate_type(input.scalar_type()));
+  MMDCN_REQUIRE(offset.device() == input.device());
+  MMDCN_REQUIRE(weight.device() == input.device());
+  if (bias.has_value()) {
+    MMDCN_REQUIRE(bias->dim() == 1 && bias->size(0) == shape.out_channels);
+    MMDCN_REQUIRE(bias->scalar_type() == input.scalar_type());
+    MMDCN_REQUIRE(bias->device() == input.device());
+  }
+  if (mask.has_value()) {
+    MMDCN_REQUIRE(mask->dim() == R + 2 && mask->size(0) == shape.batch);
+    MMDCN_REQUIRE(mask->size(1) == shape.samples());
+    for (int d = 0; d < R; ++d) MMDCN_REQUIRE(mask->size(2 + d) == shape.out_size[d]);
+    MMDCN_REQUIRE(mask->scalar_type() == offset.scalar_type());
+    MMDCN_REQUIRE(mask->device() == input.device());
+  }
+  return shape;
+}
+
 inline DeformConv2dShape deform_conv2d_shape(const Tensor& input, const Tensor& offset,
                                              const Tensor& weight,
                                              const std::optional<Tensor>& bias,
@@ -74,68 +142,45 @@ inline DeformConv2dShape deform_conv2d_shape(const Tensor& input, const Tensor& 
                                              const std::vector<int64_t>& padding,
                                              const std::vector<int64_t>& dilation,
                                              const std::optional<Tensor>& mask) {
-#define MMDCN_REQUIRE(condition)                                                                  \
-  STD_TORCH_CHECK(condition, "mmdcn::deform_conv2d: arguments do not fit together (", #condition, \
-                  "); call mmdcn.ops.deform_conv2d, which says what must change")
-  MMDCN_REQUIRE(input.dim() == 4 && offset.dim() == 4 && weight.dim() == 4);
-  MMDCN_REQUIRE(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2);
+  const DeformConvNdShape<2> nd = deform_conv_nd_shape<2>(input, offset, weight, bias, stride,
+                                                          padding, dilation, mask, "deform_conv2d");
   DeformConv2dShape shape = {};
-  shape.batch = input.size(0);
-  shape.channels = input.size(1);
-  shape.height = input.size(2);
-  shape.width = input.size(3);
-  shape.out_channels = weight.size(0);
-  shape.kernel_height = weight.size(2);
-  shape.kernel_width = weight.size(3);
-  shape.out_height = offset.size(2);
-  shape.out_width = offset.size(3);
-  shape.y = {stride[0], padding[0], dilation[0]};
-  shape.x = {stride[1], padding[1], dilation[1]};
-  // Rows and columns are counted in 32 bits.
-  constexpr int64_t too_long = INT64_C(1) << 30;
-  MMDCN_REQUIRE(shape.height < too_long && shape.width < too_long);
-  MMDCN_REQUIRE(shape.out_height < too_long && shape.out_width < too_long);
-  MMDCN_REQUIRE(outputs(shape.y, shape.height, shape.kernel_height) == shape.out_height);
-  MMDCN_REQUIRE(outputs(shape.x, shape.width, shape.kernel_width) == shape.out_width);
-  MMDCN_REQUIRE(shape.taps() > 0 && shape.channels > 0 && weight.size(1) > 0);
-  MMDCN_REQUIRE(shape.channels % weight.size(1) == 0);
-  shape.groups = shape.channels / weight.size(1);
-  shape.deform_groups = offset.size(1) / (2 * shape.taps());
-  MMDCN_REQUIRE(shape.out_channels > 0 && shape.out_channels % shape.groups == 0);
-  MMDCN_REQUIRE(shape.deform_groups > 0 && shape.channels % shape.deform_groups == 0);
-  MMDCN_REQUIRE(offset.size(0) == shape.batch);
-  MMDCN_REQUIRE(offset.size(1) == 2 * shape.taps() * shape.deform_groups);
-  MMDCN_REQUIRE(weight.scalar_type() == input.scalar_type());
-  MMDCN_REQUIRE(offset.scalar_type() == coordinate_type(input.scalar_type()));
-  MMDCN_REQUIRE(offset.device() == input.device() && weight.device() == input.device());
-  if (bias.has_value()) {
-    MMDCN_REQUIRE(bias->dim() == 1 && bias->size(0) == shape.out_channels);
-    MMDCN_REQUIRE(bias->scalar_type() == input.scalar_type() && bias->device() == input.device());
-  }
-  if (mask.has_value()) {
-    MMDCN_REQUIRE(mask->dim() == 4 && mask->size(0) == shape.batch);
-    MMDCN_REQUIRE(mask->size(1) == shape.taps() * shape.deform_groups);
-    MMDCN_REQUIRE(mask->size(2) == shape.out_height && mask->size(3) == shape.out_width);
-    MMDCN_REQUIRE(mask->scalar_type() == offset.scalar_type() && mask->device() == input.device());
-  }
-#undef MMDCN_REQUIRE
+  shape.batch = nd.batch;
+  shape.channels = nd.channels;
+  shape.height = nd.size[0];
+  shape.width = nd.size[1];
+  shape.out_channels = nd.out_channels;
+  shape.out_height = nd.out_size[0];
+  shape.out_width = nd.out_size[1];
+  shape.kernel_height = nd.kernel[0];
+  shape.kernel_width = nd.kernel[1];
+  shape.groups = nd.groups;
+  shape.deform_groups = nd.deform_groups;
+  shape.y = nd.axis[0];
+  shape.x = nd.axis[1];
   return shape;
-}
-
-inline void check_grad_output(const DeformConv2dShape& shape, const Tensor& grad_output,
-                              const Tensor& input, const std::vector<bool>& output_mask) {
-  STD_TORCH_CHECK(
-      grad_output.dim() == 4 && grad_output.size(0) == shape.batch &&
-          grad_output.size(1) == shape.out_channels && grad_output.size(2) == shape.out_height &&
-          grad_output.size(3) == shape.out_width &&
-          grad_output.scalar_type() == input.scalar_type() &&
-          grad_output.device() == input.device() && output_mask.size() == 4,
-      "mmdcn::deform_conv2d_backward: grad_output must have the shape, dtype and device of the "
-      "output, and output_mask four elements");
 }
 
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   return std::vector<int64_t>(tensor.sizes().begin(), tensor.sizes().end());
+}
+
+// Checks what a backward operator is given beside the arguments of the forward one: the gradient of
+// an output of these sizes, and which of so many gradients are wanted.
+inline void check_grad_output(const char* op, const Tensor& grad_output,
+                              const std::vector<int64_t>& output_size, const Tensor& input,
+                              const std::vector<bool>& output_mask, size_t gradients) {
+  MMDCN_REQUIRE(sizes_of(grad_output) == output_size);
+  MMDCN_REQUIRE(grad_output.scalar_type() == input.scalar_type());
+  MMDCN_REQUIRE(grad_output.device() == input.device());
+  MMDCN_REQUIRE(output_mask.size() == gradients);
+}
+
+inline void check_grad_output(const DeformConv2dShape& shape, const Tensor& grad_output,
+                              const Tensor& input, const std::vector<bool>& output_mask) {
+  check_grad_output("deform_conv2d_backward", grad_output,
+                    {shape.batch, shape.out_channels, shape.out_height, shape.out_width}, input,
+                    output_mask, 4);
 }
 
 }  // namespace mmdcn

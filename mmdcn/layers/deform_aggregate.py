@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmdcn.layers.deform_conv import _check_int, _check_pair
+from mmdcn.layers.deform_conv import _check_channels, _check_pair, _predict
 from mmdcn.ops import dcnv3, dcnv4
 
 
@@ -37,19 +37,7 @@ class _DeformAggregateBase(nn.Module):
         remove_center: bool = False,
     ) -> None:
         super().__init__()
-        _check_int("in_channels", in_channels)
-        _check_int("out_channels", out_channels)
-        _check_int("deform_groups", deform_groups)
-        if in_channels % deform_groups:
-            raise ValueError(
-                f"in_channels: expected a multiple of deform_groups={deform_groups}, "
-                f"got {in_channels}"
-            )
-        if groups != 1:
-            raise ValueError(
-                f"groups: expected 1, as {type(self).__name__} has no dense kernel to divide (its "
-                f"own groups are deform_groups), got {groups!r}"
-            )
+        _check_channels(in_channels, out_channels, groups, deform_groups)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = _check_pair("kernel_size", kernel_size, 1)
@@ -81,10 +69,17 @@ class _DeformAggregateBase(nn.Module):
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
-            f"deform_groups={self.deform_groups}, offset_scale={self.offset_scale}, "
+            f"groups={self.groups}, deform_groups={self.deform_groups}, "
+            f"offset_scale={self.offset_scale}, "
             f"center_feature_scale={self.center_feature_scale}, "
             f"remove_center={self.remove_center}"
         )
+
+    def _projection(self, out_channels: int, bias: bool = True) -> nn.Linear:
+        """A linear layer from the layer's input channels, group by group."""
+        if self.groups == 1:
+            return nn.Linear(self.in_channels, out_channels, bias)
+        return _GroupedLinear(self.in_channels, out_channels, bias, self.groups)
 
     def _depthwise(self, kernel_size: int | tuple[int, int] | None) -> nn.Conv2d:
         """A depth-wise convolution whose output has the height and width of the layer's."""
@@ -149,6 +144,23 @@ def _as_input(output: Tensor, input: Tensor) -> Tensor:
     return output.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
+class _GroupedLinear(nn.Linear):
+    """A linear layer in groups of channels, as the groups of a 1×1 convolution, on (…, C)."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool, groups: int) -> None:
+        super().__init__(in_channels // groups, out_channels, bias)
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        apart = x.unflatten(-1, (self.groups, -1))
+        weight = self.weight.unflatten(0, (self.groups, -1))
+        output = torch.einsum("...gi,goi->...go", apart, weight).flatten(-2)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, groups={self.groups}"
+
+
 class _ToChannelsLast(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1)
@@ -168,7 +180,9 @@ class DCNv3(_DeformAggregateBase):
         stride: step between output positions, in input pixels.
         padding: zeros that surround the input, in pixels.
         dilation: distance between the taps of the kernel, in pixels.
-        groups: accepted from code that builds any convolution, and 1.
+        groups: number of groups of the two projections, as those of a convolution; divides C and
+            Co. What is projected in a group comes from its own channels alone; offsets and
+            modulations come from all.
         deform_groups: number of groups, each of which samples and modulates by itself; divides C.
         bias: whether the output projection has a bias.
         offset_scale: what the kernel and its offsets are multiplied by.
@@ -197,8 +211,8 @@ class DCNv3(_DeformAggregateBase):
         )
         self.offset = nn.Linear(in_channels, 2 * samples)
         self.mask = nn.Linear(in_channels, samples)
-        self.input_proj = nn.Linear(in_channels, in_channels)
-        self.output_proj = nn.Linear(in_channels, self.out_channels, bias=bias)
+        self.input_proj = self._projection(in_channels)
+        self.output_proj = self._projection(self.out_channels, bias)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -206,16 +220,16 @@ class DCNv3(_DeformAggregateBase):
         for branch in (self.offset, self.mask):
             nn.init.zeros_(branch.weight)
             nn.init.zeros_(branch.bias)
-        _init_projection(self.input_proj)
-        _init_projection(self.output_proj)
+        _init_projection(self.input_proj, self.groups)
+        _init_projection(self.output_proj, self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo)."""
         value = self.input_proj(x.permute(0, 2, 3, 1))
-        seen = self.dw_conv(x)
-        mask = self.mask(seen).unflatten(-1, (self.deform_groups, self.taps))
+        seen = _predict(self.dw_conv, x)
+        mask = _predict(self.mask, seen).unflatten(-1, (self.deform_groups, self.taps))
         mask = mask.softmax(-1).flatten(-2)
-        aggregated = dcnv3(value, self.offset(seen), mask, *self._geometry)
+        aggregated = dcnv3(value, _predict(self.offset, seen), mask, *self._geometry)
         mixed = self._mix_in_middle(aggregated, value, seen)
         return _as_input(self.output_proj(mixed), x)
 
@@ -257,8 +271,8 @@ class DCNv4(_DeformAggregateBase):
         # A multiple of 8 channels, as in the authors' checkpoints.
         self.offset_mask = nn.Linear(in_channels, (3 * self.deform_groups * self.taps + 7) // 8 * 8)
         if not without_pointwise:
-            self.value_proj = nn.Linear(in_channels, in_channels)
-            self.output_proj = nn.Linear(in_channels, out_channels, bias=bias)
+            self.value_proj = self._projection(in_channels)
+            self.output_proj = self._projection(out_channels, bias)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -269,23 +283,24 @@ class DCNv4(_DeformAggregateBase):
             used = self.offset_mask.bias[: 3 * self.deform_groups * self.taps]
             used.view(self.deform_groups, 3, self.taps)[:, 2] = 1 / self.taps
         if not self.without_pointwise:
-            _init_projection(self.value_proj)
-            _init_projection(self.output_proj)
+            _init_projection(self.value_proj, self.groups)
+            _init_projection(self.output_proj, self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo)."""
         last = x.permute(0, 2, 3, 1)
         value = last if self.without_pointwise else self.value_proj(last)
         if hasattr(self, "offset_mask_dw"):
-            seen = self.offset_mask_dw(x).permute(0, 2, 3, 1)
+            seen = _predict(self.offset_mask_dw, x).permute(0, 2, 3, 1)
         else:
             seen = self._at_middles(last)
-        output = dcnv4(value, self.offset_mask(seen), *self._geometry)
+        output = dcnv4(value, _predict(self.offset_mask, seen), *self._geometry)
         output = self._mix_in_middle(output, value, output)
         return _as_input(output if self.without_pointwise else self.output_proj(output), x)
 
 
-def _init_projection(projection: nn.Linear) -> None:
-    nn.init.xavier_uniform_(projection.weight)
+def _init_projection(projection: nn.Linear, groups: int) -> None:
+    for weight in projection.weight.detach().chunk(groups):
+        nn.init.xavier_uniform_(weight)
     if projection.bias is not None:
         nn.init.zeros_(projection.bias)

@@ -43,6 +43,22 @@ def _check_int(name: str, value: int) -> None:
         raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
 
 
+def _check_channels(in_channels: int, out_channels: int, groups: int, deform_groups: int) -> None:
+    _check_int("in_channels", in_channels)
+    _check_int("out_channels", out_channels)
+    _check_int("groups", groups)
+    _check_int("deform_groups", deform_groups)
+    for name, channels, divisor_name, divisor in (
+        ("in_channels", in_channels, "groups", groups),
+        ("out_channels", out_channels, "groups", groups),
+        ("in_channels", in_channels, "deform_groups", deform_groups),
+    ):
+        if channels % divisor:
+            raise ValueError(
+                f"{name}: expected a multiple of {divisor_name}={divisor}, got {channels}"
+            )
+
+
 def _check_numbers(
     name: str, value: int | tuple[int, ...], minimum: int, rank: int
 ) -> tuple[int, ...]:
@@ -87,20 +103,7 @@ class _DeformConvBase(nn.Module):
         # (see mmdcn.plugin), and super() would then reach its constructor.
         nn.Module.__init__(self)
 
-        _check_int("in_channels", in_channels)
-        _check_int("out_channels", out_channels)
-        _check_int("groups", groups)
-        _check_int("deform_groups", deform_groups)
-        for name, channels, divisor_name, divisor in (
-            ("in_channels", in_channels, "groups", groups),
-            ("out_channels", out_channels, "groups", groups),
-            ("in_channels", in_channels, "deform_groups", deform_groups),
-        ):
-            if channels % divisor:
-                raise ValueError(
-                    f"{name}: expected a multiple of {divisor_name}={divisor}, got {channels}"
-                )
-
+        _check_channels(in_channels, out_channels, groups, deform_groups)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = _check_numbers("kernel_size", kernel_size, 1, self.rank)
@@ -187,6 +190,17 @@ class _Over2d(_DeformConvBase):
         )
 
 
+def _predict(branch: nn.Module, x: Tensor) -> Tensor:
+    """The output of an offset branch, in the precision of its weights also under autocast.
+
+    In bfloat16, an offset of 8 pixels would be off by up to 1/32 of a pixel.
+    """
+    if not autocast_is_enabled(x.device.type):
+        return branch(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return branch(x.to(next(branch.parameters()).dtype))
+
+
 class _OffsetBranch:
     """Mixed into a deformable layer: the ordinary convolution that predicts what it needs.
 
@@ -205,16 +219,6 @@ class _OffsetBranch:
             self.padding,
             self.dilation,
         )
-
-    def _predict(self, x: Tensor) -> Tensor:
-        """The branch's output, in the precision of its weights also under autocast.
-
-        In bfloat16, an offset of 8 pixels would be off by up to 1/32 of a pixel.
-        """
-        if not autocast_is_enabled(x.device.type):
-            return self.conv_offset(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return self.conv_offset(x.to(self.conv_offset.weight.dtype))
 
     def init_offset(self) -> None:
         """Set the branch to zero: the kernel then samples its regular grid."""
@@ -286,7 +290,7 @@ class _DeformConvPack(_OffsetBranch):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo), or so."""
-        return self._deform_conv(x, self._predict(x), None)
+        return self._deform_conv(x, _predict(self.conv_offset, x), None)
 
 
 class _ModulatedDeformConv(_DeformConvBase):
@@ -371,7 +375,7 @@ class _ModulatedDeformConvPack(_OffsetBranch):
         """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo), or so."""
         # All offsets come first, then the modulation of every tap.
         samples = self.deform_groups * math.prod(self.kernel_size)
-        offset, mask = self._predict(x).split([self.rank * samples, samples], dim=1)
+        offset, mask = _predict(self.conv_offset, x).split([self.rank * samples, samples], dim=1)
         modulation = mask.sigmoid()
         if self.modulation_scale != 1:
             modulation = self.modulation_scale * modulation

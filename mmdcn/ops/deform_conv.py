@@ -72,7 +72,7 @@ def deform_conv2d(
         RuntimeError: there is no compiled kernel for the device of the input.
     """
     return _deform_conv(
-        torch.ops.mmdcn.deform_conv2d,
+        torch.ops.mmdcn.deform_conv2d.default,
         ("height", "width"),
         input,
         offset,
@@ -93,19 +93,16 @@ def _deform_conv(
     stride = _numbers("stride", stride, rank, at_least=1)
     padding = _numbers("padding", padding, rank, at_least=0)
     dilation = _numbers("dilation", dilation, rank, at_least=1)
-    if rank == 2 and _goes_straight(input, offset, weight, bias, mask):
+    if _goes_straight(input, offset, weight, bias, mask):
         # The operator refuses whatever does not fit together, and for small layers it counts that
         # finding out what is at fault, and saying so, is left for when something is.
+        arguments = (input, offset, weight, bias, stride, padding, dilation, mask)
         try:
             if torch.is_grad_enabled():
-                return operator.default(
-                    input, offset, weight, bias, stride, padding, dilation, mask
-                )
+                return operator(*arguments)
             with torch._C._AutoDispatchBelowAutograd():
-                return operator.default(
-                    input, offset, weight, bias, stride, padding, dilation, mask
-                )
-        except (RuntimeError, TypeError, ValueError):
+                return operator(*arguments)
+        except (RuntimeError, TypeError, ValueError, IndexError):
             pass
     _check_tensors(rank, input=input, offset=offset, weight=weight, bias=bias, mask=mask)
     input, weight, bias = _autocast(input, weight, bias)
@@ -119,7 +116,7 @@ def _deform_conv(
     if _is_transformed():
         return _by_reference(*arguments)
     # Said only where it matters, for graphs that others translate, and to kernels that have TF32.
-    tf32 = {"allow_tf32": True} if rank == 2 and _multiplies_in_tf32(input) else {}
+    tf32 = {"allow_tf32": True} if rank < 3 and _multiplies_in_tf32(input) else {}
     return operator(*arguments, **tf32)
 
 

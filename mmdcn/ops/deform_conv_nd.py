@@ -1,10 +1,12 @@
 """Deformable convolution, v1 and v2, over one and three dimensions.
 
 What the arguments mean, the checks and the autograd are those of :mod:`mmdcn.ops.deform_conv`; the
-mathematics is in :mod:`mmdcn.ops.reference`; the kernels are in ``csrc/``, for any rank.
+mathematics is in :mod:`mmdcn.ops.reference`; the kernels are in ``csrc/``, for any rank. A sequence
+is an image of height one, and has the kernels that are tuned for images.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .deform_conv import _deform_conv, _register_autograd, _register_fakes
@@ -33,15 +35,16 @@ def deform_conv1d(
             offset may have.
 
     Returns:
-        Tensor of shape (N, Co, Lo) in the input's dtype, contiguous, where
-        ``Lo = (L + 2 · padding - dilation · (k - 1) - 1) // stride + 1``.
+        Tensor of shape (N, Co, Lo) in the input's dtype, where
+        ``Lo = (L + 2 · padding - dilation · (k - 1) - 1) // stride + 1``; with the channels of a
+        position together in memory where the input has them so, as a transposed (N, L, C) does,
+        and contiguous otherwise.
 
-    Samples outside (-1, L), precision, derivatives and errors are as in
-    :func:`mmdcn.ops.deform_conv2d`. On CUDA the gradient of the input is added in no fixed order,
-    and raises under ``torch.use_deterministic_algorithms(True)``.
+    Samples outside (-1, L), precision, derivatives, errors and what is deterministic are as in
+    :func:`mmdcn.ops.deform_conv2d`.
     """
     return _deform_conv(
-        torch.ops.mmdcn.deform_conv_nd,
+        _over_height_one,
         ("length",),
         input,
         offset,
@@ -52,6 +55,25 @@ def deform_conv1d(
         dilation,
         mask,
     )
+
+
+def _over_height_one(
+    input, offset, weight, bias, stride, padding, dilation, mask, **options
+) -> Tensor:
+    """The operator over two dimensions, on a sequence: no offset leads out of its one row."""
+    y_and_x = F.pad(offset.unsqueeze(2), (0, 0, 1, 0)).flatten(1, 2)
+    output = torch.ops.mmdcn.deform_conv2d.default(
+        input.unsqueeze(2),
+        y_and_x.unsqueeze(2),
+        weight.unsqueeze(2),
+        bias,
+        (1, *stride),
+        (0, *padding),
+        (1, *dilation),
+        None if mask is None else mask.unsqueeze(2),
+        **options,
+    )
+    return output.squeeze(2)
 
 
 def deform_conv3d(
@@ -83,11 +105,11 @@ def deform_conv3d(
         ``Do = (D + 2 · padding - dilation · (kd - 1) - 1) // stride + 1``, and Ho and Wo likewise.
 
     Samples outside (-1, D) × (-1, H) × (-1, W), precision, derivatives and errors are as in
-    :func:`mmdcn.ops.deform_conv2d`; the gradient of the input on CUDA as in
-    :func:`mmdcn.ops.deform_conv1d`.
+    :func:`mmdcn.ops.deform_conv2d`. On CUDA the gradient of the input is added in no fixed order,
+    and raises under ``torch.use_deterministic_algorithms(True)``.
     """
     return _deform_conv(
-        torch.ops.mmdcn.deform_conv_nd,
+        torch.ops.mmdcn.deform_conv_nd.default,
         ("depth", "height", "width"),
         input,
         offset,
@@ -101,4 +123,4 @@ def deform_conv3d(
 
 
 _register_fakes("deform_conv_nd")
-_register_autograd("deform_conv_nd", unordered="deform_conv1d or deform_conv3d")
+_register_autograd("deform_conv_nd", unordered="deform_conv3d")

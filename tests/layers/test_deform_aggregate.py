@@ -11,7 +11,8 @@ from torch import nn
 from mmdcn import layers
 from mmdcn.ops import reference
 
-NAMES = ("DCNv3", "DCNv4")
+BRANCHES = {"DCNv3": "offset", "DCNv4": "offset_mask"}  # what predicts the offsets
+NAMES = tuple(BRANCHES)
 
 SETTINGS = {
     "plain": dict(in_channels=8, out_channels=8, kernel_size=3, padding=1),
@@ -31,6 +32,9 @@ SETTINGS = {
     ),
     "no center": dict(
         in_channels=8, out_channels=8, kernel_size=3, padding=1, remove_center=True, bias=False
+    ),
+    "grouped": dict(
+        in_channels=12, out_channels=6, kernel_size=3, padding=1, groups=3, deform_groups=2
     ),
     "scaled": dict(
         in_channels=8,
@@ -65,6 +69,13 @@ def middles(layer: nn.Module, x: torch.Tensor, out_size: torch.Size) -> torch.Te
     return x[:, rows][:, :, columns]
 
 
+def project(projection: nn.Linear, groups: int, x: torch.Tensor) -> torch.Tensor:
+    """The projection of `x`, (N, H, W, C), as torch's 1×1 convolution in so many groups."""
+    weight = projection.weight[..., None, None]
+    projected = F.conv2d(x.permute(0, 3, 1, 2), weight, projection.bias, groups=groups)
+    return projected.permute(0, 2, 3, 1)
+
+
 def expected(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The layer's equations, with the reference for the aggregation."""
     group, taps = layer.deform_groups, layer.taps
@@ -78,7 +89,7 @@ def expected(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         )
     ]
     if isinstance(layer, layers.DCNv3):
-        value = layer.input_proj(last)
+        value = project(layer.input_proj, layer.groups, last)
         features = layer.dw_conv[0](x).permute(0, 2, 3, 1)
         norm = layer.dw_conv[1][1]
         mean, variance = features.mean(-1, True), features.var(-1, correction=0, keepdim=True)
@@ -88,7 +99,7 @@ def expected(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         modulation = logits.exp() / logits.exp().sum(-1, keepdim=True)
         output = reference.dcnv3(value, offset, modulation.flatten(-2), *geometry)
     else:
-        value = layer.value_proj(last)
+        value = project(layer.value_proj, layer.groups, last)
         if hasattr(layer, "offset_mask_dw"):
             seen = layer.offset_mask_dw(x).permute(0, 2, 3, 1)
         else:
@@ -99,7 +110,7 @@ def expected(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         scale = torch.sigmoid(seen @ weight.T + bias).unsqueeze(-1)
         scale = scale.expand(-1, -1, -1, -1, layer.in_channels // group).flatten(-2)
         output = output * (1 - scale) + middles(layer, value, out_size) * scale
-    return layer.output_proj(output).permute(0, 3, 1, 2)
+    return project(layer.output_proj, layer.groups, output).permute(0, 3, 1, 2)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -130,12 +141,12 @@ def test_computes_the_papers_equations(name, settings):
 def test_a_fresh_layer_averages_the_taps_of_the_regular_grid(name):
     layer = make(name, **SETTINGS["strided"])
     x = torch.randn(2, 8, 9, 11)
-    project = layer.input_proj if name == "DCNv3" else layer.value_proj
-    value = project(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    to_value = layer.input_proj if name == "DCNv3" else layer.value_proj
+    value = to_value(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     average = F.avg_pool2d(value, 3, 2, 1).permute(0, 2, 3, 1)
     torch.testing.assert_close(layer(x), layer.output_proj(average).permute(0, 3, 1, 2))
     layer(x).sum().backward()
-    branch = layer.offset if name == "DCNv3" else layer.offset_mask
+    branch = layer.get_submodule(BRANCHES[name])
     assert branch.weight.grad.any()
 
 
@@ -208,6 +219,27 @@ def test_autocast(name):
     assert all(p.grad.any() for p in layer.parameters())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_leaves_the_branch_in_float32(name):
+    """Offsets of some 20 pixels, against float64: in bfloat16 they would be 0.06 off."""
+    layer = make(name, **SETTINGS["plain"], dw_kernel_size=3)
+    randomize(layer)
+    branch = layer.get_submodule(BRANCHES[name])
+    branch.weight.data *= 20
+    exact = copy.deepcopy(layer).double()
+    x = torch.randn(2, 8, 9, 11).bfloat16().float()
+    predicted = {}
+    for each, key in ((branch, "autocast"), (exact.get_submodule(BRANCHES[name]), "exact")):
+        each.register_forward_hook(lambda _, __, output, key=key: predicted.update({key: output}))
+    with torch.no_grad():
+        exact(x.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+    assert predicted["autocast"].dtype == torch.float32
+    assert predicted["exact"].abs().max() > 15
+    assert (predicted["autocast"].double() - predicted["exact"]).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_half_precision(name, dtype):
@@ -237,10 +269,20 @@ def test_init_weights_makes_it_fresh(name):
         nn.init.normal_(linear.weight)
         nn.init.normal_(linear.bias)
     layer.init_weights()
-    project = layer.input_proj if name == "DCNv3" else layer.value_proj
-    value = project(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    to_value = layer.input_proj if name == "DCNv3" else layer.value_proj
+    value = to_value(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     average = F.avg_pool2d(value, 3, 1, 1).permute(0, 2, 3, 1)
     torch.testing.assert_close(layer(x), layer.output_proj(average).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_groups_start_as_layers_of_their_own_would(name):
+    """Glorot's uniform initialisation, up to √(6 / (inputs + outputs)) of a group."""
+    layer = make(name, in_channels=64, out_channels=32, kernel_size=1, groups=4)
+    project = layer.input_proj if name == "DCNv3" else layer.value_proj
+    for projection, width in ((project, 16 + 16), (layer.output_proj, 16 + 8)):
+        bound = (6 / width) ** 0.5
+        assert 0.95 * bound < projection.weight.abs().max() <= bound
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -262,7 +304,9 @@ def test_copies_compute_the_same(name, duplicate):
         (dict(stride=(1, 0)), "stride: .* at least 1"),
         (dict(padding="same"), "padding: .* got 'same'"),
         (dict(dilation=0), "dilation: .* at least 1"),
-        (dict(groups=2), "groups: expected 1, as DCNv.* got 2"),
+        (dict(groups=0), "groups: .* at least 1, got 0"),
+        (dict(groups=3), "in_channels: expected a multiple of groups=3, got 8"),
+        (dict(groups=4, out_channels=6), "out_channels: expected a multiple of groups=4, got 6"),
         (dict(deform_groups=3), "in_channels: expected a multiple of deform_groups=3, got 8"),
         (dict(deform_groups=0), "deform_groups: .* at least 1"),
         (dict(kernel_size=2, remove_center=True), "kernel_size: expected odd .* got 2"),

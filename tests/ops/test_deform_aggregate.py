@@ -276,6 +276,44 @@ def test_compiled_operator_refuses_what_does_not_fit():
             op(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("place", "bad", "named"),
+    [
+        (1, lambda t: t[:, :-1], "offset"),
+        (2, lambda t: t[:, :, :0], "mask"),
+        (3, lambda _: [0, 3], "kernel_size"),
+        (3, lambda _: [2**40, 3], "kernel_size"),
+        (4, lambda _: [1, 0], "stride"),
+        (4, lambda _: [2, 1], "offset"),
+        (4, lambda _: [2**62, 2**62], "offset"),
+        (5, lambda _: [-1, 1], "padding"),
+        (5, lambda _: [2, 1], "offset"),
+        (5, lambda _: [2**63 - 1, 1], "offset"),
+        (6, lambda _: [1, 0], "dilation"),
+        (6, lambda _: [2**62, 1], "offset"),
+    ],
+)
+def test_compiled_operator_names_what_does_not_fit(place, bad, named):
+    arguments = [
+        a.detach() if isinstance(a, torch.Tensor) else a for a in compiled_arguments(torch.float32)
+    ]
+    arguments[place] = bad(arguments[place])
+    pattern = rf"mmdcn::deform_aggregate: expected .*{named}"
+    with pytest.raises(RuntimeError, match=pattern):
+        torch.ops.mmdcn.deform_aggregate(*arguments)
+    grad_output = torch.zeros(2, 7, 8, 8)
+    with pytest.raises(RuntimeError, match=pattern):
+        torch.ops.mmdcn.deform_aggregate_backward(grad_output, *arguments, [True] * 3)
+
+
+def test_compiled_operator_refuses_an_even_kernel_without_center():
+    x, offset, mask, *geometry = compiled_arguments(torch.float32)
+    geometry[0], geometry[-1] = [2, 2], True
+    offset, mask = offset[..., :6], mask[..., :3]
+    with pytest.raises(RuntimeError, match="remove_center"):
+        torch.ops.mmdcn.deform_aggregate(x, offset, mask, *geometry)
+
+
 def test_autocast_casts_features_and_leaves_coordinates():
     problem = AggregateProblem()
     tensors = problem.tensors(torch.float32)

@@ -365,6 +365,21 @@ def test_more_than_2_31_elements():
     assert offset.grad[0, :, 1, 1].tolist() == [2.0, 1.0]
 
 
+@pytest.mark.parametrize("size", [(0, 5), (4, 0), (0, 0)], ids=str)
+def test_input_without_pixels(size):
+    """Where the padding alone is larger than the kernel, the output is the bias."""
+    x = torch.randn(2, 4, *size, requires_grad=True)
+    weight = torch.randn(6, 4, 3, 3, requires_grad=True)
+    bias = torch.randn(6, requires_grad=True)
+    offset = torch.zeros(2, 18, size[0] + 4, size[1] + 4, requires_grad=True)
+    output = deform_conv2d(x, offset, weight, bias, padding=3)
+    assert torch.equal(output, bias.view(6, 1, 1).expand_as(output))
+    output.sum().backward()
+    assert x.grad.shape == x.shape
+    assert not weight.grad.any() and not offset.grad.any()
+    assert torch.equal(bias.grad, torch.full((6,), float(output[:, 0].numel())))
+
+
 # ------------------------------------------------------------------------------ contract with torch
 
 

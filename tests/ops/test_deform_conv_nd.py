@@ -106,9 +106,9 @@ def test_matches_reference_across_parts(dtype, problem):
 
 @settings(max_examples=15)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-@given(problem=nd_problems(ranks=(2,)))
-def test_two_dimensions_match_their_own_operator(dtype, problem):
-    """The same template over two dimensions, against the kernels that are tuned for them."""
+@given(problem=nd_problems(ranks=(1, 2)))
+def test_fewer_dimensions_match_their_own_operator(dtype, problem):
+    """The same template over one and two dimensions, against the kernels tuned for two."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
     def over_any(input, offset, weight, bias, mask, stride, padding, dilation):
@@ -117,7 +117,8 @@ def test_two_dimensions_match_their_own_operator(dtype, problem):
         return torch.ops.mmdcn.deform_conv_nd(input, offset, weight, bias, *geometry, mask)
 
     actual = run(over_any, problem.tensors(dtype), **problem.arguments())
-    expected = run(deform_conv2d, problem.tensors(dtype), **problem.arguments())
+    function = {1: FUNCTIONS[1], 2: deform_conv2d}[problem.rank]
+    expected = run(function, problem.tensors(dtype), **problem.arguments())
     for name, value in expected.items():
         if value is not None:
             assert largest_error(actual[name], value) <= 2 * TOLERANCE[dtype], name
@@ -214,12 +215,20 @@ def test_empty_batch(dtype, problem):
         assert torch.count_nonzero(results[f"grad_{name}"]) == 0
 
 
-def test_input_without_positions():
+@pytest.mark.parametrize(
+    "problem",
+    [
+        dataclasses.replace(LINE, size=(0,), padding=(3,)),
+        dataclasses.replace(VOLUME, size=(2, 0, 3), padding=(1, 3, 1)),
+    ],
+    ids=["1d", "3d"],
+)
+def test_input_without_positions(problem):
     """Where the padding alone is larger than the kernel, the output is the bias."""
-    problem = dataclasses.replace(LINE, size=(0,), padding=(3,))
     tensors = problem.tensors()
     results = call(problem, tensors)
-    assert torch.equal(results["output"], tensors["bias"].view(-1, 1).expand(2, 6, 4))
+    bias = tensors["bias"].view(-1, *[1] * problem.rank)
+    assert torch.equal(results["output"], bias.expand(2, 6, *problem.out_size))
     assert torch.count_nonzero(results["grad_weight"]) == 0
 
 
@@ -326,6 +335,64 @@ def test_compiled_operator_refuses_what_does_not_fit():
         arguments[place] = bad
         with pytest.raises(RuntimeError, match="deform_conv_nd"):
             op(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("offset", lambda t: t[..., :-1]),
+        ("offset", lambda t: t.unsqueeze(0)),
+        ("weight", lambda t: t[:, :, :0]),
+        ("weight", lambda t: t[:, :3]),
+        ("stride", lambda _: [1, 1, 0]),
+        ("stride", lambda _: [1, -1, 1]),
+        ("padding", lambda _: [1, 1, -1]),
+        ("offset", lambda t: t[:, :, :, :0]),
+        ("dilation", lambda _: [0, 1, 1]),
+        ("dilation", lambda _: [1, 1]),
+        ("mask", lambda t: t[..., :1]),
+    ],
+)
+def test_compiled_operator_names_what_does_not_fit(name, bad):
+    names = ("input", "offset", "weight", "bias", "stride", "padding", "dilation", "mask")
+    arguments = {
+        n: a.detach() if isinstance(a, torch.Tensor) else a
+        for n, a in zip(names, compiled_arguments(VOLUME, torch.float32))
+    }
+    arguments[name] = bad(arguments[name])
+    pattern = rf"mmdcn::deform_conv_nd: expected .*{name}"
+    with pytest.raises(RuntimeError, match=pattern):
+        torch.ops.mmdcn.deform_conv_nd(*arguments.values())
+    del arguments["bias"]
+    grad_output = torch.zeros(2, 6, *VOLUME.out_size)
+    with pytest.raises(RuntimeError, match=pattern):
+        torch.ops.mmdcn.deform_conv_nd_backward(grad_output, *arguments.values(), [True] * 4)
+
+
+@pytest.mark.parametrize("place", [4, 5, 6], ids=["stride", "padding", "dilation"])
+@pytest.mark.parametrize("number", [2, 2**31, 2**40, 2**62, 2**63 - 1])
+def test_compiled_operator_refuses_numbers_that_give_another_size(place, number):
+    """None of them overflows what sizes are computed in."""
+    arguments = [*compiled_arguments(VOLUME, torch.float32)]
+    arguments[place] = [1, 1, number]
+    with pytest.raises(RuntimeError, match=r"offset\.size"):
+        torch.ops.mmdcn.deform_conv_nd(*arguments)
+
+
+def test_compiled_backward_refuses_what_is_not_the_gradient_of_the_output():
+    x, offset, weight, _, *geometry, mask = (
+        a.detach() if isinstance(a, torch.Tensor) else a
+        for a in compiled_arguments(VOLUME, torch.float32)
+    )
+    good = torch.zeros(2, 6, *VOLUME.out_size)
+    op = torch.ops.mmdcn.deform_conv_nd_backward
+    for name, grad_output, wanted in (
+        ("grad_output", good[..., :-1], [True] * 4),
+        ("grad_output", good.double(), [True] * 4),
+        ("output_mask", good, [True] * 3),
+    ):
+        with pytest.raises(RuntimeError, match=name):
+            op(grad_output, x, offset, weight, *geometry, mask, wanted)
 
 
 @BOTH

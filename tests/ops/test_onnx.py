@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 
 import mmdcn.ops.onnx  # noqa: F401
-from mmdcn.ops import deform_conv2d
+from mmdcn.ops import deform_conv1d, deform_conv2d
 from tests.ops.problems import Problem
 from tests.pytorch.models import PACKS, backbone, scatter_samples
 
@@ -88,6 +88,18 @@ def test_standard_operator(case, tmp_path):
         "offset_group": problem.deform_groups,
     }
     compare(path, model, model.inputs)
+
+
+def test_sequences_are_images_of_height_one(tmp_path):
+    class Sequence(nn.Module):
+        def forward(self, input, offset, weight, mask):
+            return deform_conv1d(input, offset, weight, stride=2, padding=1, mask=mask)
+
+    inputs = (torch.randn(2, 4, 9), torch.randn(2, 6, 5), torch.randn(6, 4, 3), torch.rand(2, 6, 5))
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(Sequence(), inputs, path, dynamo=True, verbose=False)
+    assert "DeformConv" in {node.op_type for node in standard(path).graph.node}
+    compare(path, Sequence(), inputs)
 
 
 @pytest.mark.parametrize("opset", [19, 20, 21, 22, 23])

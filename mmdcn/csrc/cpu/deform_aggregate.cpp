@@ -18,10 +18,11 @@ int64_t pass_work(const DeformAggregateShape& shape) {
   return samples * (4 * shape.channels + kElementWork * shape.groups);
 }
 
-// Splits the channels into parts that lie inside one group. They follow from the shape alone, so
-// that the order of every sum does too.
+// Splits the channels into parts that lie inside one group: as few as threads have enough of, as
+// each locates its samples anew. They follow from the shape alone, so that the order of every sum
+// does too.
 std::vector<AggregateChannels> split_channels(const DeformAggregateShape& shape) {
-  const int64_t quarter = (shape.group_channels() + 3) / 4;
+  const int64_t quarter = (shape.channels + 3) / 4;
   const int64_t width = std::clamp<int64_t>((quarter + 15) / 16 * 16, 16, 64);
   std::vector<AggregateChannels> parts;
   for (int64_t group = 0; group < shape.groups; ++group) {

@@ -66,6 +66,13 @@ Tensor forward(const DeformConv2dShape& shape, const Tensor& input, const Tensor
       new_tensor(input, {shape.batch, shape.out_channels, shape.out_height, shape.out_width},
                  input.scalar_type(), layout_of(input));
   if (output.numel() == 0) return output;
+  if (input.numel() == 0) {  // Larger padding than the kernel can surround nothing.
+    torch::stable::zero_(output);
+    if (bias.has_value()) {
+      torch::stable::copy_(output, torch::stable::view(*bias, {1, shape.out_channels, 1, 1}));
+    }
+    return output;
+  }
 
   const Tensor inputs = either_way(input), weights = either_way(weight);
   const Tensor offsets = points(offset);
@@ -194,7 +201,7 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
   Tensor grad_mask = gradient_of(mask.value_or(offset), wants_mask, planes);
   // It is added to. All of the others are written once, where there is any output.
   torch::stable::zero_(grad_input);
-  if (grad_output.numel() == 0) {
+  if (grad_output.numel() == 0 || input.numel() == 0) {
     for (Tensor* gradient : {&grad_offset, &grad_weight, &grad_mask}) {
       torch::stable::zero_(*gradient);
     }

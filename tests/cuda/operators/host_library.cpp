@@ -4,9 +4,6 @@
 // The registration files and the kernels are compiled from their own source. Only what it takes to
 // have a GPU is replaced: the launches run blocks on the host, there is no device to switch to, and
 // the dispatch key is the CPU's.
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include "../../../mmdcn/csrc/cuda/deform_aggregate.h"
 #include "../../../mmdcn/csrc/cuda/deform_conv_nd.h"
 #include "../../../mmdcn/csrc/cuda/deform_roi_pool.h"
@@ -14,44 +11,12 @@
 #include "../../../mmdcn/csrc/deform_aggregate_tensors.h"
 #include "../../../mmdcn/csrc/deform_conv_nd_tensors.h"
 #include "../../../mmdcn/csrc/deform_roi_pool_tensors.h"
+#include "../host_device.h"
 #include "host_aggregate.h"
 #include "host_conv_nd.h"
 #include "host_roi_pool.h"
 
-AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
-  *guard = nullptr;
-  return AOTI_TORCH_SUCCESS;
-}
-AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return AOTI_TORCH_SUCCESS; }
-AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
-  *stream = nullptr;
-  return AOTI_TORCH_SUCCESS;
-}
-
 namespace mmdcn::cuda {
-namespace {
-
-template <typename T>
-struct Type {
-  using type = T;
-};
-
-template <typename Run>
-void dispatch(Precision precision, const Run& run) {
-  switch (precision) {
-    case Precision::kFloat64:
-      return run(Type<double>{}, Type<double>{});
-    case Precision::kFloat32:
-      return run(Type<float>{}, Type<float>{});
-    case Precision::kFloat16:
-      return run(Type<torch::headeronly::Half>{}, Type<float>{});
-    case Precision::kBFloat16:
-      return run(Type<torch::headeronly::BFloat16>{}, Type<float>{});
-  }
-}
-
-}  // namespace
-
 void roi_pool_forward(Precision precision, const DeformRoIPoolShape& shape, const void* input,
                       const void* rois, const void* offset, void* output, const Stream&) {
   dispatch(precision, [&](auto scalar, auto acc) {
