@@ -331,7 +331,7 @@ def test_without_gradients_it_is_the_same(mode):
     expected = deform_conv2d(**tensors, padding=1)
     with mode():
         actual = deform_conv2d(**tensors, padding=1)
-        with pytest.raises(ValueError, match="mask: mask.shape"):
+        with pytest.raises(ValueError, match=r"mask: mask\.shape"):
             deform_conv2d(**{**tensors, "mask": tensors["mask"][:, 1:]}, padding=1)
     assert torch.equal(actual, expected)
     assert not actual.requires_grad
