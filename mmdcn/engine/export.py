@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import inspect
 import os
-import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -270,7 +269,11 @@ class Verified:
 
 
 def export(
-    network: Network, images: Sequence[tuple[Tensor, ...]], path: Path, seconds: float = 5.0
+    network: Network,
+    images: Sequence[tuple[Tensor, ...]],
+    path: Path,
+    seconds: float = 5.0,
+    report: Callable[[str], None] = lambda step: None,
 ) -> Verified:
     """Write the network to an ONNX file, and compare it with PyTorch on images.
 
@@ -282,11 +285,12 @@ def export(
         images: inputs of the network, for one image each.
         path: the file.
         seconds: how long to measure the speed of each.
+        report: is told what begins.
 
     Raises:
         ExportError: an operation has no counterpart among ONNX's standard operators, or the file
             computes something else than PyTorch.
-        ConfigError: a package that the exporter needs is missing.
+        ConfigError: a package that the exporter needs is missing, or there can be no such file.
     """
     try:
         import onnx
@@ -298,16 +302,23 @@ def export(
             f"the export needs onnx, onnxscript and onnxruntime: {error}; "
             "`pip install onnx onnxscript onnxruntime`"
         ) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
+    if path.is_dir():
+        raise ConfigError(f"cannot write {path}: expected the name of a file, got a folder")
+    temporary = path.with_name(f".{path.name}.new")
     try:
-        _write(network, images[0], Path(temporary))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error}") from error
+    try:
+        report("writing the network, which may take minutes")
+        _write(network, images[0], temporary)
         _refuse_other_operators(onnx.load(temporary))
-        verified = _verify(network, images, temporary, seconds)
-        os.replace(temporary, path)
+        report("comparing onnxruntime with PyTorch")
+        verified = _verify(network, images, str(temporary), seconds)
+        temporary.replace(path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return verified
 
 

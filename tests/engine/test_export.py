@@ -136,6 +136,14 @@ def test_a_wrong_file_is_not_kept(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("model*"))
 
 
+def test_a_file_that_cannot_be_is_refused_before_it_is_computed(tmp_path):
+    network = export.Network(detector(tmp_path, **SMALL))
+    (tmp_path / "taken").write_text("")
+    for path, expected in ((tmp_path, "got a folder"), (tmp_path / "taken" / "x", "Not a dir|Fil")):
+        with pytest.raises(ConfigError, match=f"cannot write {path}: .*{expected}"):
+            export.export(network, [], path)
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
