@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -134,8 +135,9 @@ def _check_roi_head(roi_head: nn.Module) -> None:
         if isinstance(module, SingleRoIExtractor):
             for layer in module.roi_layers:
                 if not isinstance(layer, RoIAlign) or layer.pool_mode != "avg":
+                    what = type(layer).__name__ if list(layer.children()) else layer
                     raise ExportError(
-                        f"model.roi_head.{name}: {layer} has no counterpart among ONNX's standard "
+                        f"model.roi_head.{name}: {what} has no counterpart among ONNX's standard "
                         "operators; RoIAlign with pool_mode='avg' has"
                     )
 
@@ -332,7 +334,7 @@ def _write(network: Network, example: tuple[Tensor, ...], path: Path) -> None:
             program = torch.export.export(network, example, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             where = _module_of(error, network)
-            raise ExportError(f"{where} cannot be exported: {_first_line(error)}") from error
+            raise ExportError(f"{where} cannot be exported: {_reason(error)}") from error
         network(*example)  # Names the outputs.
         try:
             onnx_program = torch.onnx.export(
@@ -368,6 +370,15 @@ def _refuse_other_operators(model) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _reason(error: BaseException) -> str:
+    """The error's first line, or which sizes the network's code turns into constants."""
+    fixed = re.findall(r"\['(\w+)'\]\.size\(\)\[(\d)\] as dynamic .* a constant", str(error))
+    if not fixed:
+        return _first_line(error)
+    sizes = " and ".join(f"{name}.shape[{dimension}]" for name, dimension in fixed)
+    return f"its code makes a constant of {sizes}, which must stay open"
 
 
 def _innermost(error: BaseException) -> BaseException:

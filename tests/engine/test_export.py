@@ -104,9 +104,17 @@ class Traced(nn.Module):
         return x * float(x.detach().numpy().sum())
 
 
+class OfTwoImages(nn.Module):
+    """Computes something else for other batches."""
+
+    def forward(self, x):
+        return x * 2 if len(x) == 2 else x
+
+
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
+        (OfTwoImages(), r"network cannot be exported: .* a constant of images.shape\[0\], which"),
         (Untranslated(), r"bessel_j0 \(prims.bessel_j0.default, in .*neck.extra\) has no"),
         (Traced(), r"neck.extra \(Traced\) cannot be exported"),
     ],
