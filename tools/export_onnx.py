@@ -38,8 +38,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = args.images or export.find_images(cfg, Path(folder))
         images = list(export.load_images(cfg, network, paths))
-    print(f"comparing on {', '.join(path.name for path in paths)}")
-    verified = export.export(network, images, args.out)
+    print(f"comparing on {', '.join(path.name for path in paths)}", flush=True)
+    verified = export.export(
+        network, images, args.out, report=lambda step: print(f"{step} ...", flush=True)
+    )
 
     print(
         f"wrote {args.out}: {', '.join(network.input_names)} -> {len(network.output_names)} outputs"

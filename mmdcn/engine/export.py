@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import inspect
 import os
-import tempfile
+import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -135,8 +135,9 @@ def _check_roi_head(roi_head: nn.Module) -> None:
         if isinstance(module, SingleRoIExtractor):
             for layer in module.roi_layers:
                 if not isinstance(layer, RoIAlign) or layer.pool_mode != "avg":
+                    what = type(layer).__name__ if list(layer.children()) else layer
                     raise ExportError(
-                        f"model.roi_head.{name}: {layer} has no counterpart among ONNX's standard "
+                        f"model.roi_head.{name}: {what} has no counterpart among ONNX's standard "
                         "operators; RoIAlign with pool_mode='avg' has"
                     )
 
@@ -270,7 +271,11 @@ class Verified:
 
 
 def export(
-    network: Network, images: Sequence[tuple[Tensor, ...]], path: Path, seconds: float = 5.0
+    network: Network,
+    images: Sequence[tuple[Tensor, ...]],
+    path: Path,
+    seconds: float = 5.0,
+    report: Callable[[str], None] = lambda step: None,
 ) -> Verified:
     """Write the network to an ONNX file, and compare it with PyTorch on images.
 
@@ -282,11 +287,12 @@ def export(
         images: inputs of the network, for one image each.
         path: the file.
         seconds: how long to measure the speed of each.
+        report: is told what begins.
 
     Raises:
         ExportError: an operation has no counterpart among ONNX's standard operators, or the file
             computes something else than PyTorch.
-        ConfigError: a package that the exporter needs is missing.
+        ConfigError: a package that the exporter needs is missing, or there can be no such file.
     """
     try:
         import onnx
@@ -298,16 +304,23 @@ def export(
             f"the export needs onnx, onnxscript and onnxruntime: {error}; "
             "`pip install onnx onnxscript onnxruntime`"
         ) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
+    if path.is_dir():
+        raise ConfigError(f"cannot write {path}: expected the name of a file, got a folder")
+    temporary = path.with_name(f".{path.name}.new")
     try:
-        _write(network, images[0], Path(temporary))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error}") from error
+    try:
+        report("writing the network, which may take minutes")
+        _write(network, images[0], temporary)
         _refuse_other_operators(onnx.load(temporary))
-        verified = _verify(network, images, temporary, seconds)
-        os.replace(temporary, path)
+        report("comparing onnxruntime with PyTorch")
+        verified = _verify(network, images, str(temporary), seconds)
+        temporary.replace(path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return verified
 
 
@@ -321,7 +334,7 @@ def _write(network: Network, example: tuple[Tensor, ...], path: Path) -> None:
             program = torch.export.export(network, example, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             where = _module_of(error, network)
-            raise ExportError(f"{where} cannot be exported: {_first_line(error)}") from error
+            raise ExportError(f"{where} cannot be exported: {_reason(error)}") from error
         network(*example)  # Names the outputs.
         try:
             onnx_program = torch.onnx.export(
@@ -357,6 +370,15 @@ def _refuse_other_operators(model) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _reason(error: BaseException) -> str:
+    """The error's first line, or which sizes the network's code turns into constants."""
+    fixed = re.findall(r"\['(\w+)'\]\.size\(\)\[(\d)\] as dynamic .* a constant", str(error))
+    if not fixed:
+        return _first_line(error)
+    sizes = " and ".join(f"{name}.shape[{dimension}]" for name, dimension in fixed)
+    return f"its code makes a constant of {sizes}, which must stay open"
 
 
 def _innermost(error: BaseException) -> BaseException:

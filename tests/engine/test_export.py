@@ -104,9 +104,17 @@ class Traced(nn.Module):
         return x * float(x.detach().numpy().sum())
 
 
+class OfTwoImages(nn.Module):
+    """Computes something else for other batches."""
+
+    def forward(self, x):
+        return x * 2 if len(x) == 2 else x
+
+
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
+        (OfTwoImages(), r"network cannot be exported: .* a constant of images.shape\[0\], which"),
         (Untranslated(), r"bessel_j0 \(prims.bessel_j0.default, in .*neck.extra\) has no"),
         (Traced(), r"neck.extra \(Traced\) cannot be exported"),
     ],
@@ -134,6 +142,14 @@ def test_a_wrong_file_is_not_kept(tmp_path, monkeypatch):
     with pytest.raises(export.ExportError, match=r"rpn_head.cls_scores.0: .* an error of 0.0"):
         export.export(network, [inputs()], tmp_path / "model.onnx")
     assert not list(tmp_path.glob("model*"))
+
+
+def test_a_file_that_cannot_be_is_refused_before_it_is_computed(tmp_path):
+    network = export.Network(detector(tmp_path, **SMALL))
+    (tmp_path / "taken").write_text("")
+    for path, expected in ((tmp_path, "got a folder"), (tmp_path / "taken" / "x", "Not a dir|Fil")):
+        with pytest.raises(ConfigError, match=f"cannot write {path}: .*{expected}"):
+            export.export(network, [], path)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ def test_two_stage_detector(project, exported):
     assert exported.returncode == 0, exported.stdout
     path = project.root / "out" / "model.onnx"
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert path.stat().st_mode == (project.root / "wide.png").stat().st_mode  # not the owner's only
     model = onnx.load(path)
     onnx.checker.check_model(model)
     assert {node.domain for node in model.graph.node} == {""}
@@ -62,6 +63,7 @@ def test_two_stage_detector(project, exported):
 
 def test_what_is_printed(exported):
     assert "comparing on wide.png, high.png" in exported.stdout
+    assert "writing the network" in exported.stdout
     error = re.search(r"largest error: (\S+) of the largest element \(r\S+\)", exported.stdout)
     assert 0 < float(error[1]) < 1e-4
     for name in ("PyTorch", "onnxruntime"):
