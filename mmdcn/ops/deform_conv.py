@@ -153,10 +153,10 @@ def _by_reference(input, offset, weight, bias, stride, padding, dilation, mask) 
 
 def _goes_straight(input: Tensor, *others: Tensor | None) -> bool:
     """Whether the compiled operator's kernel is what a call reaches, with tensors as they are."""
-    if type(input) not in _PLAIN:
+    if type(input) not in _PLAIN or not (input.is_cpu or input.is_cuda):
         return False
     on_cpu = input.is_cpu
-    for tensor in (input, *others):
+    for tensor in others:
         if tensor is not None and (
             type(tensor) not in _PLAIN or not (tensor.is_cpu if on_cpu else tensor.is_cuda)
         ):
