@@ -70,7 +70,7 @@ inline Tensor aggregate_points(const Tensor& tensor) {
   const bool rows = height == 1 || tensor.stride(1) == width * tensor.stride(2);
   const bool images = tensor.size(0) == 1 || tensor.stride(0) == height * width * tensor.stride(2);
   const bool together = tensor.size(4) == 1 || tensor.stride(4) == 1;
-  return rows && images && together ? tensor : torch::stable::contiguous(tensor);
+  return rows && images && together ? tensor : as_contiguous(tensor);
 }
 
 // Of a tensor that aggregate_points() gave.

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -51,9 +52,45 @@ const T* const_data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
+// What torch::stable has for these looks for its operator by name, whether there is anything to do
+// or not: small layers wait for that.
+
+// The tensor itself if it is contiguous, or else a copy that is.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+inline std::optional<Tensor> as_contiguous(const std::optional<Tensor>& tensor) {
+  if (!tensor.has_value()) return std::nullopt;
+  return as_contiguous(*tensor);
+}
+
+// The tensor itself if it has this type, or else a copy that has.
+inline Tensor converted(const Tensor& tensor, ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+}
+
+// A tensor with memory as it comes, on the device of `like`. Channels-last order is for images.
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& size, ScalarType type,
                          MemoryFormat layout = MemoryFormat::Contiguous) {
-  return torch::stable::empty(size, type, std::nullopt, like.device(), std::nullopt, layout);
+  const int64_t dimensions = static_cast<int64_t>(size.size());
+  const bool channels_last = layout == MemoryFormat::ChannelsLast;
+  constexpr int64_t order[] = {0, 2, 3, 1};
+  std::vector<int64_t> stride(dimensions);
+  int64_t elements = 1;
+  for (int64_t place = dimensions - 1; place >= 0; --place) {
+    const int64_t d = channels_last ? order[place] : place;
+    stride[d] = elements;
+    elements *= std::max(size[d], INT64_C(1));
+  }
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle tensor;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dimensions, size.data(), stride.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
+      device_index, &tensor));
+  return Tensor(tensor);
 }
 
 // Output positions along an axis of the input of this size; -1 where there is none, or where the

@@ -54,7 +54,7 @@ Tensor forward(const DeformAggregateShape& shape, const Tensor& input, const Ten
                  input.scalar_type());
   if (output.numel() == 0) return output;
 
-  const Tensor inputs = torch::stable::contiguous(input);
+  const Tensor inputs = as_contiguous(input);
   const Tensor offsets = aggregate_points(offset), masks = aggregate_points(mask);
   AggregateTensors<T> tensors = tensors_of<T>(inputs, offsets, masks);
   tensors.output = data<T>(output);
@@ -112,8 +112,8 @@ Gradients backward(const DeformAggregateShape& shape, const Tensor& grad_output,
   const std::vector<AggregateChannels> parts = split_channels(shape);
   const int64_t part_count = static_cast<int64_t>(parts.size());
   const int64_t group_parts = part_count / shape.groups;
-  const Tensor gradients = torch::stable::contiguous(grad_output);
-  const Tensor inputs = torch::stable::contiguous(input);
+  const Tensor gradients = as_contiguous(grad_output);
+  const Tensor inputs = as_contiguous(input);
   const Tensor offsets = aggregate_points(offset), masks = aggregate_points(mask);
   // Half types are summed in float.
   const bool convert = wanted[0] && input.scalar_type() != acc_type;

@@ -31,7 +31,7 @@ ImageLayout image_layout(const Tensor& tensor) {
 
 // The tensor itself if it is contiguous in one of the two ways, or else a copy that is.
 Tensor either_way(const Tensor& tensor) {
-  return is_channels_last(tensor) ? tensor : torch::stable::contiguous(tensor);
+  return is_channels_last(tensor) ? tensor : as_contiguous(tensor);
 }
 
 // A tensor of offsets or modulations, or else a copy of it, that the kernels can read: rows of
@@ -40,7 +40,7 @@ Tensor points(const Tensor& tensor) {
   const bool even = tensor.size(2) == 1 || tensor.stride(2) == tensor.size(3) * tensor.stride(3);
   const int64_t pixel = tensor.size(3) == 1 ? tensor.stride(2) : tensor.stride(3);
   const bool together = pixel == 1 || tensor.stride(1) == 1 || tensor.size(1) == 1;
-  return even && together ? tensor : torch::stable::contiguous(tensor);
+  return even && together ? tensor : as_contiguous(tensor);
 }
 
 template <typename A>
@@ -79,8 +79,7 @@ Tensor forward(const DeformConv2dShape& shape, const Tensor& input, const Tensor
   std::optional<Tensor> masks, biases;
   if (mask.has_value()) masks = points(*mask);
   if (bias.has_value()) {
-    biases =
-        torch::stable::contiguous(torch::stable::to(*bias, coordinate_type(input.scalar_type())));
+    biases = as_contiguous(converted(*bias, coordinate_type(input.scalar_type())));
   }
 
   const ForwardKernel<T> kernel = MMDCN_KERNEL(deform_conv2d_forward, T);

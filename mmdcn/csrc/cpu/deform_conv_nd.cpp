@@ -24,7 +24,7 @@ int64_t pass_work(const DeformConvNdShape<R>& shape) {
 // The images of a tensor, (N, C, …), as rows.
 template <int R, typename T, typename A = accumulator_t<T>>
 Buffer<A> rows_of(const ConvNdKernel<R, T>& kernel, const Tensor& tensor, int64_t positions) {
-  const Tensor planes = torch::stable::contiguous(tensor);
+  const Tensor planes = as_contiguous(tensor);
   Buffer<A> rows(planes.numel() + kRowSlack);
   const int64_t channels = planes.size(1), all = planes.size(0) * positions;
   const int64_t some = grain(all, planes.numel() * kElementWork + 1);
@@ -53,12 +53,12 @@ Tensor forward(const DeformConvNdShape<R>& shape, const Tensor& input, const Ten
   if (output.numel() == 0) return output;
 
   const ConvNdKernel<R, T> kernel = MMDCN_KERNEL(deform_conv_nd, R, T);
-  const Tensor offsets = torch::stable::contiguous(offset);
-  const Tensor weights = torch::stable::contiguous(weight);
-  std::optional<Tensor> masks, biases;
-  if (mask.has_value()) masks = torch::stable::contiguous(*mask);
+  const Tensor offsets = as_contiguous(offset);
+  const Tensor weights = as_contiguous(weight);
+  const std::optional<Tensor> masks = as_contiguous(mask);
+  std::optional<Tensor> biases;
   if (bias.has_value()) {
-    biases = torch::stable::contiguous(torch::stable::to(*bias, offset.scalar_type()));
+    biases = as_contiguous(converted(*bias, offset.scalar_type()));
   }
   const Buffer<acc_t> inputs = rows_of(kernel, input, shape.positions());
   const Buffer<acc_t> outputs(output.numel()), packed(kernel.packed_size(shape));
@@ -176,10 +176,9 @@ Gradients backward(const DeformConvNdShape<R>& shape, const Tensor& grad_output,
   }
 
   const ConvNdKernel<R, T> kernel = MMDCN_KERNEL(deform_conv_nd, R, T);
-  const Tensor offsets = torch::stable::contiguous(offset);
-  const Tensor weights = torch::stable::contiguous(weight);
-  std::optional<Tensor> masks;
-  if (mask.has_value()) masks = torch::stable::contiguous(*mask);
+  const Tensor offsets = as_contiguous(offset);
+  const Tensor weights = as_contiguous(weight);
+  const std::optional<Tensor> masks = as_contiguous(mask);
   const Buffer<acc_t> inputs = rows_of(kernel, input, shape.positions());
   const Buffer<acc_t> gradients = rows_of(kernel, grad_output, shape.pixels());
   std::vector<ChannelPart> parts = split_channels(shape);

@@ -49,13 +49,12 @@ Tensor forward(const DeformRoIPoolShape& shape, const Tensor& input, const Tenso
   Tensor output =
       new_tensor(input, {shape.rois, shape.out_channels, shape.out_height, shape.out_width},
                  input.scalar_type());
-  const Tensor boxes = torch::stable::contiguous(rois);
+  const Tensor boxes = as_contiguous(rois);
   check_images(shape, const_data<acc_t>(boxes));
   if (output.numel() == 0) return output;
 
   const Tensor inputs = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
-  std::optional<Tensor> offsets;
-  if (offset.has_value()) offsets = torch::stable::contiguous(*offset);
+  const std::optional<Tensor> offsets = as_contiguous(offset);
   RoIPoolTensors<T> tensors = {};
   tensors.input = const_data<T>(inputs);
   tensors.rois = const_data<acc_t>(boxes);
@@ -92,7 +91,7 @@ Gradients backward(const DeformRoIPoolShape& shape, const Tensor& grad_output, c
                 : new_tensor(input, {0}, input.scalar_type());
   Tensor grad_offset = wants_offset ? new_tensor(input, sizes_of(*offset), acc_type)
                                     : new_tensor(input, {0}, acc_type);
-  const Tensor boxes = torch::stable::contiguous(rois);
+  const Tensor boxes = as_contiguous(rois);
   check_images(shape, const_data<acc_t>(boxes));
   if (grad_output.numel() == 0) {
     torch::stable::zero_(grad_input);
@@ -110,8 +109,7 @@ Gradients backward(const DeformRoIPoolShape& shape, const Tensor& grad_output, c
 
   const Tensor gradients = torch::stable::contiguous(grad_output, MemoryFormat::ChannelsLast);
   const Tensor inputs = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
-  std::optional<Tensor> offsets;
-  if (offset.has_value()) offsets = torch::stable::contiguous(*offset);
+  const std::optional<Tensor> offsets = as_contiguous(offset);
   // Half types are summed in float.
   const bool convert =
       input.scalar_type() != acc_type || layout_of(input) != MemoryFormat::ChannelsLast;

@@ -75,9 +75,9 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& we
   const Kernels kernels = kernels_for(precision, shape, allow_tf32, stream.device);
   const MemoryFormat sampled =
       kernels == Kernels::kTensorCore ? MemoryFormat::ChannelsLast : format;
-  const Tensor offsets = torch::stable::contiguous(offset);
+  const Tensor offsets = as_contiguous(offset);
   const Tensor weights = dense(weight, MemoryFormat::ChannelsLast);
-  const std::optional<Tensor> biases = contiguous(bias), masks = contiguous(mask);
+  const std::optional<Tensor> biases = as_contiguous(bias), masks = as_contiguous(mask);
   const int64_t batch = shape.batch;
   const int64_t bytes = sampled == format ? 0 : image_bytes(input, input.element_size());
   const int64_t images = images_at_a_time(batch, bytes);
@@ -148,8 +148,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
   if (fixed_point) bytes += image_bytes(input, sizeof(int64_t));
   const int64_t batch = shape.batch, images = images_at_a_time(batch, bytes);
 
-  const Tensor offsets = torch::stable::contiguous(offset);
-  const std::optional<Tensor> masks = contiguous(mask);
+  const Tensor offsets = as_contiguous(offset);
+  const std::optional<Tensor> masks = as_contiguous(mask);
   const Tensor weights = dense(weight, MemoryFormat::ChannelsLast);
   std::optional<Tensor> workspace;
   int64_t splits = 0;

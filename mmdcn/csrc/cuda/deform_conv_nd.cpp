@@ -23,10 +23,10 @@ Tensor forward(const DeformConvNdShape<R>& shape, const Tensor& input, const Ten
   const Tensor output = new_tensor(input, output_size(shape), input.scalar_type());
   if (output.numel() == 0) return output;
 
-  const Tensor features = torch::stable::contiguous(input);
-  const Tensor offsets = torch::stable::contiguous(offset);
-  const Tensor weights = torch::stable::contiguous(weight);
-  const std::optional<Tensor> biases = contiguous(bias), masks = contiguous(mask);
+  const Tensor features = as_contiguous(input);
+  const Tensor offsets = as_contiguous(offset);
+  const Tensor weights = as_contiguous(weight);
+  const std::optional<Tensor> biases = as_contiguous(bias), masks = as_contiguous(mask);
   conv_nd_forward(precision, ConvNdProblem<R>(shape), features.const_data_ptr(),
                   offsets.const_data_ptr(), pointer(masks), weights.const_data_ptr(),
                   pointer(biases), output.mutable_data_ptr(), device.current_stream());
@@ -47,11 +47,11 @@ Gradients backward(const DeformConvNdShape<R>& shape, const Tensor& grad_output,
   }
 
   const ConvNdProblem<R> problem(shape);
-  const Tensor gradients = torch::stable::contiguous(grad_output);
-  const Tensor features = torch::stable::contiguous(input);
-  const Tensor offsets = torch::stable::contiguous(offset);
-  const Tensor weights = torch::stable::contiguous(weight);
-  const std::optional<Tensor> masks = contiguous(mask);
+  const Tensor gradients = as_contiguous(grad_output);
+  const Tensor features = as_contiguous(input);
+  const Tensor offsets = as_contiguous(offset);
+  const Tensor weights = as_contiguous(weight);
+  const std::optional<Tensor> masks = as_contiguous(mask);
   if (wanted[0] || wanted[1] || to_mask) {
     // Half types are summed in float.
     const bool convert = wanted[0] && input.scalar_type() != offset.scalar_type();

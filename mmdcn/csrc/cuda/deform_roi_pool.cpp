@@ -25,8 +25,8 @@ Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, const std::optio
   if (output.numel() == 0) return output;
 
   const Tensor features = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
-  const Tensor boxes = torch::stable::contiguous(rois);
-  const std::optional<Tensor> offsets = contiguous(offset);
+  const Tensor boxes = as_contiguous(rois);
+  const std::optional<Tensor> offsets = as_contiguous(offset);
   roi_pool_forward(precision, shape, features.const_data_ptr(), boxes.const_data_ptr(),
                    pointer(offsets), output.mutable_data_ptr(), device.current_stream());
   return output;
@@ -59,8 +59,8 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad_output, c
 
   const Tensor gradients = torch::stable::contiguous(grad_output, MemoryFormat::ChannelsLast);
   const Tensor features = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
-  const Tensor boxes = torch::stable::contiguous(rois);
-  const std::optional<Tensor> offsets = contiguous(offset);
+  const Tensor boxes = as_contiguous(rois);
+  const std::optional<Tensor> offsets = as_contiguous(offset);
   // Half types are summed in float, and all in channels-last order.
   const bool convert =
       input.scalar_type() != acc_type || layout_of(input) != MemoryFormat::ChannelsLast;

@@ -12,11 +12,6 @@
 namespace mmdcn::cuda {
 namespace {
 
-inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
-  if (!tensor.has_value()) return std::nullopt;
-  return torch::stable::contiguous(*tensor);
-}
-
 inline const void* pointer(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }
