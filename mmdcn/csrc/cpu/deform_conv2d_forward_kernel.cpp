@@ -474,8 +474,8 @@ inline Depth depth_of(const DeformConv2dShape& shape, int64_t taps, int64_t tap_
           tap_bytes<T>(shape) / static_cast<int64_t>(sizeof(L))};
 }
 
-// tile += columns · weights, for all groups, in whose steps `work` is done.
-template <typename T, typename L, typename A, typename Work>
+// tile = or += columns · weights, for all groups, in whose steps `work` is done.
+template <typename T, Into into, typename L, typename A, typename Work>
 inline void multiply_taps(const DeformConv2dShape& shape, int64_t pixels, const Depth& depth,
                           const L* columns, int64_t stride, const std::byte* weight, A* sums,
                           Work& work) {
@@ -485,9 +485,8 @@ inline void multiply_taps(const DeformConv2dShape& shape, int64_t pixels, const 
     const std::byte* values = weight + g * shape.taps() * tap_bytes<T>(shape);
     const Panels<L> panels = {reinterpret_cast<const L*>(values), depth.steps * row,
                               kPanelWidth<A>};
-    multiply<Order::kRows, Into::kAdd>(pixels, out, depth, columns + g * in, stride, panels,
-                                       sums + g * padded<A>(out), shape.groups * padded<A>(out),
-                                       work);
+    multiply<Order::kRows, into>(pixels, out, depth, columns + g * in, stride, panels,
+                                 sums + g * padded<A>(out), shape.groups * padded<A>(out), work);
   }
 }
 
@@ -718,7 +717,7 @@ inline void run_rows(const DeformConv2dShape& shape, const ForwardTensors<T>& te
                      shape.groups * padded<A>(shape.group_out_channels());
       if (in_place) sums = output + tile.run[0].pixel * tensors.output_layout.pixel_stride;
     }
-    start_tile(shape, tensors, tile.count, sums);
+    if (tensors.bias) start_tile(shape, tensors, tile.count, sums);
     for (int64_t part = 0; part < parts; ++part) {
       const Depth depth = depth_of<T, L>(shape, taps_of(part), scratch.tap_stride);
       const int64_t steps =
@@ -730,8 +729,14 @@ inline void run_rows(const DeformConv2dShape& shape, const ForwardTensors<T>& te
       } else if (unit < last_tile) {
         prepare(unit + 1, 0, steps, weight + first_panel);
       }
-      multiply_taps<T>(shape, tile.count, depth, columns_of(unit, part), scratch.stride, weight,
-                       sums, blending);
+      const L* columns = columns_of(unit, part);
+      if (part > 0 || tensors.bias) {
+        multiply_taps<T, Into::kAdd>(shape, tile.count, depth, columns, scratch.stride, weight,
+                                     sums, blending);
+      } else {
+        multiply_taps<T, Into::kSet>(shape, tile.count, depth, columns, scratch.stride, weight,
+                                     sums, blending);
+      }
     }
     if (!in_place) store_tile(shape, tile, sums, output, tensors.output_layout);
   }
