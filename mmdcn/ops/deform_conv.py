@@ -16,6 +16,7 @@ from ._determinism import alert_not_deterministic
 
 _library.load()
 
+_OPERATOR = torch.ops.mmdcn.deform_conv2d.default
 FEATURE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 LONGEST_SIDE = 2**30  # the kernels count rows and columns in 32 bits
 _PLAIN = (Tensor, nn.Parameter)  # subclasses may stand for something else
@@ -72,7 +73,7 @@ def deform_conv2d(
         RuntimeError: there is no compiled kernel for the device of the input.
     """
     return _deform_conv(
-        torch.ops.mmdcn.deform_conv2d.default,
+        _OPERATOR,
         ("height", "width"),
         input,
         offset,
@@ -90,9 +91,9 @@ def _deform_conv(
 ) -> Tensor:
     """The compiled operator on checked arguments; `sides` names the dimensions of an image."""
     rank = len(sides)
-    stride = _numbers("stride", stride, rank, at_least=1)
-    padding = _numbers("padding", padding, rank, at_least=0)
-    dilation = _numbers("dilation", dilation, rank, at_least=1)
+    stride = _numbers("stride", stride, rank, 1)
+    padding = _numbers("padding", padding, rank, 0)
+    dilation = _numbers("dilation", dilation, rank, 1)
     if _goes_straight(input, offset, weight, bias, mask):
         # The operator refuses whatever does not fit together, and for small layers it counts that
         # finding out what is at fault, and saying so, is left for when something is.
@@ -151,21 +152,43 @@ def _by_reference(input, offset, weight, bias, stride, padding, dilation, mask) 
     return output.to(input.dtype)
 
 
-def _goes_straight(input: Tensor, *others: Tensor | None) -> bool:
-    """Whether the compiled operator's kernel is what a call reaches, with tensors as they are."""
-    if type(input) not in _PLAIN or not (input.is_cpu or input.is_cuda):
+def _goes_straight(
+    input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
+) -> bool:
+    """Whether the compiled operator's kernel is what a call reaches, with tensors as they are.
+
+    Small layers wait for it, mostly for code that other work has driven from the caches: so it
+    calls what is quick to call.
+    """
+    if not (
+        type(input) in _PLAIN
+        and type(offset) in _PLAIN
+        and type(weight) in _PLAIN
+        and (bias is None or type(bias) in _PLAIN)
+        and (mask is None or type(mask) in _PLAIN)
+    ):
         return False
-    on_cpu = input.is_cpu
-    for tensor in others:
-        if tensor is not None and (
-            type(tensor) not in _PLAIN or not (tensor.is_cpu if on_cpu else tensor.is_cuda)
-        ):
-            return False
-    return not (
-        torch.compiler.is_compiling()
+    if input.is_cpu:
+        on_one_device = (
+            offset.is_cpu
+            and weight.is_cpu
+            and (bias is None or bias.is_cpu)
+            and (mask is None or mask.is_cpu)
+        )
+    else:
+        on_one_device = (
+            input.is_cuda
+            and offset.is_cuda
+            and weight.is_cuda
+            and (bias is None or bias.is_cuda)
+            and (mask is None or mask.is_cuda)
+            and not _multiplies_in_tf32(input)
+        )
+    # Tensors that are traced otherwise than by Dynamo are of a type of their own.
+    return on_one_device and not (
+        torch.compiler.is_dynamo_compiling()
         or _is_transformed()
-        or torch.is_autocast_enabled("cpu" if on_cpu else "cuda")
-        or (not on_cpu and _multiplies_in_tf32(input))
+        or torch._C._is_any_autocast_enabled()
     )
 
 
