@@ -83,6 +83,9 @@ def test_matches_reference(dtype, problem):
         Problem(1, 70, 30, 31, 4, groups=2, deform_groups=70, points_channels_last=True),
         Problem(2, 70, 30, 31, 4, groups=2, deform_groups=35, channels_last=True),
         Problem(1, 7, 20, 3, 9, kernel=(7, 1), padding=(3, 0)),
+        # Weights so large that each block's are packed anew for each span and each image.
+        Problem(1, 350, 48, 40, 350, channels_last=True),
+        Problem(2, 350, 6, 7, 700, groups=2),
     ],
     ids=str,
 )
@@ -311,6 +314,7 @@ def test_each_gradient_alone(wanted):
         # Few pixels to many output channels: each thread has channels of its own.
         Problem(2, 128, 12, 9, 256),
         Problem(2, 64, 6, 9, 128, channels_last=True),
+        Problem(2, 350, 6, 7, 350),  # weights of which each thread holds a block's at a time
     ],
     ids=str,
 )

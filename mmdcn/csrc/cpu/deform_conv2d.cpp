@@ -18,6 +18,12 @@ namespace {
 constexpr int64_t kPartialBytes = 2 << 20;
 constexpr int64_t kSpanTiles = 24;
 
+// Packed weights, and the sums of their gradient, are kept from span to span up to so many bytes.
+// Beyond, each thread packs those of the block at work anew for each span, and adds the sums to the
+// gradient after it: next to nothing for spans of so many tiles or more.
+constexpr int64_t kKeptBytes = 8 << 20;
+constexpr int64_t kWorthPackingTiles = 6;
+
 // Work of sampling the input for some output pixels, and multiplying the samples by the weight.
 int64_t pass_work(const DeformConv2dShape& shape, int64_t pixels) {
   return pixels * shape.channels * shape.taps() * (shape.group_out_channels() + kElementWork);
@@ -139,7 +145,7 @@ std::vector<ChannelBlock> channel_blocks(const DeformConv2dShape& shape) {
   for (int64_t group = 0; group < shape.groups; ++group) {
     const int64_t end = (group + 1) * shape.group_channels();
     for (int64_t c = group * shape.group_channels(); c < end; c += width) {
-      blocks.push_back({group, c, std::min(c + width, end), 0});
+      blocks.push_back({group, c, std::min(c + width, end)});
     }
   }
   return blocks;
@@ -215,42 +221,33 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
   const BackwardKernel<T> kernel = MMDCN_KERNEL(deform_conv2d_backward, T);
   const int64_t taps = shape.taps(), pixels = shape.pixels();
   const int64_t part = shape.deform_group_channels();
-  std::vector<ChannelBlock> blocks = channel_blocks(shape);
+  const std::vector<ChannelBlock> blocks = channel_blocks(shape);
   const int64_t block_count = static_cast<int64_t>(blocks.size());
-  int64_t packed_total = 0, widest = 0;
+  int64_t packed_size = 0, sums_size = 0, widest = 0;
   bool shared = false;
-  for (ChannelBlock& block : blocks) {
-    block.packed_begin = packed_total;
-    packed_total += kernel.packed_size(shape, block);
+  for (const ChannelBlock& block : blocks) {
+    packed_size = std::max(packed_size, kernel.packed_size(shape, block));
+    if (wanted[2]) sums_size = std::max(sums_size, kernel.sums_size(shape, block));
     widest = std::max(widest, block.end - block.begin);
     shared = shared || block.begin % part != 0 || block.end % part != 0;
   }
   shared = shared && (wanted[1] || wants_mask);
-  const int64_t sums_size = shape.channels * taps * kernel.padded_out_channels(shape);
-  const Buffer<acc_t> packed(packed_total), weight_sums(wanted[2] ? sums_size : 0);
-  const int64_t weight_grain = grain(block_count, weights.numel() * kElementWork);
-  torch::stable::parallel_for(0, block_count, weight_grain, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      kernel.pack_weight(shape, const_data<T>(weights), weight_layout(weights), blocks[b],
-                         packed.get() + blocks[b].packed_begin);
-      if (!wanted[2]) continue;
-      const int64_t row = taps * kernel.padded_out_channels(shape);
-      std::fill(weight_sums.get() + blocks[b].begin * row, weight_sums.get() + blocks[b].end * row,
-                acc_t(0));
-    }
-  });
+  const int64_t weight_size = packed_size + sums_size;
+  const int64_t weight_bytes = block_count * weight_size * static_cast<int64_t>(sizeof(acc_t));
+  // In 16 bits the gradient must not be rounded before all is added.
+  const bool kept = !std::is_same_v<T, acc_t> || weight_bytes <= kKeptBytes;
+  const Buffer<acc_t> kept_weights(kept ? block_count * weight_size : 0);
 
   BackwardTensors<T> tensors = {};
   tensors.output_layout = image_layout(gradients);
   tensors.input_layout = image_layout(inputs);
-  tensors.weight = packed.get();
-  tensors.grad_weight = wanted[2] ? weight_sums.get() : nullptr;
   tensors.partial_tile = shared ? 2 * block_count * partial_size(shape) : 0;
   const int64_t tiles = kernel.tiles(shape);
   int64_t span = std::min(tiles, kSpanTiles);
   if (shared) {
     const int64_t tile_bytes = tensors.partial_tile * static_cast<int64_t>(sizeof(acc_t));
-    span = std::min(tiles, std::clamp<int64_t>(kPartialBytes / tile_bytes, 1, kSpanTiles));
+    const int64_t least = kept ? 1 : kWorthPackingTiles;
+    span = std::min(tiles, std::clamp(kPartialBytes / tile_bytes, least, kSpanTiles));
   }
   const Buffer<acc_t> partial(span * tensors.partial_tile);
   tensors.partial = shared ? partial.get() : nullptr;
@@ -272,22 +269,37 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
   const Buffer<std::byte> window_memory(block_count * window_bytes);
   std::vector<BlockWindows<T>> windows(block_count);
   const int64_t scratch_bytes = kernel.scratch_bytes(shape, tensors, widest);
+  const WeightLayout layout = weight_layout(weights);
 
   for (int64_t image = 0; image < shape.batch; ++image) {
     set_image(image);
     for (int64_t first = 0; first < tiles; first += span) {
       const int64_t last = std::min(first + span, tiles);
+      const bool starts = image == 0 && first == 0;
+      const bool ends = image == shape.batch - 1 && last == tiles;
       const int64_t span_pixels = std::min((last - first) * kBackwardTile, pixels);
       const int64_t block_grain = grain(block_count, 3 * pass_work(shape, span_pixels));
       torch::stable::parallel_for(0, block_count, block_grain, [&](int64_t begin, int64_t end) {
         const Buffer<std::byte> scratch(scratch_bytes);
+        const Buffer<acc_t> own_weights(kept ? 0 : weight_size);
         for (int64_t b = begin; b < end; ++b) {
-          if (first == 0) {
-            kernel.open(shape, tensors, blocks[b], window_memory.get() + b * window_bytes,
-                        windows[b]);
+          acc_t* packed = kept ? kept_weights.get() + b * weight_size : own_weights.get();
+          acc_t* sums = packed + packed_size;
+          if (starts || !kept) {
+            kernel.pack_weight(shape, const_data<T>(weights), layout, blocks[b], packed);
+            std::fill(sums, sums + sums_size, acc_t(0));
           }
-          kernel.run(shape, tensors, blocks.data(), b, first, last, windows[b], scratch.get());
-          if (last == tiles) kernel.close(shape, tensors, blocks[b], windows[b]);
+          BackwardTensors<T> own = tensors;
+          own.weight = packed;
+          own.grad_weight = wanted[2] ? sums : nullptr;
+          if (first == 0) {
+            kernel.open(shape, own, blocks[b], window_memory.get() + b * window_bytes, windows[b]);
+          }
+          kernel.run(shape, own, blocks.data(), b, first, last, windows[b], scratch.get());
+          if (last == tiles) kernel.close(shape, own, blocks[b], windows[b]);
+          if (wanted[2] && (ends || !kept)) {
+            kernel.unpack_sums(shape, sums, blocks[b], !kept && !starts, data<T>(grad_weight));
+          }
         }
       });
       if (!shared) continue;
@@ -301,13 +313,6 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
         }
       });
     }
-  }
-  if (wanted[2]) {
-    torch::stable::parallel_for(0, block_count, weight_grain, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        kernel.unpack_grad_weight(shape, weight_sums.get(), blocks[b], data<T>(grad_weight));
-      }
-    });
   }
   return {grad_input, grad_offset, grad_weight, grad_mask};
 }

@@ -57,6 +57,24 @@ void pack_weight(const DeformConv2dShape& shape, const T* weight, const WeightLa
   }
 }
 
+template <typename T, typename A = accumulator_t<T>>
+int64_t sums_size(const DeformConv2dShape& shape, const ChannelBlock& block) {
+  return (block.end - block.begin) * shape.taps() * padded<A>(shape.group_out_channels());
+}
+
+template <typename T, typename A = accumulator_t<T>>
+void unpack_sums(const DeformConv2dShape& shape, const A* sums, const ChannelBlock& block, bool add,
+                 T* grad_weight) {
+  const int64_t in = shape.group_channels(), out = shape.group_out_channels();
+  const int64_t row = padded<A>(out), taps = shape.taps(), rows = (block.end - block.begin) * taps;
+  T* target = grad_weight + (block.group * out * in + block.begin - block.group * in) * taps;
+  if (add) {
+    transpose<A, true>(sums, row, rows, out, target, in * taps);
+  } else {
+    transpose<A>(sums, row, rows, out, target, in * taps);
+  }
+}
+
 // ------------------------------------------------------------------------------ samples
 
 // What one sample takes and gives, for channels of one block and offset group. Pointers of what is
@@ -457,8 +475,7 @@ struct Pass {
   void tap(int64_t tap, int64_t block_index, A* partial) {
     const int64_t out = shape.group_out_channels(), count = scratch.tile->count;
     const int64_t out_stride = scratch.grad_tile_stride(shape), stride = row_stride<A>(channels());
-    const A* weight =
-        tensors.weight + block.packed_begin + tap * packed_size_of_tap<T>(shape, block);
+    const A* weight = tensors.weight + tap * packed_size_of_tap<T>(shape, block);
     multiply<Order::kRows, Into::kSet>(count, channels(), out, scratch.grad_tile, out_stride,
                                        packed(weight, out), scratch.grad_columns, stride);
     if (is_planar(shape)) {
@@ -483,7 +500,7 @@ struct Pass {
     }
     if (tensors.grad_weight == nullptr) return;
     const Panels<A> grad_tile = row_major<A>(scratch.grad_tile, out_stride);
-    A* sums = tensors.grad_weight + (block.begin * shape.taps() + tap) * padded<A>(out);
+    A* sums = tensors.grad_weight + tap * padded<A>(out);
     const int64_t row = shape.taps() * padded<A>(out);
     if (is_planar(shape)) {
       multiply<Order::kRows, Into::kAdd>(channels(), out, count, scratch.planar_columns,
@@ -624,28 +641,12 @@ void run(const DeformConv2dShape& shape, const BackwardTensors<T>& tensors,
   }
 }
 
-template <typename T, typename A = accumulator_t<T>>
-int64_t padded_out_channels(const DeformConv2dShape& shape) {
-  return padded<A>(shape.group_out_channels());
-}
-
-template <typename T, typename A = accumulator_t<T>>
-void unpack_grad_weight(const DeformConv2dShape& shape, const A* sums, const ChannelBlock& block,
-                        T* grad_weight) {
-  const int64_t in = shape.group_channels(), out = shape.group_out_channels();
-  const int64_t row = padded<A>(out), taps = shape.taps();
-  transpose<A>(sums + block.begin * taps * row, row, (block.end - block.begin) * taps, out,
-               grad_weight + (block.group * out * in + block.begin - block.group * in) * taps,
-               in * taps);
-}
-
 }  // namespace
 
 template <typename T>
 BackwardKernel<T> deform_conv2d_backward() {
-  return {packed_block_size<T>, pack_weight<T>, tiles<T>, tile_at<T>, scratch_bytes<T>,
-          window_bytes<T>,      open<T>,        run<T>,   close<T>,   padded_out_channels<T>,
-          unpack_grad_weight<T>};
+  return {packed_block_size<T>, pack_weight<T>,  sums_size<T>, unpack_sums<T>, tiles<T>, tile_at<T>,
+          scratch_bytes<T>,     window_bytes<T>, open<T>,      run<T>,         close<T>};
 }
 
 template BackwardKernel<double> deform_conv2d_backward<double>();

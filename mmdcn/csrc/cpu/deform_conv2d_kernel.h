@@ -125,10 +125,10 @@ struct ForwardKernel {
 // blocks, so that the result does not depend on the number of threads.
 struct ChannelBlock {
   int64_t group, begin, end;
-  int64_t packed_begin;  // position of this block's packed weights
 };
 
-// Tensors of the backward pass for one image; null where a gradient is not asked for.
+// Tensors of the backward pass for one image, and for one block where they say so; null where a
+// gradient is not asked for.
 template <typename T>
 struct BackwardTensors {
   using acc_t = accumulator_t<T>;
@@ -138,11 +138,11 @@ struct BackwardTensors {
   ImageLayout input_layout;
   PointTensor<acc_t> offset;  // (deform_groups, taps, 2, Ho, Wo)
   PointTensor<acc_t> mask;    // (deform_groups, taps, Ho, Wo)
-  const acc_t* weight;        // packed: for each block and tap, Co/groups × its channels in panels
+  const acc_t* weight;        // the block's, packed: for each tap, Co/groups × channels in panels
   T* grad_input;              // (C, H, W) in the input's layout, added to
   acc_t* grad_offset;         // (deform_groups, taps, 2, Ho, Wo)
   acc_t* grad_mask;           // (deform_groups, taps, Ho, Wo)
-  acc_t* grad_weight;         // (C, taps, padded Co/groups), added to
+  acc_t* grad_weight;         // the block's: (channels, taps, padded Co/groups), added to
   acc_t* partial;  // (tiles, partial_tile), see partial_position; null where all is owned
   int64_t partial_tile;
 };
@@ -156,10 +156,14 @@ struct BlockWindows {
 template <typename T>
 struct BackwardKernel {
   using acc_t = accumulator_t<T>;
-  // Elements of a block's packed weights.
+  // Elements of a block's packed weights, and of the sums that make up their gradient. The latter
+  // goes to its part of grad_weight (Co, C/groups, taps), or is added to what is there.
   int64_t (*packed_size)(const DeformConv2dShape&, const ChannelBlock&);
   void (*pack_weight)(const DeformConv2dShape&, const T* weight, const WeightLayout&,
                       const ChannelBlock&, acc_t* packed);
+  int64_t (*sums_size)(const DeformConv2dShape&, const ChannelBlock&);
+  void (*unpack_sums)(const DeformConv2dShape&, const acc_t* sums, const ChannelBlock&, bool add,
+                      T* grad_weight);
   int64_t (*tiles)(const DeformConv2dShape&);  // of one image
   void (*tile_at)(const DeformConv2dShape&, int64_t index, Tile<kBackwardTile>&);
   // Memory that one thread needs, and that one block's windows need.
@@ -176,11 +180,6 @@ struct BackwardKernel {
               std::byte* scratch);
   void (*close)(const DeformConv2dShape&, const BackwardTensors<T>&, const ChannelBlock&,
                 BlockWindows<T>&);
-  // grad_weight (Co, C/groups, taps), for one block, from the form in which it was added up: rows
-  // of this many elements for each channel and tap.
-  int64_t (*padded_out_channels)(const DeformConv2dShape&);
-  void (*unpack_grad_weight)(const DeformConv2dShape&, const acc_t* sums, const ChannelBlock&,
-                             T* grad_weight);
 };
 
 // Whether the channels of offset group d all lie in one block.
