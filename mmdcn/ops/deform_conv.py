@@ -362,7 +362,7 @@ def _product(kernel: list[int]) -> str:
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:
-    """The layout that the operator gives to what has the features' shape, as tensors.h has it."""
+    """The layout of what an operator makes after this tensor's, as tensors.h has it."""
     if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last):
         return torch.contiguous_format
     return torch.channels_last
@@ -372,7 +372,10 @@ def _register_fakes(
     name: str,
     layout_of: Callable[[Tensor], torch.memory_format] = lambda _: torch.contiguous_format,
 ) -> None:
-    """For an operator of this name; `layout_of` an input is that of the output."""
+    """For an operator of this name.
+
+    `layout_of` the input is that of the output, and `layout_of` a tensor that of its gradient.
+    """
 
     def forward(input, offset, weight, bias, stride, padding, dilation, mask, **_):
         return torch.empty(
@@ -385,21 +388,17 @@ def _register_fakes(
     def backward(
         grad_output, input, offset, weight, stride, padding, dilation, mask, output_mask, **_
     ):
-        def like(
-            tensor: Tensor | None, wanted: bool, memory_format=torch.contiguous_format
-        ) -> Tensor:
+        def like(tensor: Tensor | None, wanted: bool) -> Tensor:
             if tensor is None or not wanted:
                 return (offset if tensor is None else tensor).new_empty(0)
             return torch.empty(
-                tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=memory_format
+                tensor.shape,
+                dtype=tensor.dtype,
+                device=tensor.device,
+                memory_format=layout_of(tensor),
             )
 
-        return (
-            like(input, output_mask[0], layout_of(input)),
-            like(offset, output_mask[1]),
-            like(weight, output_mask[2]),
-            like(mask, output_mask[3]),
-        )
+        return tuple(map(like, (input, offset, weight, mask), output_mask))
 
     torch.library.register_fake(f"mmdcn::{name}", forward)
     torch.library.register_fake(f"mmdcn::{name}_backward", backward)

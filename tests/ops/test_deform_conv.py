@@ -222,6 +222,25 @@ def test_layout_is_kept(channels_last):
         assert tensor.is_contiguous() != channels_last
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("deform_groups", [1, 12, 24])
+def test_gradients_have_the_layout_of_what_they_are_of(deform_groups, channels_last):
+    problem = Problem(
+        2,
+        24,
+        deform_groups=deform_groups,
+        channels_last=channels_last,
+        points_channels_last=channels_last,
+        weight_channels_last=channels_last,
+    )
+    tensors = problem.tensors(torch.float32)
+    names = ("input", "offset", "weight", "mask")
+    output = deform_conv2d(**tensors, padding=1)
+    gradients = torch.autograd.grad(output.square().sum(), [tensors[name] for name in names])
+    for name, gradient in zip(names, gradients):
+        assert gradient.stride() == tensors[name].stride(), name
+
+
 def test_arguments_need_not_be_contiguous():
     problem = Problem(2, 4, 7, 7, 6)
     expected = run(deform_conv2d, problem.tensors(), padding=1)

@@ -158,13 +158,23 @@ void add_partial(const DeformConv2dShape& shape, const BackwardTensors<T>& tenso
                  const std::vector<ChannelBlock>& blocks, const Tile<kBackwardTile>& tile,
                  const accumulator_t<T>* partial) {
   using acc_t = accumulator_t<T>;
-  const int64_t part = shape.deform_group_channels(), pixels = shape.pixels();
-  const auto add = [&](const acc_t* source, acc_t* target, bool first) {
+  const int64_t part = shape.deform_group_channels();
+  const auto add = [&](const acc_t* source, const PointGradients<acc_t>& target, int64_t channel,
+                       bool first) {
+    if (target.data == nullptr) return;
+    const int64_t stride = target.pixel_stride;
     for (int64_t r = 0; r < tile.runs; ++r) {
       const auto& run = tile.run[r];
       const acc_t* values = source + run.first;
-      acc_t* sums = target + run.pixel;
-      for (int64_t i = 0; i < run.count; ++i) sums[i] = first ? values[i] : sums[i] + values[i];
+      acc_t* sums = target.at(channel, run.pixel);
+      if (stride == 1) {
+        for (int64_t i = 0; i < run.count; ++i) sums[i] = first ? values[i] : sums[i] + values[i];
+        continue;
+      }
+      for (int64_t i = 0; i < run.count; ++i) {
+        acc_t& sum = sums[i * stride];
+        sum = first ? values[i] : sum + values[i];
+      }
     }
   };
   for (int64_t b = 0; b < static_cast<int64_t>(blocks.size()); ++b) {
@@ -175,13 +185,9 @@ void add_partial(const DeformConv2dShape& shape, const BackwardTensors<T>& tenso
       const acc_t* source = partial + partial_position(shape, block, b, d);
       for (int64_t tap = 0; tap < shape.taps(); ++tap, source += 3 * kBackwardTile) {
         const int64_t row = d * shape.taps() + tap;
-        if (tensors.grad_offset) {
-          add(source, tensors.grad_offset + 2 * row * pixels, first);
-          add(source + kBackwardTile, tensors.grad_offset + (2 * row + 1) * pixels, first);
-        }
-        if (tensors.grad_mask) {
-          add(source + 2 * kBackwardTile, tensors.grad_mask + row * pixels, first);
-        }
+        add(source, tensors.grad_offset, 2 * row, first);
+        add(source + kBackwardTile, tensors.grad_offset, 2 * row + 1, first);
+        add(source + 2 * kBackwardTile, tensors.grad_mask, row, first);
       }
     }
   }
@@ -195,15 +201,13 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
                    const std::vector<bool>& wanted) {
   using acc_t = accumulator_t<T>;
   const bool wants_mask = wanted[3] && mask.has_value();
-  const auto gradient_of = [&](const Tensor& tensor, bool present, MemoryFormat layout) {
+  const auto gradient_of = [&](const Tensor& tensor, bool present) {
     return new_tensor(input, present ? sizes_of(tensor) : std::vector<int64_t>{0},
-                      tensor.scalar_type(), present ? layout : MemoryFormat::Contiguous);
+                      tensor.scalar_type(), present ? layout_of(tensor) : MemoryFormat::Contiguous);
   };
-  constexpr MemoryFormat planes = MemoryFormat::Contiguous;
-  Tensor grad_input = gradient_of(input, wanted[0], layout_of(input));
-  Tensor grad_offset = gradient_of(offset, wanted[1], planes);
-  Tensor grad_weight = gradient_of(weight, wanted[2], planes);
-  Tensor grad_mask = gradient_of(mask.value_or(offset), wants_mask, planes);
+  Tensor grad_input = gradient_of(input, wanted[0]), grad_offset = gradient_of(offset, wanted[1]);
+  Tensor grad_weight = gradient_of(weight, wanted[2]);
+  Tensor grad_mask = gradient_of(mask.value_or(offset), wants_mask);
   // It is added to. All of the others are written once, where there is any output.
   torch::stable::zero_(grad_input);
   if (grad_output.numel() == 0 || input.numel() == 0) {
@@ -253,6 +257,12 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
   tensors.partial = shared ? partial.get() : nullptr;
   const PointTensor<acc_t> all_offsets = point_tensor<acc_t>(offsets);
   const PointTensor<acc_t> all_masks = point_tensor<acc_t>(masks);
+  const auto gradients_of = [](const Tensor& gradient, bool present,
+                               int64_t first) -> PointGradients<acc_t> {
+    if (!present) return {nullptr, 0, 1};
+    const ImageLayout layout = image_layout(gradient);
+    return {data<acc_t>(gradient) + first, layout.channel_stride, layout.pixel_stride};
+  };
   const auto set_image = [&](int64_t image) {
     const int64_t first_point = image * shape.deform_groups * taps * pixels;
     const int64_t area = image * shape.height * shape.width * shape.channels;
@@ -261,8 +271,8 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
     tensors.offset = all_offsets.image(image);
     tensors.mask = all_masks.image(image);
     tensors.grad_input = wanted[0] ? data<T>(grad_input) + area : nullptr;
-    tensors.grad_offset = wanted[1] ? data<acc_t>(grad_offset) + 2 * first_point : nullptr;
-    tensors.grad_mask = wants_mask ? data<acc_t>(grad_mask) + first_point : nullptr;
+    tensors.grad_offset = gradients_of(grad_offset, wanted[1], 2 * first_point);
+    tensors.grad_mask = gradients_of(grad_mask, wants_mask, first_point);
   };
   set_image(0);
   const int64_t window_bytes = (kernel.window_bytes(shape, tensors, widest) + 63) / 64 * 64;
@@ -298,7 +308,8 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
           kernel.run(shape, own, blocks.data(), b, first, last, windows[b], scratch.get());
           if (last == tiles) kernel.close(shape, own, blocks[b], windows[b]);
           if (wanted[2] && (ends || !kept)) {
-            kernel.unpack_sums(shape, sums, blocks[b], !kept && !starts, data<T>(grad_weight));
+            kernel.unpack_sums(shape, sums, blocks[b], !kept && !starts, data<T>(grad_weight),
+                               weight_layout(grad_weight));
           }
         }
       });

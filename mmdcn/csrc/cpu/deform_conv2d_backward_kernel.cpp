@@ -62,17 +62,27 @@ int64_t sums_size(const DeformConv2dShape& shape, const ChannelBlock& block) {
   return (block.end - block.begin) * shape.taps() * padded<A>(shape.group_out_channels());
 }
 
+template <bool add, typename T, typename A>
+void unpack_sums_with(const DeformConv2dShape& shape, const A* sums, const ChannelBlock& block,
+                      T* grad_weight, const WeightLayout& layout) {
+  const int64_t out = shape.group_out_channels(), taps = shape.taps(), row = padded<A>(out);
+  const int64_t channels = block.end - block.begin;
+  T* target = grad_weight + block.group * out * layout.out_stride +
+              (block.begin - block.group * shape.group_channels()) * layout.channel_stride;
+  if (layout.tap_stride == 1) {
+    return transpose<A, add>(sums, row, channels * taps, out, target, layout.out_stride);
+  }
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    transpose<A, add>(sums + tap * row, taps * row, channels, out, target + tap * layout.tap_stride,
+                      layout.out_stride);
+  }
+}
+
 template <typename T, typename A = accumulator_t<T>>
 void unpack_sums(const DeformConv2dShape& shape, const A* sums, const ChannelBlock& block, bool add,
-                 T* grad_weight) {
-  const int64_t in = shape.group_channels(), out = shape.group_out_channels();
-  const int64_t row = padded<A>(out), taps = shape.taps(), rows = (block.end - block.begin) * taps;
-  T* target = grad_weight + (block.group * out * in + block.begin - block.group * in) * taps;
-  if (add) {
-    transpose<A, true>(sums, row, rows, out, target, in * taps);
-  } else {
-    transpose<A>(sums, row, rows, out, target, in * taps);
-  }
+                 T* grad_weight, const WeightLayout& layout) {
+  add ? unpack_sums_with<true>(shape, sums, block, grad_weight, layout)
+      : unpack_sums_with<false>(shape, sums, block, grad_weight, layout);
 }
 
 // ------------------------------------------------------------------------------ samples
@@ -169,6 +179,8 @@ struct Scratch {
   A* strays;          // 4 × channels: corners that no window shows
   A* grad_strays;     // 4 × channels: what goes to them
   A* points;          // staged offsets and modulations
+  A* staged_offset;   // channels × pixels: gradients of offsets that go to pixels of channels
+  A* staged_mask;     // and of modulations
 
   Scratch(const DeformConv2dShape& shape, const BackwardTensors<T>& tensors, int64_t channels,
           Arena& arena)
@@ -192,6 +204,9 @@ struct Scratch {
     points = arena.take<A>(staged_size<kBackwardTile>(
         shape, tensors.offset, tensors.mask,
         std::min(shape.deform_groups, channels / shape.deform_group_channels() + 2)));
+    const int64_t owned = channels / shape.deform_group_channels() * shape.taps() * kBackwardTile;
+    staged_offset = arena.take<A>(tensors.grad_offset.in_planes() ? 0 : 2 * owned);
+    staged_mask = arena.take<A>(tensors.grad_mask.in_planes() ? 0 : owned);
   }
   static int64_t grad_tile_stride(const DeformConv2dShape& shape) {
     return row_stride<A>(padded<A>(shape.group_out_channels()));
@@ -427,26 +442,54 @@ struct Pass {
     }
   }
 
-  // Where the gradients of the tile's points go: to the tensors, or aside.
+  // The block's own offset groups.
+  int64_t first_owned() const {
+    const int64_t part = shape.deform_group_channels();
+    return (block.begin + part - 1) / part;
+  }
+  int64_t last_owned() const { return block.end / shape.deform_group_channels(); }
+
+  // Where the gradients of the tile's points go: to planes, to where those of a pixel are put
+  // together, or aside.
   void store_points(int64_t d, int64_t tap, A* aside) {
-    const int64_t row = d * shape.taps() + tap, pixels = shape.pixels();
-    A* targets[3] = {};
-    if (tensors.grad_offset) {
-      targets[0] = tensors.grad_offset + 2 * row * pixels;
-      targets[1] = targets[0] + pixels;
-    }
-    if (tensors.grad_mask) targets[2] = tensors.grad_mask + row * pixels;
-    for (int k = 0; k < 3; ++k) {
-      const A* source = scratch.gradients + k * kBackwardTile;
-      if (aside) {
+    if (aside) {
+      for (int k = 0; k < 3; ++k) {
+        const A* source = scratch.gradients + k * kBackwardTile;
         std::copy(source, source + scratch.tile->count, aside + k * kBackwardTile);
-        continue;
       }
-      if (targets[k] == nullptr) continue;
-      for (int64_t r = 0; r < scratch.tile->runs; ++r) {
-        const auto& run = scratch.tile->run[r];
-        std::copy(source + run.first, source + run.first + run.count, targets[k] + run.pixel);
-      }
+      return;
+    }
+    const int64_t row = d * shape.taps() + tap, skipped = first_owned() * shape.taps();
+    store_row(tensors.grad_offset, 2 * row, 0, scratch.staged_offset, 2 * skipped);
+    store_row(tensors.grad_offset, 2 * row + 1, 1, scratch.staged_offset, 2 * skipped);
+    store_row(tensors.grad_mask, row, 2, scratch.staged_mask, skipped);
+  }
+
+  // One channel of a tensor of gradients, from row number `from` of scratch.gradients; the staged
+  // ones begin with channel number `first_staged`.
+  void store_row(const PointGradients<A>& target, int64_t channel, int64_t from, A* staged,
+                 int64_t first_staged) {
+    if (target.data == nullptr) return;
+    const A* source = scratch.gradients + from * kBackwardTile;
+    if (!target.in_planes()) {
+      std::copy(source, source + scratch.tile->count,
+                staged + (channel - first_staged) * kBackwardTile);
+      return;
+    }
+    for (int64_t r = 0; r < scratch.tile->runs; ++r) {
+      const auto& run = scratch.tile->run[r];
+      std::copy(source + run.first, source + run.first + run.count, target.at(channel, run.pixel));
+    }
+  }
+
+  // Once those of all taps are staged, `per_sample` channels for each.
+  void store_staged(const PointGradients<A>& target, const A* staged, int64_t per_sample) {
+    const int64_t owned = last_owned() - first_owned(), rows = per_sample * shape.taps();
+    if (target.data == nullptr || target.in_planes() || owned < 1) return;
+    for (int64_t r = 0; r < scratch.tile->runs; ++r) {
+      const auto& run = scratch.tile->run[r];
+      transpose<A>(staged + run.first, kBackwardTile, owned * rows, run.count,
+                   target.at(first_owned() * rows, run.pixel), target.pixel_stride);
     }
   }
 
@@ -610,7 +653,7 @@ void run(const DeformConv2dShape& shape, const BackwardTensors<T>& tensors,
                   block,
                   windows,
                   Scratch<T>(shape, tensors, channels, arena),
-                  tensors.grad_offset != nullptr || tensors.grad_mask != nullptr,
+                  tensors.grad_offset.data != nullptr || tensors.grad_mask.data != nullptr,
                   {}};
   const int64_t part = shape.deform_group_channels();
   const int64_t first_group = block.begin / part, last_group = (block.end - 1) / part;
@@ -638,6 +681,8 @@ void run(const DeformConv2dShape& shape, const BackwardTensors<T>& tensors,
     A* partial = tensors.partial;
     if (partial) partial += (index - begin) * tensors.partial_tile;
     for (int64_t tap = 0; tap < shape.taps(); ++tap) pass.tap(tap, block_index, partial);
+    pass.store_staged(tensors.grad_offset, pass.scratch.staged_offset, 2);
+    pass.store_staged(tensors.grad_mask, pass.scratch.staged_mask, 1);
   }
 }
 

@@ -36,6 +36,18 @@ struct PointTensor {
   }
 };
 
+// Where the gradients of one image's offsets, or modulations, go: likewise.
+template <typename A>
+struct PointGradients {
+  A* data;  // null where not asked for
+  int64_t channel_stride, pixel_stride;
+
+  MMDCN_HOST_DEVICE bool in_planes() const { return pixel_stride == 1; }
+  MMDCN_HOST_DEVICE A* at(int64_t channel, int64_t pixel) const {
+    return data + channel * channel_stride + pixel * pixel_stride;
+  }
+};
+
 // Where the elements of a weight lie: (Co, C/groups, taps).
 struct WeightLayout {
   int64_t out_stride, channel_stride, tap_stride;
@@ -140,9 +152,9 @@ struct BackwardTensors {
   PointTensor<acc_t> mask;    // (deform_groups, taps, Ho, Wo)
   const acc_t* weight;        // the block's, packed: for each tap, Co/groups × channels in panels
   T* grad_input;              // (C, H, W) in the input's layout, added to
-  acc_t* grad_offset;         // (deform_groups, taps, 2, Ho, Wo)
-  acc_t* grad_mask;           // (deform_groups, taps, Ho, Wo)
-  acc_t* grad_weight;         // the block's: (channels, taps, padded Co/groups), added to
+  PointGradients<acc_t> grad_offset;  // (deform_groups, taps, 2, Ho, Wo)
+  PointGradients<acc_t> grad_mask;    // (deform_groups, taps, Ho, Wo)
+  acc_t* grad_weight;                 // the block's: (channels, taps, padded Co/groups), added to
   acc_t* partial;  // (tiles, partial_tile), see partial_position; null where all is owned
   int64_t partial_tile;
 };
@@ -157,13 +169,13 @@ template <typename T>
 struct BackwardKernel {
   using acc_t = accumulator_t<T>;
   // Elements of a block's packed weights, and of the sums that make up their gradient. The latter
-  // goes to its part of grad_weight (Co, C/groups, taps), or is added to what is there.
+  // goes to its part of grad_weight, or is added to what is there.
   int64_t (*packed_size)(const DeformConv2dShape&, const ChannelBlock&);
   void (*pack_weight)(const DeformConv2dShape&, const T* weight, const WeightLayout&,
                       const ChannelBlock&, acc_t* packed);
   int64_t (*sums_size)(const DeformConv2dShape&, const ChannelBlock&);
   void (*unpack_sums)(const DeformConv2dShape&, const acc_t* sums, const ChannelBlock&, bool add,
-                      T* grad_weight);
+                      T* grad_weight, const WeightLayout&);
   int64_t (*tiles)(const DeformConv2dShape&);  // of one image
   void (*tile_at)(const DeformConv2dShape&, int64_t index, Tile<kBackwardTile>&);
   // Memory that one thread needs, and that one block's windows need.

@@ -119,13 +119,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
   Tensor grad_offset = gradient(to_offset, offset);
   Tensor grad_weight = gradient(to_weight, weight);
   Tensor grad_mask = gradient(to_mask, to_mask ? *mask : offset);
+  // Each in the layout of what it is the gradient of; the kernels write planes.
+  const auto in_layouts = [&]() -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
+    const auto as = [](bool wanted, const Tensor& gradient, const Tensor& of) {
+      return wanted ? dense(gradient, layout_of(of)) : gradient;
+    };
+    return {grad_input, as(to_offset, grad_offset, offset), as(to_weight, grad_weight, weight),
+            as(to_mask, grad_mask, to_mask ? *mask : offset)};
+  };
 
   // Sums over nothing, and samples of nothing.
   if (grad_output.numel() == 0 || input.numel() == 0) {
     for (Tensor* tensor : {&grad_input, &grad_offset, &grad_weight, &grad_mask}) {
       torch::stable::zero_(*tensor);
     }
-    return {grad_input, grad_offset, grad_weight, grad_mask};
+    return in_layouts();
   }
 
   const Kernels kernels = kernels_for(precision, shape, allow_tf32, stream.device);
@@ -211,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
       }
     }
   }
-  return {grad_input, grad_offset, grad_weight, grad_mask};
+  return in_layouts();
 }
 
 }  // namespace
