@@ -46,7 +46,7 @@ class Budget:
 
     seconds: float = 1.0
     fewest: int = 5
-    most: int = 31
+    most: int = 101
 
     def is_spent(self, samples: list[float]) -> bool:
         """Whether these samples, in milliseconds, are enough."""
