@@ -167,10 +167,6 @@ void add_partial(const DeformConv2dShape& shape, const BackwardTensors<T>& tenso
       const auto& run = tile.run[r];
       const acc_t* values = source + run.first;
       acc_t* sums = target.at(channel, run.pixel);
-      if (stride == 1) {
-        for (int64_t i = 0; i < run.count; ++i) sums[i] = first ? values[i] : sums[i] + values[i];
-        continue;
-      }
       for (int64_t i = 0; i < run.count; ++i) {
         acc_t& sum = sums[i * stride];
         sum = first ? values[i] : sum + values[i];
@@ -279,7 +275,7 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
   const Buffer<std::byte> window_memory(block_count * window_bytes);
   std::vector<BlockWindows<T>> windows(block_count);
   const int64_t scratch_bytes = kernel.scratch_bytes(shape, tensors, widest);
-  const WeightLayout layout = weight_layout(weights);
+  const WeightLayout layout = weight_layout(weights);  // its gradient's too
 
   for (int64_t image = 0; image < shape.batch; ++image) {
     set_image(image);
@@ -309,7 +305,7 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
           if (last == tiles) kernel.close(shape, own, blocks[b], windows[b]);
           if (wanted[2] && (ends || !kept)) {
             kernel.unpack_sums(shape, sums, blocks[b], !kept && !starts, data<T>(grad_weight),
-                               weight_layout(grad_weight));
+                               layout);
           }
         }
       });

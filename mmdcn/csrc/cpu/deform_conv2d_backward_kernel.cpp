@@ -442,13 +442,6 @@ struct Pass {
     }
   }
 
-  // The block's own offset groups.
-  int64_t first_owned() const {
-    const int64_t part = shape.deform_group_channels();
-    return (block.begin + part - 1) / part;
-  }
-  int64_t last_owned() const { return block.end / shape.deform_group_channels(); }
-
   // Where the gradients of the tile's points go: to planes, to where those of a pixel are put
   // together, or aside.
   void store_points(int64_t d, int64_t tap, A* aside) {
@@ -459,7 +452,7 @@ struct Pass {
       }
       return;
     }
-    const int64_t row = d * shape.taps() + tap, skipped = first_owned() * shape.taps();
+    const int64_t row = d * shape.taps() + tap, skipped = first_owned(shape, block) * shape.taps();
     store_row(tensors.grad_offset, 2 * row, 0, scratch.staged_offset, 2 * skipped);
     store_row(tensors.grad_offset, 2 * row + 1, 1, scratch.staged_offset, 2 * skipped);
     store_row(tensors.grad_mask, row, 2, scratch.staged_mask, skipped);
@@ -484,12 +477,13 @@ struct Pass {
 
   // Once those of all taps are staged, `per_sample` channels for each.
   void store_staged(const PointGradients<A>& target, const A* staged, int64_t per_sample) {
-    const int64_t owned = last_owned() - first_owned(), rows = per_sample * shape.taps();
+    const int64_t begin = first_owned(shape, block), owned = last_owned(shape, block) - begin;
+    const int64_t rows = per_sample * shape.taps();
     if (target.data == nullptr || target.in_planes() || owned < 1) return;
     for (int64_t r = 0; r < scratch.tile->runs; ++r) {
       const auto& run = scratch.tile->run[r];
       transpose<A>(staged + run.first, kBackwardTile, owned * rows, run.count,
-                   target.at(first_owned() * rows, run.pixel), target.pixel_stride);
+                   target.at(begin * rows, run.pixel), target.pixel_stride);
     }
   }
 

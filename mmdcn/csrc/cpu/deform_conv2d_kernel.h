@@ -194,11 +194,18 @@ struct BackwardKernel {
                 BlockWindows<T>&);
 };
 
-// Whether the channels of offset group d all lie in one block.
+// The offset groups [first_owned, last_owned) of which all channels lie in one block; there may be
+// none.
+MMDCN_HOST_DEVICE int64_t first_owned(const DeformConv2dShape& shape, const ChannelBlock& block) {
+  const int64_t part = shape.deform_group_channels();
+  return (block.begin + part - 1) / part;
+}
+MMDCN_HOST_DEVICE int64_t last_owned(const DeformConv2dShape& shape, const ChannelBlock& block) {
+  return block.end / shape.deform_group_channels();
+}
 MMDCN_HOST_DEVICE bool owns_deform_group(const DeformConv2dShape& shape, const ChannelBlock& block,
                                          int64_t d) {
-  return d * shape.deform_group_channels() >= block.begin &&
-         (d + 1) * shape.deform_group_channels() <= block.end;
+  return d >= first_owned(shape, block) && d < last_owned(shape, block);
 }
 
 // Elements that a block keeps aside in `partial` for a tile and one offset group.
