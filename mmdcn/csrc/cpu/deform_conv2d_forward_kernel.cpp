@@ -209,7 +209,8 @@ class Blending {
     stream_ = stream;
     stream_piece_ = stream_bytes / pieces;
     ahead_ = ahead;
-    ahead_rows_ = (ahead.rows + pieces - 1) / pieces;
+    const int64_t samples = (end_ - blends_) * pixels;
+    ahead_rows_ = (ahead.rows + samples - 1) / samples;
     prefetch();
   }
 
@@ -217,15 +218,9 @@ class Blending {
     wait = pace_;
     for (int64_t b = 0; b < stream_piece_; b += 64) __builtin_prefetch(stream_ + b, 0, 2);
     stream_ += stream_piece_;
-    if (ahead_.rows > 0) {
-      for (int64_t r = 0; r < ahead_rows_; ++r) {
-        for (int64_t b = 0; b < ahead_.bytes; b += 64) __builtin_prefetch(ahead_.row + b, 0, 2);
-        ahead_.row += ahead_.stride;
-      }
-      ahead_.rows -= ahead_rows_;
-    }
     const Blends<A>& blends = *blends_;
-    const int64_t i = i_, c = c_;
+    const int64_t i = i_, c = c_, part = part_;
+    L* const column = column_ + c;
     if (!blends.at.missing[i]) {
       const S* corner[4];
       A weight[4];
@@ -233,20 +228,22 @@ class Blending {
         corner[q] = reinterpret_cast<const S*>(blends.at.corner[q][i]) + c;
         weight[q] = blends.weight[q][i];
       }
-      if (part_ - c >= kPiece) {
+      if (part >= kPiece) {
 #pragma GCC unroll 8
-        for (int64_t k = 0; k < kPiece; k += kLanes<A>) {
-          blend_register(corner, weight, k, column_ + c);
-        }
+        for (int64_t k = 0; k < kPiece; k += kLanes<A>) blend_register(corner, weight, k, column);
       } else {
-        blend(corner, weight, part_ - c, column_ + c);
+        blend(corner, weight, part, column);
       }
     }
-    c_ += kPiece;
-    if (c_ >= part_) {
+    if (c + kPiece < part) {
+      // The last piece is a whole one too: it begins earlier, and does some channels again.
+      c_ = std::min(c + kPiece, part - kPiece);
+    } else {
       c_ = 0;
+      reach_ahead();
       column_ += stride_;
-      if (++i_ == pixels_) {
+      i_ = i + 1;
+      if (i_ == pixels_) {
         i_ = 0;
         if (++blends_ == end_) {
           wait = kNever;
@@ -278,6 +275,16 @@ class Blending {
     }
   }
 
+  // Asks for rows that are needed after all of this.
+  __attribute__((always_inline)) void reach_ahead() {
+    if (ahead_.rows <= 0) return;
+    for (int64_t r = 0; r < ahead_rows_; ++r) {
+      for (int64_t b = 0; b < ahead_.bytes; b += 64) __builtin_prefetch(ahead_.row + b, 0, 2);
+      ahead_.row += ahead_.stride;
+    }
+    ahead_.rows -= ahead_rows_;
+  }
+
   const Blends<A>* blends_ = nullptr;
   const Blends<A>* end_ = nullptr;
   int64_t deform_groups_, part_, pixels_;
@@ -287,7 +294,7 @@ class Blending {
   const std::byte* stream_;
   int64_t stream_piece_;
   Ahead ahead_;
-  int64_t ahead_rows_;  // for each piece
+  int64_t ahead_rows_;  // for each sample
   int64_t d_, i_, c_;   // the next piece: offset group, pixel, channel in the group
 };
 
@@ -330,11 +337,12 @@ inline void prepare_blends(const DeformConv2dShape& shape, const ForwardTile& ti
   const int64_t part = shape.deform_group_channels();
   for (int64_t d = 0; d < shape.deform_groups; ++d, ++blends) {
     locate_samples(shape, tile, points, d, tap, samples);
-    set_corners<S>(shape, rows, d * part, samples, tile.count, zeros, 0, blends->at);
+    const bool missing =
+        set_corners<S>(shape, rows, d * part, samples, tile.count, zeros, 0, blends->at);
     set_weights(samples, tile.count, blends->weight);
     // Only from a window can anything be missing.
     if constexpr (std::is_same_v<S, A>) {
-      for (int64_t i = 0; i < tile.count; ++i) {
+      for (int64_t i = 0; missing && i < tile.count; ++i) {
         if (!blends->at.missing[i]) continue;
         blend_stray(shape, samples, i, rows, d * part,
                     planes + d * part * shape.height * shape.width, strays,

@@ -376,45 +376,60 @@ inline void prefetch_points(const Tile<kMost>& tile, const PointRows<A>& points,
 template <int kMost>
 struct CornerAddresses {
   uintptr_t corner[4][kMost];
-  int64_t missing[kMost];  // whether a corner exists that the rows do not show
+  int32_t missing[kMost];  // whether a corner exists that the rows do not show
 };
 
 // Addresses in `rows`, `channel` channels further on. Where a corner does not exist, corner number
-// q is at `nowhere` + q · nowhere_stride.
+// q is at `nowhere` + q · nowhere_stride. Returns whether any corner is missing.
 template <typename S, typename A, int kMost>
-inline void set_corners(const DeformConv2dShape& shape, const Rows<S>& rows, int64_t channel,
+inline bool set_corners(const DeformConv2dShape& shape, const Rows<S>& rows, int64_t channel,
                         const Samples<A, kMost>& samples, int64_t count, const S* nowhere,
                         int64_t nowhere_stride, CornerAddresses<kMost>& addresses) {
-  const uint64_t height = shape.height, width = shape.width;
-  const int64_t begin = rows.begin, left = rows.left, capacity = rows.capacity;
-  const uint64_t shown_rows = rows.end - begin, shown_columns = rows.right - left;
-  const int64_t origin = rows.origin, row_stride = rows.row_stride,
-                pixel_stride = rows.pixel_stride;
+  // First what has 32 bits, then what has 64: the latter is half as wide a register's worth.
+  const int32_t begin = static_cast<int32_t>(rows.begin), left = static_cast<int32_t>(rows.left);
+  const int32_t origin = static_cast<int32_t>(rows.origin);
+  const int32_t capacity = static_cast<int32_t>(rows.capacity);
+  const uint32_t height = static_cast<uint32_t>(shape.height);
+  const uint32_t width = static_cast<uint32_t>(shape.width);
+  const uint32_t shown_rows = static_cast<uint32_t>(rows.end - rows.begin);
+  const uint32_t shown_columns = static_cast<uint32_t>(rows.right - rows.left);
+  int32_t row[2][kMost], column[2][kMost];  // within `rows`; -1 where there is none
+  int32_t any = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t y0 = samples.low_y[i], x0 = samples.low_x[i];
+    const int32_t y1 = y0 + 1, x1 = x0 + 1;
+    // A single comparison, as negative numbers become large ones.
+    const int32_t top = uint32_t(y0) < height, bottom = uint32_t(y1) < height;
+    const int32_t first = uint32_t(x0) < width, last = uint32_t(x1) < width;
+    const int32_t missing = (top & int32_t(uint32_t(y0 - begin) >= shown_rows)) |
+                            (bottom & int32_t(uint32_t(y1 - begin) >= shown_rows)) |
+                            (first & int32_t(uint32_t(x0 - left) >= shown_columns)) |
+                            (last & int32_t(uint32_t(x1 - left) >= shown_columns));
+    addresses.missing[i] = missing;
+    any |= missing;
+    const int32_t upper = y0 - origin - (y0 - origin >= capacity ? capacity : 0);
+    const int32_t lower = y1 - origin - (y1 - origin >= capacity ? capacity : 0);
+    row[0][i] = top ? upper : -1;
+    row[1][i] = bottom ? lower : -1;
+    column[0][i] = first ? x0 - left : -1;
+    column[1][i] = last ? x1 - left : -1;
+  }
+  const int64_t row_bytes = rows.row_stride * sizeof(S);
+  const int64_t pixel_bytes = rows.pixel_stride * sizeof(S);
   const uintptr_t base = reinterpret_cast<uintptr_t>(rows.data + channel);
   const uintptr_t none = reinterpret_cast<uintptr_t>(nowhere);
   const uintptr_t step = nowhere_stride * sizeof(S);
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t y0 = samples.low_y[i], x0 = samples.low_x[i];
-    const int64_t y1 = y0 + 1, x1 = x0 + 1;
-    // A single comparison, as negative numbers become large ones.
-    const bool top = uint64_t(y0) < height, bottom = uint64_t(y1) < height;
-    const bool first = uint64_t(x0) < width, last = uint64_t(x1) < width;
-    addresses.missing[i] = (top & (uint64_t(y0 - begin) >= shown_rows)) |
-                           (bottom & (uint64_t(y1 - begin) >= shown_rows)) |
-                           (first & (uint64_t(x0 - left) >= shown_columns)) |
-                           (last & (uint64_t(x1 - left) >= shown_columns));
-    const int64_t upper = y0 - origin - (y0 - origin >= capacity ? capacity : 0);
-    const int64_t lower = y1 - origin - (y1 - origin >= capacity ? capacity : 0);
-    const uintptr_t x = base + (x0 - left) * pixel_stride * sizeof(S);
-    const uintptr_t upper_left = x + upper * row_stride * sizeof(S);
-    const uintptr_t lower_left = x + lower * row_stride * sizeof(S);
-    const uintptr_t right = pixel_stride * sizeof(S);
-    addresses.corner[0][i] = top & first ? upper_left : none;
-    addresses.corner[1][i] = top & last ? upper_left + right : none + step;
-    addresses.corner[2][i] = bottom & first ? lower_left : none + 2 * step;
-    addresses.corner[3][i] = bottom & last ? lower_left + right : none + 3 * step;
+    const int64_t y0 = row[0][i], y1 = row[1][i], x0 = column[0][i], x1 = column[1][i];
+    const uintptr_t upper = base + y0 * row_bytes, lower = base + y1 * row_bytes;
+    const uintptr_t before = x0 * pixel_bytes, after = x1 * pixel_bytes;
+    addresses.corner[0][i] = (y0 | x0) < 0 ? none : upper + before;
+    addresses.corner[1][i] = (y0 | x1) < 0 ? none + step : upper + after;
+    addresses.corner[2][i] = (y1 | x0) < 0 ? none + 2 * step : lower + before;
+    addresses.corner[3][i] = (y1 | x1) < 0 ? none + 3 * step : lower + after;
   }
+  return any != 0;
 }
 
 // The weights of the corners, with the modulation.
