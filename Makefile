@@ -54,7 +54,7 @@ test-torch: $(if $(TORCH),wheel)
 # So few seconds for each call, because some peers take several for one.
 benchmark: $(INSTALLED)
 	@$(RUN) tools/benchmark.py ops --shapes design --versions v1,v2 --layouts nchw,channels_last \
-	    --scaling --seconds 1 --json $(MEASURED)/design.json
+	    --scaling --passes 3 --seconds 1 --json $(MEASURED)/design.json
 	@$(RUN) tools/benchmark.py ops --shapes variants --layouts nchw,channels_last \
 	    --seconds 0.3 --json $(MEASURED)/variants.json
 	@$(RUN) tools/benchmark.py ops --dtype bfloat16 --layouts nchw,channels_last --peers dense \

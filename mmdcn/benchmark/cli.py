@@ -215,6 +215,13 @@ def _add_operators(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--forward-only", action="store_true", help="leave the backward pass out")
     parser.add_argument(
+        "--passes",
+        type=_number(int, 1),
+        default=1,
+        help="go through the cases so many times, with a part of the seconds each time, so that a "
+        "disturbance of the machine reaches few of a call's samples (default: %(default)s)",
+    )
+    parser.add_argument(
         "--scaling",
         action="store_true",
         help="also run ours on one thread, and compare the results bit by bit",
@@ -227,6 +234,7 @@ def _run_operators(args: argparse.Namespace) -> int:
         peers=args.peers,
         directions=operators.DIRECTIONS[: 1 if args.forward_only else 2],
         scaling=args.scaling,
+        passes=args.passes,
         **_common_settings(args),
     )
     return _measure(args, lambda result: operators.run(settings, result))

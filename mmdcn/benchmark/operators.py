@@ -33,7 +33,11 @@ TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1
 
 @dataclass
 class Settings:
-    """What :func:`run` measures, and for how long."""
+    """What :func:`run` measures, and for how long.
+
+    All cases are gone through `passes` times, with a part of the budget each time: a disturbance of
+    some seconds then reaches few of a call's samples, and its tensors lie elsewhere each time.
+    """
 
     cases: list[Case]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -44,6 +48,7 @@ class Settings:
     scaling: bool = False
     measure_memory: bool = True
     budget: timing.Budget = field(default_factory=timing.Budget)
+    passes: int = 1
 
 
 def run(settings: Settings, result: dict) -> None:
@@ -64,6 +69,7 @@ def run(settings: Settings, result: dict) -> None:
             "threads": torch.get_num_threads(),
             "offset_std": settings.offset_std,
             "seconds_per_call": settings.budget.seconds,
+            "passes": settings.passes,
         },
         "implementations": [i.name for i in implementations],
         "left_out": left_out,
@@ -72,15 +78,26 @@ def run(settings: Settings, result: dict) -> None:
         "complete": False,
     }
     steps = [("rates of this machine", None)] + [
-        (f"{case.label}, {case.version}, {case.layout}, {case.dtype}", case)
-        for case in settings.cases
+        (f"{case.label}, {case.version}, {case.layout}, {case.dtype}", index)
+        for _ in range(settings.passes)
+        for index, case in enumerate(settings.cases)
     ]
     checker = _Checker(settings)
-    for case in track(steps):
-        if case is None:
+    for index in track(steps):
+        if index is None:
             result["rates"] = _rates(settings)
+            continue
+        case = settings.cases[index]
+        if index == len(result["cases"]):
+            bound, entry = _bind_checked(case, implementations, settings, checker)
+            result["cases"].append(entry)
         else:
-            result["cases"].append(_time_case(case, implementations, settings, checker))
+            entry = result["cases"][index]
+            tensors = make_tensors(case, settings.device, settings.offset_std)
+            bound = {
+                i: i.bind(case, tensors) for i in implementations if i.name not in entry["cannot"]
+            }
+        _add_times(entry, bound, settings)
     if settings.measure_memory and memory.can_measure(device):
         _measure_memory(result, implementations, settings)
     _raise_rates(result)
@@ -117,10 +134,10 @@ def _choose(settings: Settings) -> tuple[list[Implementation], dict[str, str]]:
 # ------------------------------------------------------------------------------------------- times
 
 
-def _time_case(
+def _bind_checked(
     case: Case, implementations: list[Implementation], settings: Settings, checker: "_Checker"
-) -> dict:
-    """Samples of one case, of every implementation that can compute it and computes it right."""
+) -> tuple[dict[Implementation, Bound], dict]:
+    """Every implementation that can compute a case and computes it right, and the case's entry."""
     tensors = make_tensors(case, settings.device, settings.offset_std)
     bound: dict[Implementation, Bound] = {}
     entry = {**case.describe(), "times": {}, "cannot": {}}
@@ -146,15 +163,21 @@ def _time_case(
     if "mmdcn, 1 thread" in results:
         one, all_ = results["mmdcn, 1 thread"], results["mmdcn"]
         entry["same_on_one_thread"] = all(torch.equal(one[name], all_[name]) for name in all_)
-    del results, outputs
+    return bound, entry
+
+
+def _add_times(entry: dict, bound: dict[Implementation, Bound], settings: Settings) -> None:
+    """Add one pass's samples of one case."""
+    budget = settings.budget.part(settings.passes)
     for direction in settings.directions:
         calls = {
             i.name: timing.Call(b.infer if direction == "forward" else b.train, i.threads)
             for i, b in bound.items()
             if direction == "forward" or i.backward
         }
-        entry["times"][direction] = timing.interleave(calls, settings.device, settings.budget)
-    return entry
+        times = entry["times"].setdefault(direction, {})
+        for name, samples in timing.interleave(calls, settings.device, budget).items():
+            times.setdefault(name, []).extend(samples)
 
 
 def _results(bound: Bound, settings: Settings) -> dict[str, Tensor]:

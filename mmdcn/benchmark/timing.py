@@ -48,6 +48,10 @@ class Budget:
     fewest: int = 5
     most: int = 101
 
+    def part(self, parts: int) -> "Budget":
+        """One of so many equal parts, rounded up."""
+        return Budget(self.seconds / parts, -(-self.fewest // parts), -(-self.most // parts))
+
     def is_spent(self, samples: list[float]) -> bool:
         """Whether these samples, in milliseconds, are enough."""
         if len(samples) >= self.most:

@@ -91,6 +91,28 @@ def test_every_implementation_has_its_samples():
             assert floor["multiply"] == pytest.approx(passes * entry["flops"] / rates / 1e6)
 
 
+def test_each_pass_adds_its_part_of_the_samples(monkeypatch):
+    drawn = []
+
+    def make_tensors(case, *rest):
+        drawn.append(case.label)
+        return cases.make_tensors(case, *rest)
+
+    monkeypatch.setattr(operators, "make_tensors", make_tensors)
+    chosen = settings(["1x8x9x10", "1x4x8x8"], ["v2"], ["nchw"], ["float32"], peers=["dense"])
+    chosen.budget, chosen.passes = timing.Budget(100, 1, 9), 4
+    result = run(chosen)
+    first, second = (case.label for case in chosen.cases)
+    assert drawn == [first, second] * 4
+    assert result["settings"]["passes"] == 4
+    for entry in result["cases"]:
+        for times in entry["times"].values():
+            assert {name: len(samples) for name, samples in times.items()} == {
+                "mmdcn": 12,
+                "dense": 12,
+            }
+
+
 def test_float64_is_compared_in_float64(monkeypatch):
     monkeypatch.setitem(operators.TOLERANCE, "float64", 1e-13)
     result = run(settings(["1x4x8x8"], ["v1", "v2"], ["nchw"], ["float64"], peers=[]))

@@ -49,6 +49,11 @@ def test_slow_calls_get_fewer_samples(clock, seconds, count):
     assert len(samples["a"]) == count
 
 
+def test_parts_of_a_budget_add_up_to_no_less():
+    assert Budget(1.0, 5, 31).part(3) == Budget(1 / 3, 2, 11)
+    assert Budget(1.0, 5, 31).part(1) == Budget(1.0, 5, 31)
+
+
 def test_what_is_long_is_not_warmed_up_again(clock):
     called = []
     step = taking(clock, [1.0])
