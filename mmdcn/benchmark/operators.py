@@ -88,9 +88,9 @@ def run(settings: Settings, result: dict) -> None:
             result["rates"] = _rates(settings)
             continue
         case = settings.cases[index]
-        if index == len(result["cases"]):
+        first_pass = index == len(result["cases"])
+        if first_pass:
             bound, entry = _bind_checked(case, implementations, settings, checker)
-            result["cases"].append(entry)
         else:
             entry = result["cases"][index]
             tensors = make_tensors(case, settings.device, settings.offset_std)
@@ -98,6 +98,8 @@ def run(settings: Settings, result: dict) -> None:
                 i: i.bind(case, tensors) for i in implementations if i.name not in entry["cannot"]
             }
         _add_times(entry, bound, settings)
+        if first_pass:
+            result["cases"].append(entry)
     if settings.measure_memory and memory.can_measure(device):
         _measure_memory(result, implementations, settings)
     _raise_rates(result)
