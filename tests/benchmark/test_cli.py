@@ -54,16 +54,16 @@ def test_ops_as_a_command(tmp_path):
 
 
 def test_an_interruption_keeps_what_is_measured(quick, monkeypatch, tmp_path, capsys):
-    add_times = operators._add_times
+    time_case = operators._time_case
     measured = []
 
-    def interrupted(entry, *rest):
+    def interrupted(case, *rest):
         if measured:
             raise KeyboardInterrupt
-        measured.append(entry)
-        add_times(entry, *rest)
+        measured.append(case)
+        return time_case(case, *rest)
 
-    monkeypatch.setattr(operators, "_add_times", interrupted)
+    monkeypatch.setattr(operators, "_time_case", interrupted)
     path = tmp_path / "ops.json"
     command = ["ops", "--shapes", "1x4x8x8,1x4x9x9", "--peers", "dense", "--seconds", "0.001"]
     assert cli.main([*command, "--json", str(path)]) == 130

@@ -94,9 +94,11 @@ def test_freed_memory_is_kept():
         import resource, torch
         from mmdcn.benchmark import timing
         def pages_of_one_more():
-            for _ in range(12):  # until the heap has found a place for them
+            # Each somewhat smaller, so that it fits where the one before was, whatever small things
+            # have been put there since.
+            for number in range(12):
                 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-                torch.ones(64 << 18)
+                torch.ones((64 << 18) - (number << 14))
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         assert pages_of_one_more() > 1000
         timing.keep_freed_memory()
