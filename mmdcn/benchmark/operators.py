@@ -87,17 +87,9 @@ def run(settings: Settings, result: dict) -> None:
         if index is None:
             result["rates"] = _rates(settings)
             continue
-        case = settings.cases[index]
         first_pass = index == len(result["cases"])
-        if first_pass:
-            bound, entry = _bind_checked(case, implementations, settings, checker)
-        else:
-            entry = result["cases"][index]
-            tensors = make_tensors(case, settings.device, settings.offset_std)
-            bound = {
-                i: i.bind(case, tensors) for i in implementations if i.name not in entry["cannot"]
-            }
-        _add_times(entry, bound, settings)
+        entry = None if first_pass else result["cases"][index]
+        entry = _time_case(settings.cases[index], entry, implementations, settings, checker)
         if first_pass:
             result["cases"].append(entry)
     if settings.measure_memory and memory.can_measure(device):
@@ -136,6 +128,32 @@ def _choose(settings: Settings) -> tuple[list[Implementation], dict[str, str]]:
 # ------------------------------------------------------------------------------------------- times
 
 
+def _time_case(
+    case: Case,
+    entry: dict | None,
+    implementations: list[Implementation],
+    settings: Settings,
+    checker: "_Checker",
+) -> dict:
+    """Add one pass's samples of one case to its entry, which the first pass makes."""
+    if entry is None:
+        bound, entry = _bind_checked(case, implementations, settings, checker)
+    else:
+        tensors = make_tensors(case, settings.device, settings.offset_std)
+        bound = {i: i.bind(case, tensors) for i in implementations if i.name not in entry["cannot"]}
+    budget = settings.budget.part(settings.passes)
+    for direction in settings.directions:
+        calls = {
+            i.name: timing.Call(b.infer if direction == "forward" else b.train, i.threads)
+            for i, b in bound.items()
+            if direction == "forward" or i.backward
+        }
+        times = entry["times"].setdefault(direction, {})
+        for name, samples in timing.interleave(calls, settings.device, budget).items():
+            times.setdefault(name, []).extend(samples)
+    return entry
+
+
 def _bind_checked(
     case: Case, implementations: list[Implementation], settings: Settings, checker: "_Checker"
 ) -> tuple[dict[Implementation, Bound], dict]:
@@ -166,20 +184,6 @@ def _bind_checked(
         one, all_ = results["mmdcn, 1 thread"], results["mmdcn"]
         entry["same_on_one_thread"] = all(torch.equal(one[name], all_[name]) for name in all_)
     return bound, entry
-
-
-def _add_times(entry: dict, bound: dict[Implementation, Bound], settings: Settings) -> None:
-    """Add one pass's samples of one case."""
-    budget = settings.budget.part(settings.passes)
-    for direction in settings.directions:
-        calls = {
-            i.name: timing.Call(b.infer if direction == "forward" else b.train, i.threads)
-            for i, b in bound.items()
-            if direction == "forward" or i.backward
-        }
-        times = entry["times"].setdefault(direction, {})
-        for name, samples in timing.interleave(calls, settings.device, budget).items():
-            times.setdefault(name, []).extend(samples)
 
 
 def _results(bound: Bound, settings: Settings) -> dict[str, Tensor]:
