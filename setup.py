@@ -131,6 +131,18 @@ def cuda_architectures() -> list[str]:
     return arguments
 
 
+def is_newest(target: Path, included: Path) -> bool:
+    """Whether no file that the compiler read for the target, by the list it left, has changed."""
+    if not included.is_file():
+        return False
+    listed = included.read_text().replace("\\\n", " ").partition(":")[2]
+    made = target.stat().st_mtime
+    # A name with a space in it is escaped; what does not exist under the name found here is taken
+    # for changed.
+    paths = [Path(name) for name in listed.split()]
+    return all(path.is_file() and path.stat().st_mtime <= made for path in paths)
+
+
 class BuildOperators(build_ext):
     """Compiles mmdcn/_cpu and mmdcn/_cuda with the C++ compiler and nvcc, in parallel."""
 
@@ -160,7 +172,9 @@ class BuildOperators(build_ext):
         for name, target, objects in links:
             self.link(name, target, objects)
 
-    def object_path(self, name: str) -> Path:
+    def object_path(self, source: Path, *variant: str) -> Path:
+        """An object's own name: folders have sources of the same name."""
+        name = "_".join([*source.relative_to(CSRC).with_suffix("").parts, *variant])
         return Path(self.build_temp) / f"{name}.o"
 
     def cxx_flags(self) -> list[str]:
@@ -185,17 +199,17 @@ class BuildOperators(build_ext):
     def cpu_objects(self) -> list[tuple[Path, list[str]]]:
         x86 = platform.machine() in ("x86_64", "AMD64")
         commands = []
-        for source in [CSRC / "library.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]:
-            if source.stem.endswith("_kernel"):
+        for source in [CSRC / "library.cpp", *sorted((CSRC / "cpu").rglob("*.cpp"))]:
+            if source.stem.endswith("kernel"):
                 for capability, flags in CPU_CAPABILITIES.items():
                     if capability != "portable" and not x86:
                         continue
                     define = f"-DMMDCN_CPU_CAPABILITY={capability}"
-                    target = self.object_path(f"cpu_{source.stem}_{capability}")
+                    target = self.object_path(source, capability)
                     command = [*self.cxx, *self.cxx_flags(), *flags, ALIGNED_LOOPS, define]
                     commands.append((target, [*command, "-c", str(source), "-o", str(target)]))
             else:
-                target = self.object_path(f"cpu_{source.stem}")
+                target = self.object_path(source)
                 command = [*self.cxx, *self.cxx_flags(), *self.torch_flags()]
                 commands.append((target, [*command, "-c", str(source), "-o", str(target)]))
         # The longest compilations first.
@@ -205,32 +219,30 @@ class BuildOperators(build_ext):
         nvcc = find_nvcc()
         cuda = cuda_home(nvcc)
         commands = []
-        for source in sorted((CSRC / "cuda").glob("*.cu")):
-            target = self.object_path(f"cuda_{source.stem}_kernels")
+        for source in sorted((CSRC / "cuda").rglob("*.cu")):
+            target = self.object_path(source)
             command = [nvcc, "-std=c++17", "-O3", *cuda_architectures(), "-ccbin", self.cxx[0]]
             command += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
             if self.strict:
                 command += ["-Werror", "all-warnings", "-Xcompiler", "-Werror"]
             commands.append((target, [*command, "-c", str(source), "-o", str(target)]))
-        for source in sorted((CSRC / "cuda").glob("*.cpp")):
-            target = self.object_path(f"cuda_{source.stem}")
+        for source in sorted((CSRC / "cuda").rglob("*.cpp")):
+            target = self.object_path(source)
             command = [*self.cxx, *self.cxx_flags(), "-DUSE_CUDA", *self.torch_flags()]
             command += ["-isystem", str(cuda / "include")]
             commands.append((target, [*command, "-c", str(source), "-o", str(target)]))
         return commands
 
     def compile_one(self, target: Path, command: list[str]) -> None:
-        # Headers are few and shared: an object older than any of them is compiled again.
-        sources = [path for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh")]
-        sources += [Path(command[command.index("-c") + 1]), Path("setup.py")]
-        recipe = target.with_suffix(".command")
+        """Runs the command unless the object is newer than all that it was made from."""
+        recipe, included = target.with_suffix(".command"), target.with_suffix(".d")
         current = target.is_file() and recipe.is_file() and recipe.read_text() == str(command)
-        if current and all(s.stat().st_mtime < target.stat().st_mtime for s in sources):
+        if current and is_newest(target, included):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         recipe.unlink(missing_ok=True)
         print(f"compiling {target.stem}", flush=True)
-        self.run_command(command)
+        self.run_command([*command, "-MMD", "-MF", str(included)])
         recipe.write_text(str(command))
 
     def link(self, name: str, target: Path, objects: list[Path]) -> None:

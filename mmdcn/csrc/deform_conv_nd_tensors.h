@@ -9,6 +9,65 @@
 
 namespace mmdcn {
 
+// Reads the sizes of a deformable convolution over R dimensions off its arguments.
+template <int R>
+DeformConvNdShape<R> deform_conv_nd_shape(const Tensor& input, const Tensor& offset,
+                                          const Tensor& weight, const std::optional<Tensor>& bias,
+                                          const std::vector<int64_t>& stride,
+                                          const std::vector<int64_t>& padding,
+                                          const std::vector<int64_t>& dilation,
+                                          const std::optional<Tensor>& mask,
+                                          const char* op = "deform_conv_nd") {
+  MMDCN_REQUIRE(input.dim() == R + 2);
+  MMDCN_REQUIRE(offset.dim() == R + 2);
+  MMDCN_REQUIRE(weight.dim() == R + 2);
+  MMDCN_REQUIRE(stride.size() == R);
+  MMDCN_REQUIRE(padding.size() == R);
+  MMDCN_REQUIRE(dilation.size() == R);
+  MMDCN_REQUIRE(input.size(1) > 0);
+  MMDCN_REQUIRE(weight.numel() > 0);
+  DeformConvNdShape<R> shape = {};
+  shape.batch = input.size(0);
+  shape.channels = input.size(1);
+  shape.out_channels = weight.size(0);
+  for (int d = 0; d < R; ++d) {
+    shape.size[d] = input.size(2 + d);
+    shape.out_size[d] = offset.size(2 + d);
+    shape.kernel[d] = weight.size(2 + d);
+    shape.axis[d] = {stride[d], padding[d], dilation[d]};
+    MMDCN_REQUIRE(input.size(2 + d) < kTooLong);
+    MMDCN_REQUIRE(offset.size(2 + d) < kTooLong);
+    MMDCN_REQUIRE(stride[d] > 0);
+    MMDCN_REQUIRE(padding[d] >= 0);
+    MMDCN_REQUIRE(dilation[d] > 0);
+    MMDCN_REQUIRE(offset.size(2 + d) == outputs(shape.axis[d], shape.size[d], shape.kernel[d]));
+  }
+  MMDCN_REQUIRE(shape.channels % weight.size(1) == 0);
+  shape.groups = shape.channels / weight.size(1);
+  MMDCN_REQUIRE(weight.size(0) % shape.groups == 0);
+  shape.deform_groups = offset.size(1) / shape.taps() / R;
+  MMDCN_REQUIRE(offset.size(0) == shape.batch);
+  MMDCN_REQUIRE(offset.size(1) > 0 && offset.size(1) == R * shape.samples());
+  MMDCN_REQUIRE(shape.channels % (offset.size(1) / (R * shape.taps())) == 0);
+  MMDCN_REQUIRE(weight.scalar_type() == input.scalar_type());
+  MMDCN_REQUIRE(offset.scalar_type() == coordinate_type(input.scalar_type()));
+  MMDCN_REQUIRE(offset.device() == input.device());
+  MMDCN_REQUIRE(weight.device() == input.device());
+  if (bias.has_value()) {
+    MMDCN_REQUIRE(bias->dim() == 1 && bias->size(0) == shape.out_channels);
+    MMDCN_REQUIRE(bias->scalar_type() == input.scalar_type());
+    MMDCN_REQUIRE(bias->device() == input.device());
+  }
+  if (mask.has_value()) {
+    MMDCN_REQUIRE(mask->dim() == R + 2 && mask->size(0) == shape.batch);
+    MMDCN_REQUIRE(mask->size(1) == shape.samples());
+    for (int d = 0; d < R; ++d) MMDCN_REQUIRE(mask->size(2 + d) == shape.out_size[d]);
+    MMDCN_REQUIRE(mask->scalar_type() == offset.scalar_type());
+    MMDCN_REQUIRE(mask->device() == input.device());
+  }
+  return shape;
+}
+
 // Sizes of the output.
 template <int R>
 std::vector<int64_t> output_size(const DeformConvNdShape<R>& shape) {

@@ -13,13 +13,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define MMDCN_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-// Always inlined: the CPU kernels are compiled once for each instruction set, and the linker must
-// not share a function of one with another.
-#define MMDCN_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "host_device.h"
 
 namespace mmdcn {
 

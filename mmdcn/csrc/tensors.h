@@ -11,8 +11,7 @@
 #include <optional>
 #include <vector>
 
-#include "deform_conv2d_shape.h"
-#include "deform_conv_nd_shape.h"
+#include "sampling.h"
 
 namespace mmdcn {
 
@@ -113,91 +112,6 @@ inline int64_t outputs(const GridAxis& axis, int64_t size, int64_t kernel) {
 // Lengths along one dimension are counted in 32 bits.
 constexpr int64_t kTooLong = INT64_C(1) << 30;
 
-// Reads the sizes of a deformable convolution over R dimensions off its arguments.
-template <int R>
-DeformConvNdShape<R> deform_conv_nd_shape(const Tensor& input, const Tensor& offset,
-                                          const Tensor& weight, const std::optional<Tensor>& bias,
-                                          const std::vector<int64_t>& stride,
-                                          const std::vector<int64_t>& padding,
-                                          const std::vector<int64_t>& dilation,
-                                          const std::optional<Tensor>& mask,
-                                          const char* op = "deform_conv_nd") {
-  MMDCN_REQUIRE(input.dim() == R + 2);
-  MMDCN_REQUIRE(offset.dim() == R + 2);
-  MMDCN_REQUIRE(weight.dim() == R + 2);
-  MMDCN_REQUIRE(stride.size() == R);
-  MMDCN_REQUIRE(padding.size() == R);
-  MMDCN_REQUIRE(dilation.size() == R);
-  MMDCN_REQUIRE(input.size(1) > 0);
-  MMDCN_REQUIRE(weight.numel() > 0);
-  DeformConvNdShape<R> shape = {};
-  shape.batch = input.size(0);
-  shape.channels = input.size(1);
-  shape.out_channels = weight.size(0);
-  for (int d = 0; d < R; ++d) {
-    shape.size[d] = input.size(2 + d);
-    shape.out_size[d] = offset.size(2 + d);
-    shape.kernel[d] = weight.size(2 + d);
-    shape.axis[d] = {stride[d], padding[d], dilation[d]};
-    MMDCN_REQUIRE(input.size(2 + d) < kTooLong);
-    MMDCN_REQUIRE(offset.size(2 + d) < kTooLong);
-    MMDCN_REQUIRE(stride[d] > 0);
-    MMDCN_REQUIRE(padding[d] >= 0);
-    MMDCN_REQUIRE(dilation[d] > 0);
-    MMDCN_REQUIRE(offset.size(2 + d) == outputs(shape.axis[d], shape.size[d], shape.kernel[d]));
-  }
-  MMDCN_REQUIRE(shape.channels % weight.size(1) == 0);
-  shape.groups = shape.channels / weight.size(1);
-  MMDCN_REQUIRE(weight.size(0) % shape.groups == 0);
-  shape.deform_groups = offset.size(1) / shape.taps() / R;
-  MMDCN_REQUIRE(offset.size(0) == shape.batch);
-  MMDCN_REQUIRE(offset.size(1) > 0 && offset.size(1) == R * shape.samples());
-  MMDCN_REQUIRE(shape.channels % (offset.size(1) / (R * shape.taps())) == 0);
-  MMDCN_REQUIRE(weight.scalar_type() == input.scalar_type());
-  MMDCN_REQUIRE(offset.scalar_type() == coordinate_type(input.scalar_type()));
-  MMDCN_REQUIRE(offset.device() == input.device());
-  MMDCN_REQUIRE(weight.device() == input.device());
-  if (bias.has_value()) {
-    MMDCN_REQUIRE(bias->dim() == 1 && bias->size(0) == shape.out_channels);
-    MMDCN_REQUIRE(bias->scalar_type() == input.scalar_type());
-    MMDCN_REQUIRE(bias->device() == input.device());
-  }
-  if (mask.has_value()) {
-    MMDCN_REQUIRE(mask->dim() == R + 2 && mask->size(0) == shape.batch);
-    MMDCN_REQUIRE(mask->size(1) == shape.samples());
-    for (int d = 0; d < R; ++d) MMDCN_REQUIRE(mask->size(2 + d) == shape.out_size[d]);
-    MMDCN_REQUIRE(mask->scalar_type() == offset.scalar_type());
-    MMDCN_REQUIRE(mask->device() == input.device());
-  }
-  return shape;
-}
-
-inline DeformConv2dShape deform_conv2d_shape(const Tensor& input, const Tensor& offset,
-                                             const Tensor& weight,
-                                             const std::optional<Tensor>& bias,
-                                             const std::vector<int64_t>& stride,
-                                             const std::vector<int64_t>& padding,
-                                             const std::vector<int64_t>& dilation,
-                                             const std::optional<Tensor>& mask) {
-  const DeformConvNdShape<2> nd = deform_conv_nd_shape<2>(input, offset, weight, bias, stride,
-                                                          padding, dilation, mask, "deform_conv2d");
-  DeformConv2dShape shape = {};
-  shape.batch = nd.batch;
-  shape.channels = nd.channels;
-  shape.height = nd.size[0];
-  shape.width = nd.size[1];
-  shape.out_channels = nd.out_channels;
-  shape.out_height = nd.out_size[0];
-  shape.out_width = nd.out_size[1];
-  shape.kernel_height = nd.kernel[0];
-  shape.kernel_width = nd.kernel[1];
-  shape.groups = nd.groups;
-  shape.deform_groups = nd.deform_groups;
-  shape.y = nd.axis[0];
-  shape.x = nd.axis[1];
-  return shape;
-}
-
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   return std::vector<int64_t>(tensor.sizes().begin(), tensor.sizes().end());
 }
@@ -211,13 +125,6 @@ inline void check_grad_output(const char* op, const Tensor& grad_output,
   MMDCN_REQUIRE(grad_output.scalar_type() == input.scalar_type());
   MMDCN_REQUIRE(grad_output.device() == input.device());
   MMDCN_REQUIRE(output_mask.size() == gradients);
-}
-
-inline void check_grad_output(const DeformConv2dShape& shape, const Tensor& grad_output,
-                              const Tensor& input, const std::vector<bool>& output_mask) {
-  check_grad_output("deform_conv2d_backward", grad_output,
-                    {shape.batch, shape.out_channels, shape.out_height, shape.out_width}, input,
-                    output_mask, 4);
 }
 
 }  // namespace mmdcn

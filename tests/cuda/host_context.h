@@ -21,7 +21,7 @@
 #include <vector>
 
 #include "../../mmdcn/csrc/cuda/context.h"
-#include "../../mmdcn/csrc/cuda/tensor_core_tile.h"
+#include "../../mmdcn/csrc/cuda/deform_conv2d/tensor_core_tile.h"
 
 namespace mmdcn::cuda {
 

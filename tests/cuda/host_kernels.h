@@ -1,13 +1,13 @@
-// The launches of mmdcn/csrc/cuda/*.cu, on the host.
+// The launches of mmdcn/csrc/cuda/deform_conv2d/*.cu, on the host.
 #pragma once
 
-#include "../../mmdcn/csrc/cuda/deform_conv2d_backward_data.h"
-#include "../../mmdcn/csrc/cuda/deform_conv2d_backward_weight.h"
-#include "../../mmdcn/csrc/cuda/deform_conv2d_fixed_point.h"
-#include "../../mmdcn/csrc/cuda/deform_conv2d_forward.h"
-#include "../../mmdcn/csrc/cuda/tensor_core_backward_data.h"
-#include "../../mmdcn/csrc/cuda/tensor_core_backward_weight.h"
-#include "../../mmdcn/csrc/cuda/tensor_core_forward.h"
+#include "../../mmdcn/csrc/cuda/deform_conv2d/backward_data.h"
+#include "../../mmdcn/csrc/cuda/deform_conv2d/backward_weight.h"
+#include "../../mmdcn/csrc/cuda/deform_conv2d/fixed_point.h"
+#include "../../mmdcn/csrc/cuda/deform_conv2d/forward.h"
+#include "../../mmdcn/csrc/cuda/deform_conv2d/tensor_core_backward_data.h"
+#include "../../mmdcn/csrc/cuda/deform_conv2d/tensor_core_backward_weight.h"
+#include "../../mmdcn/csrc/cuda/deform_conv2d/tensor_core_forward.h"
 #include "host_context.h"
 
 namespace mmdcn::cuda {

@@ -3,7 +3,7 @@
 // The registration files and the kernels are compiled from their own source. Only what it takes to
 // have a GPU is replaced: the launches run blocks on the host, there is no device to switch to, and
 // the dispatch key is the CPU's. Which kernels run is for the tests to say.
-#include "../../mmdcn/csrc/tensors.h"
+#include "../../mmdcn/csrc/deform_conv2d_tensors.h"
 #include "host_device.h"
 #include "host_kernels.h"
 
@@ -159,7 +159,7 @@ mmdcn::cuda::Kernels kernels_of_environment();
 }  // namespace mmdcn_host
 #define mmdcn mmdcn_host
 #define CUDA CPU
-#include "../../mmdcn/csrc/cuda/deform_conv2d.cpp"
+#include "../../mmdcn/csrc/cuda/deform_conv2d/operator.cpp"
 // The choice that the environment makes; here only cuda_kernels() tells it.
 #define chosen_kernels kernels_of_environment
-#include "../../mmdcn/csrc/cuda/kernels.cpp"
+#include "../../mmdcn/csrc/cuda/deform_conv2d/choice.cpp"

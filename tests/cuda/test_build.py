@@ -18,7 +18,9 @@ def find_nvcc() -> str | None:
 
 
 @pytest.mark.skipif(find_nvcc() is None, reason="nvcc was not found")
-@pytest.mark.parametrize("source", sorted(CUDA.glob("*.cu")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "source", sorted(CUDA.rglob("*.cu")), ids=lambda path: f"{path.parent.name}_{path.stem}"
+)
 def test_kernels_compile_without_warnings_or_spills(source, tmp_path):
     architectures = ("80", "90")
     command = [find_nvcc(), "-std=c++17", "-O3"]

@@ -7,7 +7,7 @@
 #include <optional>
 
 #include "../tensors.h"
-#include "deform_conv2d.h"
+#include "types.h"
 
 namespace mmdcn::cuda {
 namespace {

@@ -7,7 +7,7 @@
 #include <string>
 
 #include "context.h"
-#include "deform_conv2d.h"
+#include "types.h"
 
 namespace mmdcn::cuda {
 

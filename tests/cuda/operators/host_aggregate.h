@@ -1,8 +1,8 @@
-// The launches of mmdcn/csrc/cuda/deform_aggregate.cu, on the host.
+// The launches of mmdcn/csrc/cuda/deform_aggregate/kernels.cu, on the host.
 #pragma once
 
-#include "../../../mmdcn/csrc/cuda/deform_aggregate_backward.h"
-#include "../../../mmdcn/csrc/cuda/deform_aggregate_forward.h"
+#include "../../../mmdcn/csrc/cuda/deform_aggregate/backward.h"
+#include "../../../mmdcn/csrc/cuda/deform_aggregate/forward.h"
 #include "../host_context.h"
 #include "blocks.h"
 

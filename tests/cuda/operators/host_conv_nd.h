@@ -1,8 +1,8 @@
-// The launches of mmdcn/csrc/cuda/deform_conv_nd.cu, on the host.
+// The launches of mmdcn/csrc/cuda/deform_conv_nd/kernels.cu, on the host.
 #pragma once
 
-#include "../../../mmdcn/csrc/cuda/deform_conv_nd_backward.h"
-#include "../../../mmdcn/csrc/cuda/deform_conv_nd_forward.h"
+#include "../../../mmdcn/csrc/cuda/deform_conv_nd/backward.h"
+#include "../../../mmdcn/csrc/cuda/deform_conv_nd/forward.h"
 #include "../host_context.h"
 #include "blocks.h"
 

@@ -4,9 +4,9 @@
 // The registration files and the kernels are compiled from their own source. Only what it takes to
 // have a GPU is replaced: the launches run blocks on the host, there is no device to switch to, and
 // the dispatch key is the CPU's.
-#include "../../../mmdcn/csrc/cuda/deform_aggregate.h"
-#include "../../../mmdcn/csrc/cuda/deform_conv_nd.h"
-#include "../../../mmdcn/csrc/cuda/deform_roi_pool.h"
+#include "../../../mmdcn/csrc/cuda/deform_aggregate/kernels.h"
+#include "../../../mmdcn/csrc/cuda/deform_conv_nd/kernels.h"
+#include "../../../mmdcn/csrc/cuda/deform_roi_pool/kernels.h"
 #include "../../../mmdcn/csrc/cuda/device.h"
 #include "../../../mmdcn/csrc/deform_aggregate_tensors.h"
 #include "../../../mmdcn/csrc/deform_conv_nd_tensors.h"
@@ -123,6 +123,6 @@ using namespace mmdcn::cuda;
 }  // namespace mmdcn_host_operators
 #define mmdcn mmdcn_host_operators
 #define CUDA CPU
-#include "../../../mmdcn/csrc/cuda/deform_aggregate.cpp"
-#include "../../../mmdcn/csrc/cuda/deform_conv_nd.cpp"
-#include "../../../mmdcn/csrc/cuda/deform_roi_pool.cpp"
+#include "../../../mmdcn/csrc/cuda/deform_aggregate/operator.cpp"
+#include "../../../mmdcn/csrc/cuda/deform_conv_nd/operator.cpp"
+#include "../../../mmdcn/csrc/cuda/deform_roi_pool/operator.cpp"

@@ -1,8 +1,8 @@
-// The launches of mmdcn/csrc/cuda/deform_roi_pool.cu, on the host.
+// The launches of mmdcn/csrc/cuda/deform_roi_pool/kernels.cu, on the host.
 #pragma once
 
-#include "../../../mmdcn/csrc/cuda/deform_roi_pool_backward.h"
-#include "../../../mmdcn/csrc/cuda/deform_roi_pool_forward.h"
+#include "../../../mmdcn/csrc/cuda/deform_roi_pool/backward.h"
+#include "../../../mmdcn/csrc/cuda/deform_roi_pool/forward.h"
 #include "../host_context.h"
 #include "blocks.h"
 

@@ -1,0 +1,56 @@
+// What the CPU kernels of deform_aggregate are given and give. The kernels are compiled once for
+// each instruction set; deform_aggregate.cpp chooses one, owns all memory and runs the threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../../deform_aggregate_shape.h"
+#include "../simd.h"
+
+namespace mmdcn {
+
+// Channels of one group that are worked on together.
+struct AggregateChannels {
+  int64_t group, begin, end;
+};
+
+// Tensors of both passes; all are channels-last.
+template <typename T>
+struct AggregateTensors {
+  using acc_t = accumulator_t<T>;
+  const T* input;       // (N, H, W, C)
+  const acc_t* offset;  // (N, Ho, Wo, G, taps, x and y) in the layout below
+  const acc_t* mask;    // (N, Ho, Wo, G, taps) in the layout below
+  AggregateLayout offset_layout, mask_layout;
+  T* output;             // (N, Ho, Wo, C)
+  const T* grad_output;  // (N, Ho, Wo, C)
+  acc_t* grad_input;     // (N, H, W, C), added to; or null
+  // What these channels contribute, or null: (N, Ho, Wo, G, taps, 2) and (N, Ho, Wo, G, taps).
+  acc_t* grad_offset;
+  acc_t* grad_mask;
+};
+
+template <typename T>
+struct AggregateKernel {
+  int64_t (*scratch_bytes)(const DeformAggregateShape&);
+  // All channels of output pixels [begin, end), numbered over the whole batch.
+  void (*forward)(const DeformAggregateShape&, const AggregateTensors<T>&, int64_t begin,
+                  int64_t end, std::byte* scratch);
+  // The gradients of all output pixels of one image, in their order.
+  void (*backward)(const DeformAggregateShape&, const AggregateTensors<T>&,
+                   const AggregateChannels&, int64_t image, std::byte* scratch);
+};
+
+#define MMDCN_DECLARE_KERNELS(capability) \
+  namespace capability {                  \
+  template <typename T>                   \
+  AggregateKernel<T> deform_aggregate();  \
+  }
+MMDCN_DECLARE_KERNELS(portable)
+MMDCN_DECLARE_KERNELS(avx2)
+MMDCN_DECLARE_KERNELS(avx512)
+MMDCN_DECLARE_KERNELS(avx512_bf16)
+#undef MMDCN_DECLARE_KERNELS
+
+}  // namespace mmdcn

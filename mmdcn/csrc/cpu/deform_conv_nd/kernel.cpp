@@ -1,0 +1,366 @@
+// The CPU kernels of deform_conv_nd. Compiled once for each instruction set, with
+// MMDCN_CPU_CAPABILITY naming the namespace.
+//
+// A tile of output pixels is sampled into columns, one row for each pixel, which the weights are
+// then multiplied with.
+#include "kernel.h"
+
+#include "../../integers.h"
+#include "../channel_rows.h"
+#include "../matmul.h"
+#include "../transpose.h"
+
+namespace mmdcn {
+namespace MMDCN_CPU_CAPABILITY {
+namespace {
+
+// Sampled columns of a tile of the forward pass should not be larger, if whole register blocks of
+// pixels allow it, and tiles have no more pixels.
+constexpr int64_t kColumnBytes = 512 << 10;
+constexpr int64_t kMostPixels = 8 * kBlockRows;
+
+// ------------------------------------------------------------------------------ images as rows
+
+// Calls function(image, first, count) for the positions of each image within [begin, end), in
+// pieces that stay in the first-level cache.
+template <typename F>
+inline void for_positions(int64_t positions, int64_t begin, int64_t end, const F& function) {
+  constexpr int64_t piece = 64;
+  for (int64_t at = begin; at < end;) {
+    const int64_t image = at / positions, first = at - image * positions;
+    const int64_t count = smaller(smaller(piece, positions - first), end - at);
+    function(image, first, count);
+    at += count;
+  }
+}
+
+template <typename T, typename A = accumulator_t<T>>
+void to_rows(const T* planes, int64_t channels, int64_t positions, int64_t begin, int64_t end,
+             A* rows) {
+  for_positions(positions, begin, end, [&](int64_t image, int64_t first, int64_t count) {
+    transpose<A>(planes + image * channels * positions + first, positions, channels, count,
+                 rows + (image * positions + first) * channels, channels);
+  });
+}
+
+template <typename T, typename A = accumulator_t<T>>
+void from_rows(const A* rows, int64_t channels, int64_t positions, int64_t begin, int64_t end,
+               T* planes) {
+  for_positions(positions, begin, end, [&](int64_t image, int64_t first, int64_t count) {
+    transpose<A>(rows + (image * positions + first) * channels, channels, count, channels,
+                 planes + image * channels * positions + first, positions);
+  });
+}
+
+// ------------------------------------------------------------------------------ packed weights
+
+// Packs a matrix of depth × columns, whose elements element(k, j) gives, into panels.
+template <typename A, typename F>
+inline void pack(int64_t depth, int64_t columns, const F& element, A* packed) {
+  for (int64_t first = 0; first < columns; first += kPanelWidth<A>) {
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t j = first; j < first + kPanelWidth<A>; ++j) {
+        *packed++ = j < columns ? element(k, j) : A(0);
+      }
+    }
+  }
+}
+
+template <int R, typename A>
+int64_t tap_packed_size(const DeformConvNdShape<R>& shape) {
+  return mmdcn::packed_size<A>(shape.group_channels(), shape.group_out_channels());
+}
+
+template <int R, typename A>
+int64_t packed_size(const DeformConvNdShape<R>& shape) {
+  return shape.groups * shape.taps() * tap_packed_size<R, A>(shape);
+}
+
+template <int R, typename T, typename A = accumulator_t<T>>
+void pack_weight(const DeformConvNdShape<R>& shape, const T* weight, int64_t begin, int64_t end,
+                 A* packed) {
+  const int64_t channels = shape.group_channels(), outs = shape.group_out_channels();
+  const int64_t taps = shape.taps(), size = tap_packed_size<R, A>(shape);
+  for (int64_t number = begin; number < end; ++number) {
+    const int64_t group = number / taps, tap = number - group * taps;
+    pack<A>(
+        channels, outs,
+        [&](int64_t c, int64_t o) {
+          return A(load(weight + ((group * outs + o) * channels + c) * taps + tap));
+        },
+        packed + number * size);
+  }
+}
+
+// Calls function(group, begin, end) for the channels of a part that each group of `channels`
+// channels has, in their order.
+template <typename F>
+inline void for_groups(const ChannelPart& part, int64_t channels, const F& function) {
+  for (int64_t begin = part.begin; begin < part.end;) {
+    const int64_t group = begin / channels;
+    const int64_t end = smaller(part.end, (group + 1) * channels);
+    function(group, begin, end);
+    begin = end;
+  }
+}
+
+template <int R, typename A>
+int64_t part_packed_size(const DeformConvNdShape<R>& shape, const ChannelPart& part) {
+  int64_t size = 0;
+  for_groups(part, shape.group_channels(), [&](int64_t, int64_t begin, int64_t end) {
+    size += shape.taps() * mmdcn::packed_size<A>(shape.group_out_channels(), end - begin);
+  });
+  return size;
+}
+
+// Tap by tap; within a tap, group by group.
+template <int R, typename T, typename A = accumulator_t<T>>
+void pack_part(const DeformConvNdShape<R>& shape, const T* weight, const ChannelPart& part,
+               A* packed) {
+  const int64_t channels = shape.group_channels(), outs = shape.group_out_channels();
+  const int64_t taps = shape.taps();
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    for_groups(part, channels, [&](int64_t group, int64_t begin, int64_t end) {
+      const T* first = weight + (group * outs * channels + begin - group * channels) * taps + tap;
+      pack<A>(
+          outs, end - begin,
+          [&](int64_t o, int64_t c) { return A(load(first + (o * channels + c) * taps)); }, packed);
+      packed += mmdcn::packed_size<A>(outs, end - begin);
+    });
+  }
+}
+
+// ------------------------------------------------------------------------------ sampling
+
+// The rows that a sample reads, from channel `channel` on, with their weights times `modulation`.
+template <typename A, int R>
+inline WeightedRows<A> rows_of(const Corners<A, R>& corners, A modulation, int64_t channels,
+                               int64_t channel) {
+  WeightedRows<A> rows;
+  for (int q = 0; q < corners.kCount; ++q) {
+    if (corners.position[q] < 0) continue;
+    rows.add(corners.position[q] * channels + channel, modulation * corners.weight[q]);
+  }
+  return rows;
+}
+
+// Samples a part's channels for one tap and output pixel into `columns`.
+template <int R, typename A, typename Tensors>
+inline void sample(const DeformConvNdShape<R>& shape, const Tensors& tensors,
+                   const ChannelPart& part, int64_t tap, int64_t image, int64_t pixel, A* columns) {
+  const int64_t pixels = shape.pixels();
+  const A* source = tensors.input + image * shape.positions() * shape.channels;
+  for (int64_t c = 0; c < part.end - part.begin; ++c) columns[c] = 0;
+  for_groups(part, shape.deform_group_channels(), [&](int64_t group, int64_t begin, int64_t end) {
+    const int64_t number = group * shape.taps() + tap, first = image * shape.samples();
+    Corners<A, R> corners;
+    if (!shape.locate(pixel, number, tensors.offset + first * R * pixels, corners)) return;
+    const A modulation = tensors.mask ? tensors.mask[(first + number) * pixels + pixel] : A(1);
+    add_rows(source, rows_of(corners, modulation, shape.channels, begin), end - begin,
+             columns + begin - part.begin);
+  });
+}
+
+// ------------------------------------------------------------------------------ forward
+
+template <int R, typename A>
+int64_t forward_tile(const DeformConvNdShape<R>& shape) {
+  const int64_t fitting =
+      kColumnBytes / (shape.taps() * shape.channels * static_cast<int64_t>(sizeof(A)));
+  const int64_t blocks = smaller(fitting, kMostPixels) / kBlockRows;
+  return blocks > 1 ? blocks * kBlockRows : kBlockRows;
+}
+
+// Products of groups are written one after the other, each padded to whole registers.
+template <int R, typename A>
+int64_t product_row(const DeformConvNdShape<R>& shape) {
+  return shape.out_channels + kLanes<A>;
+}
+
+template <int R, typename A>
+int64_t forward_scratch_bytes(const DeformConvNdShape<R>& shape) {
+  const int64_t row = shape.taps() * shape.channels + product_row<R, A>(shape);
+  return forward_tile<R, A>(shape) * row * static_cast<int64_t>(sizeof(A));
+}
+
+template <int R, typename A>
+void forward(const DeformConvNdShape<R>& shape, const ConvNdForward<A>& tensors, int64_t begin,
+             int64_t end, std::byte* scratch) {
+  const int64_t pixels = shape.pixels(), taps = shape.taps();
+  const int64_t tile = forward_tile<R, A>(shape), row = taps * shape.channels;
+  const int64_t channels = shape.group_channels(), outs = shape.group_out_channels();
+  const int64_t weights = tap_packed_size<R, A>(shape), out_row = product_row<R, A>(shape);
+  A* columns = reinterpret_cast<A*>(scratch);
+  A* product = columns + tile * row;
+  const ChannelPart all = {0, shape.channels, 0};
+  for (int64_t first = begin; first < end; first += tile) {
+    const int64_t count = smaller(tile, end - first);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t image = (first + i) / pixels, pixel = first + i - image * pixels;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        sample(shape, tensors, all, tap, image, pixel, columns + i * row + tap * shape.channels);
+      }
+    }
+    NoWork none;
+    const Depth depth = {channels, taps, shape.channels, weights};
+    for (int64_t group = 0; group < shape.groups; ++group) {
+      const A* weight = tensors.weight + group * taps * weights;
+      multiply<Order::kRows, Into::kSet>(count, outs, depth, columns + group * channels, row,
+                                         packed(weight, channels), product + group * outs, out_row,
+                                         none);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      A* output = tensors.output + (first + i) * shape.out_channels;
+      for (int64_t o = 0; o < shape.out_channels; ++o) {
+        output[o] = product[i * out_row + o] + (tensors.bias ? tensors.bias[o] : A(0));
+      }
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------ backward
+
+template <int R, typename A>
+int64_t backward_scratch_bytes(const DeformConvNdShape<R>& shape, int64_t widest_part) {
+  const int64_t columns = kMostPixels * (widest_part + kLanes<A>);
+  const int64_t weights = widest_part * padded<A>(shape.group_out_channels());
+  return (columns + weights) * static_cast<int64_t>(sizeof(A));
+}
+
+// Adds to the gradients of one sample of some channels, given that of the modulated sample.
+template <bool through_points, int R, typename A>
+inline void sample_backward(const DeformConvNdShape<R>& shape, const ConvNdBackward<A>& tensors,
+                            int64_t image, int64_t pixel, int64_t number, int64_t begin,
+                            int64_t end, const A* grad) {
+  const int64_t pixels = shape.pixels(), first = image * shape.samples();
+  const int64_t start = image * shape.positions() * shape.channels;
+  const int64_t point = (first + number) * pixels + pixel;
+  Corners<A, R> corners;
+  const bool inside = shape.locate(pixel, number, tensors.offset + first * R * pixels, corners);
+  A moved[R] = {}, scaled = 0;
+  if (inside) {
+    const A modulation = tensors.mask ? tensors.mask[point] : A(1);
+    const WeightedRows<A> rows = rows_of(corners, modulation, shape.channels, begin);
+    A products[corners.kCount];
+    A* grad_image = tensors.grad_input ? tensors.grad_input + start : nullptr;
+    add_rows_backward<through_points>(tensors.input + start, rows, end - begin, grad, grad_image,
+                                      products);
+    if constexpr (through_points) {
+      const A* product = products;
+      for (int q = 0; q < corners.kCount; ++q) {
+        if (corners.position[q] < 0) continue;
+        scaled += corners.weight[q] * *product;
+        for (int d = 0; d < R; ++d) moved[d] += corners.weight_gradient[d][q] * *product;
+        ++product;
+      }
+      for (int d = 0; d < R; ++d) moved[d] *= modulation;
+    }
+  }
+  if constexpr (through_points) {
+    if (tensors.grad_offset) {
+      A* target = tensors.grad_offset + (first + number) * R * pixels + pixel;
+      for (int d = 0; d < R; ++d) target[d * pixels] = moved[d];
+    }
+    if (tensors.grad_mask) tensors.grad_mask[point] = scaled;
+  }
+}
+
+template <int R, typename A>
+void backward_data(const DeformConvNdShape<R>& shape, const ConvNdBackward<A>& tensors,
+                   const ChannelPart& part, int64_t image, std::byte* scratch) {
+  const int64_t pixels = shape.pixels(), outs = shape.group_out_channels();
+  const int64_t row = part.end - part.begin + kLanes<A>;
+  const bool through_points = tensors.grad_offset || tensors.grad_mask;
+  A* columns = reinterpret_cast<A*>(scratch);
+  for (int64_t first = 0; first < pixels; first += kMostPixels) {
+    const int64_t count = smaller(kMostPixels, pixels - first);
+    const A* grad_output = tensors.grad_output + (image * pixels + first) * shape.out_channels;
+    const A* weight = tensors.weight + part.packed_begin;
+    for (int64_t tap = 0; tap < shape.taps(); ++tap) {
+      for_groups(part, shape.group_channels(), [&](int64_t group, int64_t begin, int64_t end) {
+        multiply<Order::kRows, Into::kSet>(count, end - begin, outs, grad_output + group * outs,
+                                           shape.out_channels, packed(weight, outs),
+                                           columns + begin - part.begin, row);
+        weight += mmdcn::packed_size<A>(outs, end - begin);
+      });
+      const auto scatter = [&](auto wanted) {
+        for (int64_t i = 0; i < count; ++i) {
+          for_groups(
+              part, shape.deform_group_channels(), [&](int64_t group, int64_t begin, int64_t end) {
+                sample_backward<decltype(wanted)::value>(shape, tensors, image, first + i,
+                                                         group * shape.taps() + tap, begin, end,
+                                                         columns + i * row + begin - part.begin);
+              });
+        }
+      };
+      if (through_points) {
+        scatter(std::true_type{});
+      } else {
+        scatter(std::false_type{});
+      }
+    }
+  }
+}
+
+template <int R, typename T, typename A = accumulator_t<T>>
+void backward_weight(const DeformConvNdShape<R>& shape, const ConvNdBackward<A>& tensors,
+                     const ChannelPart& part, int64_t tap, T* grad_weight, std::byte* scratch) {
+  const int64_t pixels = shape.pixels(), all_pixels = shape.batch * pixels;
+  const int64_t outs = shape.group_out_channels(), channels = shape.group_channels();
+  const int64_t width = part.end - part.begin, sum_row = padded<A>(outs);
+  A* columns = reinterpret_cast<A*>(scratch);
+  A* sums = columns + kMostPixels * width;
+  for (int64_t i = 0; i < width * sum_row; ++i) sums[i] = 0;
+  for (int64_t first = 0; first < all_pixels; first += kMostPixels) {
+    const int64_t count = smaller(kMostPixels, all_pixels - first);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t image = (first + i) / pixels, pixel = first + i - image * pixels;
+      sample(shape, tensors, part, tap, image, pixel, columns + i * width);
+    }
+    for_groups(part, channels, [&](int64_t group, int64_t begin, int64_t end) {
+      const A* grad_output = tensors.grad_output + first * shape.out_channels + group * outs;
+      const int64_t place = begin - part.begin;
+      multiply<Order::kColumns, Into::kAdd>(end - begin, outs, count, columns + place, width,
+                                            row_major(grad_output, shape.out_channels),
+                                            sums + place * sum_row, sum_row);
+    });
+  }
+  for (int64_t c = part.begin; c < part.end; ++c) {
+    const int64_t group = c / channels, channel = c - group * channels;
+    for (int64_t o = 0; o < outs; ++o) {
+      store(grad_weight + ((group * outs + o) * channels + channel) * shape.taps() + tap,
+            sums[(c - part.begin) * sum_row + o]);
+    }
+  }
+}
+
+}  // namespace
+
+template <int R, typename T>
+ConvNdKernel<R, T> deform_conv_nd() {
+  using A = accumulator_t<T>;
+  return {to_rows<T>,
+          from_rows<T>,
+          packed_size<R, A>,
+          pack_weight<R, T>,
+          forward_scratch_bytes<R, A>,
+          forward<R, A>,
+          part_packed_size<R, A>,
+          pack_part<R, T>,
+          backward_scratch_bytes<R, A>,
+          backward_data<R, A>,
+          backward_weight<R, T>};
+}
+
+#define MMDCN_INSTANTIATE(T)                          \
+  template ConvNdKernel<1, T> deform_conv_nd<1, T>(); \
+  template ConvNdKernel<2, T> deform_conv_nd<2, T>(); \
+  template ConvNdKernel<3, T> deform_conv_nd<3, T>();
+MMDCN_INSTANTIATE(double)
+MMDCN_INSTANTIATE(float)
+MMDCN_INSTANTIATE(Half)
+MMDCN_INSTANTIATE(BFloat16)
+#undef MMDCN_INSTANTIATE
+
+}  // namespace MMDCN_CPU_CAPABILITY
+}  // namespace mmdcn

@@ -1,0 +1,92 @@
+// What the CPU kernels of deform_conv_nd are given and give. The kernels are compiled once for each
+// instruction set; deform_conv_nd.cpp chooses one, owns all memory and runs the threads.
+//
+// Images are worked on as rows: pixel by pixel, with the channels of a pixel together, in
+// accumulators.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../../deform_conv_nd_shape.h"
+#include "../simd.h"
+
+namespace mmdcn {
+
+// Elements beyond the last row of output gradients that may be read.
+constexpr int64_t kRowSlack = 16;
+
+// Input channels that are worked on together; they may belong to several groups. Their weights are
+// packed from `packed_begin` on.
+struct ChannelPart {
+  int64_t begin, end;
+  int64_t packed_begin;
+};
+
+template <typename A>
+struct ConvNdForward {
+  const A* input;   // rows, (N, positions, C)
+  const A* offset;  // (N, samples, R, pixels)
+  const A* mask;    // (N, samples, pixels), or null
+  const A* weight;  // packed
+  const A* bias;    // (Co), or null
+  A* output;        // rows, (N, pixels, Co)
+};
+
+template <typename A>
+struct ConvNdBackward {
+  const A* grad_output;  // rows, (N, pixels, Co), and kRowSlack more
+  const A* input;        // rows, (N, positions, C)
+  const A* offset;       // (N, samples, R, pixels)
+  const A* mask;         // (N, samples, pixels), or null
+  const A* weight;       // packed by parts
+  A* grad_input;         // rows, (N, positions, C), added to; or null
+  // What one part contributes, or null: (N, samples, R, pixels) and (N, samples, pixels).
+  A* grad_offset;
+  A* grad_mask;
+};
+
+template <int R, typename T>
+struct ConvNdKernel {
+  using Shape = DeformConvNdShape<R>;
+  using A = accumulator_t<T>;
+
+  // Positions [begin, end), numbered over the whole batch, of images in planes; to and from rows.
+  void (*to_rows)(const T* planes, int64_t channels, int64_t positions, int64_t begin, int64_t end,
+                  A* rows);
+  void (*from_rows)(const A* rows, int64_t channels, int64_t positions, int64_t begin, int64_t end,
+                    T* planes);
+
+  int64_t (*packed_size)(const Shape&);
+  // Packs the weights of taps [begin, end), which are numbered group by group.
+  void (*pack_weight)(const Shape&, const T* weight, int64_t begin, int64_t end, A* packed);
+  int64_t (*forward_scratch_bytes)(const Shape&);
+  // Output pixels [begin, end), numbered over the whole batch.
+  void (*forward)(const Shape&, const ConvNdForward<A>&, int64_t begin, int64_t end,
+                  std::byte* scratch);
+
+  int64_t (*part_packed_size)(const Shape&, const ChannelPart&);
+  void (*pack_part)(const Shape&, const T* weight, const ChannelPart&, A* packed);
+  int64_t (*backward_scratch_bytes)(const Shape&, int64_t widest_part);
+  // The gradients of input, offsets and modulations, for all output pixels of one image, in their
+  // order.
+  void (*backward_data)(const Shape&, const ConvNdBackward<A>&, const ChannelPart&, int64_t image,
+                        std::byte* scratch);
+  // The gradient of the weights of one tap, (Co, C / groups, taps), summed over all output pixels
+  // in their order.
+  void (*backward_weight)(const Shape&, const ConvNdBackward<A>&, const ChannelPart&, int64_t tap,
+                          T* grad_weight, std::byte* scratch);
+};
+
+#define MMDCN_DECLARE_KERNELS(capability) \
+  namespace capability {                  \
+  template <int R, typename T>            \
+  ConvNdKernel<R, T> deform_conv_nd();    \
+  }
+MMDCN_DECLARE_KERNELS(portable)
+MMDCN_DECLARE_KERNELS(avx2)
+MMDCN_DECLARE_KERNELS(avx512)
+MMDCN_DECLARE_KERNELS(avx512_bf16)
+#undef MMDCN_DECLARE_KERNELS
+
+}  // namespace mmdcn
