@@ -28,7 +28,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.modules.utils import _ntuple
 
 from mmdcn.ops import deform_conv1d, deform_conv2d, deform_conv3d
-from mmdcn.ops.deform_conv import autocast_is_enabled
+from mmdcn.ops._registration import autocast_is_enabled
 
 _logger = logging.getLogger("mmdcn")
 

@@ -1,37 +1,129 @@
-"""Checks of arguments that operators have in common."""
+"""Checks of arguments: what every operator's public function begins with.
+
+They raise TypeError or ValueError that names the argument, what was expected and what came.
+"""
 
 import math
 
 import torch
 from torch import Tensor
 
-from .deform_conv import FEATURE_DTYPES, _names
+FEATURE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+LONGEST_SIDE = 2**30  # the kernels count rows and columns in 32 bits
 
 
-def check_types(input: Tensor, **coordinates: Tensor | None) -> None:
-    """That there is a kernel for the input, and that what says where to sample it goes with it."""
+def names(dtypes: tuple[torch.dtype, ...]) -> str:
+    """'float32 or float64', for example."""
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def listed(words: tuple[str, ...]) -> str:
+    """'height and width', for example."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def coordinate_dtype(features: torch.dtype) -> torch.dtype:
+    """The dtype in which the kernels take coordinates beside features of the given one."""
+    return torch.float64 if features == torch.float64 else torch.float32
+
+
+# ------------------------------------------------------------------------------------------ tensors
+
+
+def check_tensors(
+    dimensions: dict[str, int], optional: tuple[str, ...] = (), **arguments: Tensor | None
+) -> None:
+    """Each argument is a tensor of so many dimensions; those in `optional` may be None."""
+    for name, argument in arguments.items():
+        if argument is None and name in optional:
+            continue
+        if not isinstance(argument, Tensor):
+            expected = "a tensor or None" if name in optional else "a tensor"
+            raise TypeError(f"{name}: expected {expected}, got {type(argument).__name__}")
+        expected = dimensions[name]
+        if argument.dim() != expected:
+            plural = "" if expected == 1 else "s"
+            raise ValueError(
+                f"{name}: expected {expected} dimension{plural}, got shape {tuple(argument.shape)}"
+            )
+
+
+def check_types(
+    input: Tensor, features: dict[str, Tensor | None], coordinates: dict[str, Tensor | None]
+) -> None:
+    """The input has a kernel; features have its dtype, coordinates one that goes with it.
+
+    Beside half-precision features, coordinates may be float32 too. All are on one device.
+    """
     if input.dtype not in FEATURE_DTYPES:
         raise TypeError(
-            f"input: expected dtype {_names(FEATURE_DTYPES)}, got {_names((input.dtype,))}"
+            f"input: expected dtype {names(FEATURE_DTYPES)}, got {names((input.dtype,))}"
         )
-    half = input.dtype in (torch.float16, torch.bfloat16)
-    dtypes = (input.dtype, torch.float32) if half else (input.dtype,)
-    for name, tensor in coordinates.items():
-        if tensor is None:
-            continue
-        if tensor.dtype not in dtypes:
-            raise TypeError(
-                f"{name}: expected dtype {_names(dtypes)} beside input of "
-                f"{_names((input.dtype,))}, got {_names((tensor.dtype,))}"
-            )
-        if tensor.device != input.device:
-            raise ValueError(
-                f"{name}: expected device {input.device} as input has, got {tensor.device}"
-            )
+    own = (input.dtype,)
+    wide = (input.dtype, torch.float32) if input.dtype in HALF_DTYPES else own
+    expected = [(own, features), (wide, coordinates)]
+    for dtypes, tensors in expected:
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            if tensor.dtype not in dtypes:
+                raise TypeError(
+                    f"{name}: expected dtype {names(dtypes)} beside input of {names(own)}, "
+                    f"got {names((tensor.dtype,))}"
+                )
+            if tensor.device != input.device:
+                raise ValueError(
+                    f"{name}: expected device {input.device} as input has, got {tensor.device}"
+                )
+
+
+def check_sides(input: Tensor, size: tuple[int, ...], sides: tuple[str, ...]) -> None:
+    """An input of channels whose sides are short enough for the kernels to count."""
+    if any(length >= LONGEST_SIDE for length in size):
+        raise ValueError(
+            f"input: expected a {' and a '.join(sides)} below 2**30, got {tuple(size)}"
+        )
+
+
+def check_channels(input: Tensor, channels: int) -> None:
+    """At least one channel."""
+    if channels < 1:
+        raise ValueError(f"input: expected at least one channel, got shape {tuple(input.shape)}")
+
+
+def output_size(
+    size: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    sides: tuple[str, ...],
+) -> tuple[int, ...]:
+    """The size of a convolution's output, which the kernels must be able to count."""
+    out_size = tuple(
+        (length + 2 * pad - dil * (taps - 1) - 1) // step + 1
+        for length, pad, dil, taps, step in zip(size, padding, dilation, kernel, stride)
+    )
+    if any(length >= LONGEST_SIDE for length in out_size):
+        raise ValueError(
+            f"padding: expected an output with a {' and a '.join(sides)} below 2**30, got "
+            f"{out_size} with padding {padding}"
+        )
+    if any(length < 1 for length in out_size):
+        raise ValueError(
+            f"input: expected {listed(sides)} of at least the dilated kernel's, "
+            f"{tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel))}, with "
+            f"padding {padding} on each side, got {tuple(size)}"
+        )
+    return out_size
+
+
+# ------------------------------------------------------------------------------------------ numbers
 
 
 def check_number(name: str, value: float) -> None:
-    """That it is a finite number."""
+    """A finite number."""
     numbers = (int, float, torch.SymInt, torch.SymFloat)
     if not isinstance(value, numbers) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {value!r}")
@@ -40,4 +132,24 @@ def check_number(name: str, value: float) -> None:
 
 
 def is_whole(value: int) -> bool:
+    """Whether it is an int, which True and False are not."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def numbers(name: str, value: int | tuple[int, ...], rank: int, at_least: int) -> tuple[int, ...]:
+    """The value as one number for each dimension."""
+    if type(value) is int and value >= at_least:
+        return (value,) * rank
+    each = tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
+    if not all(map(is_whole, each)):
+        several = {1: "a tuple of one int", 2: "a pair of ints", 3: "three ints"}[rank]
+        raise TypeError(f"{name}: expected an int or {several}, got {value!r}")
+    if len(each) != rank or any(n < at_least for n in each):
+        count = {1: "one number", 2: "one or two numbers", 3: "one or three numbers"}[rank]
+        raise ValueError(f"{name}: expected {count} of at least {at_least}, got {value!r}")
+    return each
+
+
+def pair(name: str, value: int | tuple[int, int], at_least: int) -> tuple[int, int]:
+    """The value as a number for the height and one for the width."""
+    return numbers(name, value, 2, at_least)

@@ -1,17 +1,25 @@
-"""The operators of DCNv3 and DCNv4, which are one: grouped deformable aggregation, top to bottom.
+"""Grouped deformable aggregation, the one operator of DCNv3 and DCNv4, top to bottom.
 
 The mathematics is in :mod:`mmdcn.ops.reference`; the kernels are in ``csrc/``.
 """
 
-import torch
+import math
+
 from torch import Tensor
 
 from . import _library, reference
-from ._checks import check_number, check_types, is_whole
-from ._determinism import alert_not_deterministic
-from .deform_conv import LONGEST_SIDE, _autocast, _pair
-
-_library.load()
+from ._checks import (
+    check_channels,
+    check_number,
+    check_sides,
+    check_tensors,
+    check_types,
+    coordinate_dtype,
+    is_whole,
+    output_size,
+    pair,
+)
+from ._registration import autocast_features, register
 
 
 def dcnv3(
@@ -59,11 +67,17 @@ def dcnv3(
         TypeError: an argument is no tensor or number, or has another dtype than it must.
         ValueError: a shape, a device or a number does not fit the others.
         RuntimeError: there is no compiled kernel for the device of the input.
+
+    Example:
+        >>> offset, mask = torch.randn(1, 8, 8, 2 * 9 * 2), torch.randn(1, 8, 8, 2, 9)
+        >>> mask = mask.softmax(-1).flatten(3)
+        >>> dcnv3(torch.randn(1, 8, 8, 32), offset, mask, kernel_size=3, padding=1, group=2).shape
+        torch.Size([1, 8, 8, 32])
     """
     geometry = _geometry(kernel_size, stride, padding, dilation, offset_scale, remove_center)
-    _check_tensors(input=input, offset=offset, mask=mask)
-    (input,) = _autocast(input)
-    check_types(input, offset=offset, mask=mask)
+    check_tensors(_DIMENSIONS, input=input, offset=offset, mask=mask)
+    (input,) = autocast_features(input)
+    check_types(input, {}, {"offset": offset, "mask": mask})
     taps, out_size = _check_input(input, group, *geometry)
     _check_points("offset", offset, input, out_size, 2 * taps, group)
     _check_points("mask", mask, input, out_size, taps, group)
@@ -94,11 +108,16 @@ def dcnv4(
             modulations. In the input's dtype, or in float32 beside half-precision features.
 
     The other arguments, the result and the errors are those of :func:`dcnv3`.
+
+    Example:
+        >>> input, offset_mask = torch.randn(1, 8, 8, 32), torch.randn(1, 8, 8, 2 * 9 * 3)
+        >>> dcnv4(input, offset_mask, kernel_size=3, padding=1, group=2).shape
+        torch.Size([1, 8, 8, 32])
     """
     geometry = _geometry(kernel_size, stride, padding, dilation, offset_scale, remove_center)
-    _check_tensors(input=input, offset_mask=offset_mask)
-    (input,) = _autocast(input)
-    check_types(input, offset_mask=offset_mask)
+    check_tensors(_DIMENSIONS, input=input, offset_mask=offset_mask)
+    (input,) = autocast_features(input)
+    check_types(input, {}, {"offset_mask": offset_mask})
     taps, out_size = _check_input(input, group, *geometry)
     channels = 3 * taps * group
     if offset_mask.shape[3] == (channels + 7) // 8 * 8:
@@ -110,21 +129,22 @@ def dcnv4(
 
 def _aggregate(input: Tensor, offset: Tensor, mask: Tensor, geometry: tuple) -> Tensor:
     _library.require_kernels_for(input.device)
-    coordinate_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return torch.ops.mmdcn.deform_aggregate(
-        input, offset.to(coordinate_dtype), mask.to(coordinate_dtype), *geometry
-    )
+    wide = coordinate_dtype(input.dtype)
+    return _OPERATOR(input, offset.to(wide), mask.to(wide), *geometry)
 
 
-# ---------------------------------------------------------------------------------------- checks
+# ------------------------------------------------------------------------------------------- checks
+
+_SIDES = ("height", "width")
+_DIMENSIONS = dict.fromkeys(("input", "offset", "mask", "offset_mask"), 4)
 
 
 def _geometry(kernel_size, stride, padding, dilation, offset_scale, remove_center) -> tuple:
     """The numbers as the compiled operator takes them."""
-    kernel_size = _pair("kernel_size", kernel_size, at_least=1)
-    stride = _pair("stride", stride, at_least=1)
-    padding = _pair("padding", padding, at_least=0)
-    dilation = _pair("dilation", dilation, at_least=1)
+    kernel_size = pair("kernel_size", kernel_size, at_least=1)
+    stride = pair("stride", stride, at_least=1)
+    padding = pair("padding", padding, at_least=0)
+    dilation = pair("dilation", dilation, at_least=1)
     check_number("offset_scale", offset_scale)
     if remove_center and (kernel_size[0] % 2 == 0 or kernel_size[1] % 2 == 0):
         raise ValueError(
@@ -136,40 +156,16 @@ def _geometry(kernel_size, stride, padding, dilation, offset_scale, remove_cente
     return kernel_size, stride, padding, dilation, offset_scale, bool(remove_center)
 
 
-def _check_tensors(**arguments: Tensor) -> None:
-    for name, argument in arguments.items():
-        if not isinstance(argument, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(argument).__name__}")
-        if argument.dim() != 4:
-            raise ValueError(f"{name}: expected 4 dimensions, got shape {tuple(argument.shape)}")
-
-
 def _check_input(
     input, group, kernel_size, stride, padding, dilation, offset_scale, remove_center
 ) -> tuple[int, tuple[int, int]]:
     """The number of taps, and the height and width of the output."""
     size, channels = tuple(input.shape[1:3]), input.shape[3]
-    if max(size) >= LONGEST_SIDE:
-        raise ValueError(f"input: expected a height and a width below 2**30, got {size}")
-    if channels < 1:
-        raise ValueError(f"input: expected at least one channel, got shape {tuple(input.shape)}")
+    check_sides(input, size, _SIDES)
+    check_channels(input, channels)
     if not is_whole(group) or group < 1 or channels % group != 0:
         raise ValueError(f"group: expected a divisor of the {channels} channels, got {group!r}")
-    out_size = tuple(
-        (length + 2 * pad - dil * (kernel - 1) - 1) // step + 1
-        for length, pad, dil, kernel, step in zip(size, padding, dilation, kernel_size, stride)
-    )
-    if max(out_size) >= LONGEST_SIDE:
-        raise ValueError(
-            f"padding: expected an output with a height and a width below 2**30, got {out_size} "
-            f"with padding {padding}"
-        )
-    if min(out_size) < 1:
-        raise ValueError(
-            f"input: expected height and width of at least the dilated kernel's, "
-            f"{tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel_size))}, with padding "
-            f"{padding} on each side, got {size}"
-        )
+    out_size = output_size(size, kernel_size, stride, padding, dilation, _SIDES)
     return kernel_size[0] * kernel_size[1] - int(remove_center), out_size
 
 
@@ -190,84 +186,23 @@ def _check_points(
         )
 
 
-# ------------------------------------------------------------------- what the compiler must know
+# ------------------------------------------------------------------------------------------- wiring
 
 
-@torch.library.register_fake("mmdcn::deform_aggregate")
-def _(input, offset, mask, kernel_size, stride, padding, dilation, offset_scale, remove_center):
-    return input.new_empty((*offset.shape[:3], input.shape[3]))
+def _multiply_adds(input, offset, mask, *, output, **_) -> int:
+    """Four for each sample in each channel: a corner's pixel times its weight and modulation.
+
+    Nothing but the sampling is computed here, so that it counts, other than in a convolution, whose
+    product it is small beside.
+    """
+    return 4 * math.prod(output) * mask[-1]
 
 
-@torch.library.register_fake("mmdcn::deform_aggregate_backward")
-def _(
-    grad_output,
-    input,
-    offset,
-    mask,
-    kernel_size,
-    stride,
-    padding,
-    dilation,
-    offset_scale,
-    remove_center,
-    output_mask,
-):
-    return tuple(
-        tensor.new_empty(tensor.shape if wanted else 0)
-        for tensor, wanted in zip((input, offset, mask), output_mask)
-    )
-
-
-# -------------------------------------------------------------------------------------- autograd
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.geometry = *inputs[:3], inputs[3:]
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, grad_output):
-    output_mask = list(ctx.needs_input_grad[:3])
-    gradients = [None] * 3
-    if output_mask[0] and grad_output.is_cuda:
-        alert_not_deterministic("dcnv3 or dcnv4")
-    if any(output_mask):
-        computed = torch.ops.mmdcn.deform_aggregate_backward(
-            grad_output, *ctx.saved_tensors, *ctx.geometry, output_mask
-        )
-        gradients = [g if wanted else None for g, wanted in zip(computed, output_mask)]
-    return *gradients, *[None] * len(ctx.geometry)
-
-
-torch.library.register_autograd("mmdcn::deform_aggregate", _backward, setup_context=_setup_context)
-
-
-def _setup_double_context(ctx, inputs, output) -> None:
-    *tensors, ctx.geometry, ctx.output_mask = *inputs[:4], inputs[4:-1], inputs[-1]
-    ctx.save_for_backward(*tensors)
-
-
-def _double_backward(ctx, *grad_gradients):
-    """Second derivatives, by differentiating the reference twice: right, not fast."""
-    tensors = [t.detach().requires_grad_() for t in ctx.saved_tensors]
-    grad_output, input, offset, mask = tensors
-    with torch.enable_grad():
-        # As the kernels do, compute in the coordinates' precision.
-        output = reference.deform_aggregate(input.to(offset.dtype), offset, mask, *ctx.geometry)
-        wanted = [
-            (tensor, grad)
-            for tensor, want, grad in zip((input, offset, mask), ctx.output_mask, grad_gradients)
-            if want and grad is not None
-        ]
-        first = torch.autograd.grad(
-            output, [t for t, _ in wanted], grad_output.to(output.dtype), create_graph=True
-        )
-        second = torch.autograd.grad(
-            first, tensors, [grad for _, grad in wanted], allow_unused=True
-        )
-    return *second, *[None] * len(ctx.geometry), None
-
-
-torch.library.register_autograd(
-    "mmdcn::deform_aggregate_backward", _double_backward, setup_context=_setup_double_context
+_OPERATOR = register(
+    "deform_aggregate",
+    reference=reference.deform_aggregate,
+    public="dcnv3 or dcnv4",
+    output=lambda input, offset, **_: input.new_empty((*offset.shape[:3], input.shape[3])),
+    multiply_adds=_multiply_adds,
+    own_pass="input",
 )

@@ -4,21 +4,23 @@ The mathematics is in :mod:`mmdcn.ops.reference`; the kernels are in ``csrc/``.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
 from . import _library, reference
-from ._determinism import alert_not_deterministic
+from ._checks import (
+    check_channels,
+    check_sides,
+    check_tensors,
+    check_types,
+    coordinate_dtype,
+    listed,
+    numbers,
+    output_size,
+)
+from ._registration import autocast_features, is_transformed, memory_format, register
 
-_library.load()
-
-_OPERATOR = torch.ops.mmdcn.deform_conv2d.default
-FEATURE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-LONGEST_SIDE = 2**30  # the kernels count rows and columns in 32 bits
 _PLAIN = (Tensor, nn.Parameter)  # subclasses may stand for something else
 
 
@@ -71,8 +73,14 @@ def deform_conv2d(
         TypeError: an argument is no tensor or number, or has another dtype than it must.
         ValueError: a shape, a device or a number does not fit the others.
         RuntimeError: there is no compiled kernel for the device of the input.
+
+    Example:
+        >>> input, weight = torch.randn(1, 8, 32, 32), torch.randn(16, 8, 3, 3)
+        >>> offset, mask = torch.randn(1, 18, 32, 32), torch.rand(1, 9, 32, 32)
+        >>> deform_conv2d(input, offset, weight, padding=1, mask=mask).shape
+        torch.Size([1, 16, 32, 32])
     """
-    return _deform_conv(
+    return deform_conv(
         _OPERATOR,
         ("height", "width"),
         input,
@@ -86,14 +94,14 @@ def deform_conv2d(
     )
 
 
-def _deform_conv(
+def deform_conv(
     operator, sides: tuple[str, ...], input, offset, weight, bias, stride, padding, dilation, mask
 ) -> Tensor:
-    """The compiled operator on checked arguments; `sides` names the dimensions of an image."""
+    """The operator on checked arguments; `sides` names the dimensions of an image."""
     rank = len(sides)
-    stride = _numbers("stride", stride, rank, 1)
-    padding = _numbers("padding", padding, rank, 0)
-    dilation = _numbers("dilation", dilation, rank, 1)
+    stride = numbers("stride", stride, rank, 1)
+    padding = numbers("padding", padding, rank, 0)
+    dilation = numbers("dilation", dilation, rank, 1)
     if _goes_straight(input, offset, weight, bias, mask):
         # The operator refuses whatever does not fit together, and for small layers it counts that
         # finding out what is at fault, and saying so, is left for when something is.
@@ -105,20 +113,24 @@ def _deform_conv(
                 return operator(*arguments)
         except (RuntimeError, TypeError, ValueError, IndexError):
             pass
-    _check_tensors(rank, input=input, offset=offset, weight=weight, bias=bias, mask=mask)
-    input, weight, bias = _autocast(input, weight, bias)
-    _check_types(input, offset, weight, bias, mask)
+    check_tensors(
+        {"input": 2 + rank, "offset": 2 + rank, "weight": 2 + rank, "bias": 1, "mask": 2 + rank},
+        optional=("bias", "mask"),
+        input=input,
+        offset=offset,
+        weight=weight,
+        bias=bias,
+        mask=mask,
+    )
+    input, weight, bias = autocast_features(input, weight, bias)
+    check_types(input, {"weight": weight, "bias": bias}, {"offset": offset, "mask": mask})
     _check_shapes(sides, input, offset, weight, bias, stride, padding, dilation, mask)
     _library.require_kernels_for(input.device)
-    coordinate_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    offset = offset.to(coordinate_dtype)
-    mask = None if mask is None else mask.to(coordinate_dtype)
-    arguments = (input, offset, weight, bias, stride, padding, dilation, mask)
-    if _is_transformed():
-        return _by_reference(*arguments)
+    wide = coordinate_dtype(input.dtype)
+    mask = None if mask is None else mask.to(wide)
     # Said only where it matters, for graphs that others translate, and to kernels that have TF32.
     tf32 = {"allow_tf32": True} if rank < 3 and _multiplies_in_tf32(input) else {}
-    return operator(*arguments, **tf32)
+    return operator(input, offset.to(wide), weight, bias, stride, padding, dilation, mask, **tf32)
 
 
 def _multiplies_in_tf32(input: Tensor) -> bool:
@@ -133,23 +145,6 @@ def _cuda_multiplies_in_tf32(dtype: torch.dtype) -> bool:
         and torch.ops.mmdcn.cuda_kernels() == "tensor_core"
         and torch.backends.cudnn.conv.fp32_precision == "tf32"
     )
-
-
-def _is_transformed() -> bool:
-    """Whether derivatives or batches of a kind that the compiled operator cannot know are due.
-
-    It has a formula for reverse mode alone: in forward mode, tangents would be lost silently.
-    """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def _by_reference(input, offset, weight, bias, stride, padding, dilation, mask) -> Tensor:
-    """The reference by the compiled operator's arguments, in the precision of the kernels."""
-    wide = (t if t is None else t.to(offset.dtype) for t in (weight, bias))
-    output = reference.deform_conv_nd(
-        input.to(offset.dtype), offset, *wide, stride, padding, dilation, mask
-    )
-    return output.to(input.dtype)
 
 
 def _goes_straight(
@@ -187,111 +182,20 @@ def _goes_straight(
     # Tensors that are traced otherwise than by Dynamo are of a type of their own.
     return on_one_device and not (
         torch.compiler.is_dynamo_compiling()
-        or _is_transformed()
+        or is_transformed()
         or torch._C._is_any_autocast_enabled()
     )
 
 
-# ---------------------------------------------------------------------------------------- checks
-
-
-def _numbers(name: str, value: int | tuple[int, ...], rank: int, at_least: int) -> tuple[int, ...]:
-    """The value as one number for each dimension."""
-    if type(value) is int and value >= at_least:
-        return (value,) * rank
-    numbers = tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
-    whole = all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in numbers)
-    if not whole:
-        several = {1: "a tuple of one int", 2: "a pair of ints", 3: "three ints"}[rank]
-        raise TypeError(f"{name}: expected an int or {several}, got {value!r}")
-    if len(numbers) != rank or any(n < at_least for n in numbers):
-        count = {1: "one number", 2: "one or two numbers", 3: "one or three numbers"}[rank]
-        raise ValueError(f"{name}: expected {count} of at least {at_least}, got {value!r}")
-    return numbers
-
-
-def _pair(name: str, value: int | tuple[int, int], at_least: int) -> tuple[int, int]:
-    return _numbers(name, value, 2, at_least)
-
-
-def _check_tensors(rank: int, **arguments: Tensor | None) -> None:
-    for name, argument in arguments.items():
-        optional = name in ("bias", "mask")
-        if argument is None and optional:
-            continue
-        if not isinstance(argument, Tensor):
-            expected = "a tensor or None" if optional else "a tensor"
-            raise TypeError(f"{name}: expected {expected}, got {type(argument).__name__}")
-        dimensions = 1 if name == "bias" else 2 + rank
-        if argument.dim() != dimensions:
-            plural = "" if dimensions == 1 else "s"
-            raise ValueError(
-                f"{name}: expected {dimensions} dimension{plural}, got shape "
-                f"{tuple(argument.shape)}"
-            )
-
-
-def autocast_is_enabled(device_type: str) -> bool:
-    """Whether autocast is in force for a type of device, such as ``"cpu"``."""
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
-
-
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """What autocast does to the features of a convolution: its dtype instead of float32.
-
-    Offsets and modulation are left as they come: coordinates stay in float32.
-    """
-    device_type = tensors[0].device.type
-    if not autocast_is_enabled(device_type):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device_type)
-    eligible = (torch.float32, torch.float16, torch.bfloat16)
-    return [t.to(dtype) if t is not None and t.dtype in eligible else t for t in tensors]
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-def _check_types(input, offset, weight, bias, mask) -> None:
-    half = input.dtype in (torch.float16, torch.bfloat16)
-    expected = {
-        "input": (input, FEATURE_DTYPES),
-        "offset": (offset, (input.dtype, torch.float32) if half else (input.dtype,)),
-        "weight": (weight, (input.dtype,)),
-        "bias": (bias, (input.dtype,)),
-        "mask": (mask, (input.dtype, torch.float32) if half else (input.dtype,)),
-    }
-    for name, (tensor, dtypes) in expected.items():
-        if tensor is None:
-            continue
-        if tensor.dtype not in dtypes:
-            beside = "" if name == "input" else f" beside input of {_names((input.dtype,))}"
-            raise TypeError(
-                f"{name}: expected dtype {_names(dtypes)}{beside}, got {_names((tensor.dtype,))}"
-            )
-        if tensor.device != input.device:
-            raise ValueError(
-                f"{name}: expected device {input.device} as input has, got {tensor.device}"
-            )
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    """'height and width', for example."""
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+# ------------------------------------------------------------------------------------------- checks
 
 
 def _check_shapes(sides, input, offset, weight, bias, stride, padding, dilation, mask) -> None:
-    rank = len(sides)
     batch, channels, *size = input.shape
     out_channels, group_channels, *kernel = weight.shape
     taps = math.prod(kernel)
-    if channels < 1:
-        raise ValueError(f"input: expected at least one channel, got shape {tuple(input.shape)}")
-    if any(length >= LONGEST_SIDE for length in size):
-        raise ValueError(
-            f"input: expected a {' and a '.join(sides)} below 2**30, got {tuple(size)}"
-        )
+    check_channels(input, channels)
+    check_sides(input, size, sides)
     if taps < 1 or group_channels < 1 or out_channels < 1:
         raise ValueError(
             f"weight: expected no dimension of size 0, got shape {tuple(weight.shape)}"
@@ -313,21 +217,13 @@ def _check_shapes(sides, input, offset, weight, bias, stride, padding, dilation,
             f"got {tuple(bias.shape)}"
         )
 
-    out_size = tuple(
-        (length + 2 * pad - dil * (taps_along - 1) - 1) // step + 1
-        for length, pad, dil, taps_along, step in zip(size, padding, dilation, kernel, stride)
-    )
-    if any(length >= LONGEST_SIDE for length in out_size):
-        raise ValueError(
-            f"padding: expected an output with a {' and a '.join(sides)} below 2**30, got "
-            f"{out_size} with padding {padding}"
-        )
-    if any(length < 1 for length in out_size):
-        raise ValueError(
-            f"input: expected {_listed(sides)} of at least the dilated kernel's, "
-            f"{tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel))}, with "
-            f"padding {padding} on each side, got {tuple(size)}"
-        )
+    out_size = output_size(size, kernel, stride, padding, dilation, sides)
+    _check_coordinates(sides, channels, kernel, (batch, *out_size), offset, mask)
+
+
+def _check_coordinates(sides, channels, kernel, positions, offset, mask) -> None:
+    """`positions` are the batch and the size of the output."""
+    rank, taps = len(sides), math.prod(kernel)
     per_tap = offset.shape[1] // (rank * taps)
     if offset.shape[1] % (rank * taps) != 0 or per_tap < 1 or channels % per_tap != 0:
         raise ValueError(
@@ -336,8 +232,8 @@ def _check_shapes(sides, input, offset, weight, bias, stride, padding, dilation,
             f"({rank * taps} for one group), got {offset.shape[1]}"
         )
     expected = {
-        "offset": (offset, (batch, offset.shape[1], *out_size)),
-        "mask": (mask, (batch, per_tap * taps, *out_size)),
+        "offset": (offset, (positions[0], offset.shape[1], *positions[1:])),
+        "mask": (mask, (positions[0], per_tap * taps, *positions[1:])),
     }
     for name, (tensor, shape) in expected.items():
         if tensor is None:
@@ -349,7 +245,7 @@ def _check_shapes(sides, input, offset, weight, bias, stride, padding, dilation,
             )
         if tensor.shape != shape:
             raise ValueError(
-                f"{name}: expected shape {shape}, the batch of input and the {_listed(sides)} of "
+                f"{name}: expected shape {shape}, the batch of input and the {listed(sides)} of "
                 f"the output, got {tuple(tensor.shape)}"
             )
 
@@ -358,173 +254,39 @@ def _product(kernel: list[int]) -> str:
     return " · ".join(map(str, kernel))
 
 
-# ------------------------------------------------------------------- what the compiler must know
+# ------------------------------------------------------------------------------------------- wiring
 
 
-def _memory_format(tensor: Tensor) -> torch.memory_format:
-    """The layout of what an operator makes after this tensor's, as tensors.h has it."""
-    if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last):
-        return torch.contiguous_format
-    return torch.channels_last
-
-
-def _register_fakes(
-    name: str,
-    layout_of: Callable[[Tensor], torch.memory_format] = lambda _: torch.contiguous_format,
-) -> None:
-    """For an operator of this name.
-
-    `layout_of` the input is that of the output, and `layout_of` a tensor that of its gradient.
-    """
-
-    def forward(input, offset, weight, bias, stride, padding, dilation, mask, **_):
-        return torch.empty(
-            (input.shape[0], weight.shape[0], *offset.shape[2:]),
-            dtype=input.dtype,
-            device=input.device,
-            memory_format=layout_of(input),
-        )
-
-    def backward(
-        grad_output, input, offset, weight, stride, padding, dilation, mask, output_mask, **_
-    ):
-        def like(tensor: Tensor | None, wanted: bool) -> Tensor:
-            if tensor is None or not wanted:
-                return (offset if tensor is None else tensor).new_empty(0)
-            return torch.empty(
-                tensor.shape,
-                dtype=tensor.dtype,
-                device=tensor.device,
-                memory_format=layout_of(tensor),
-            )
-
-        return tuple(map(like, (input, offset, weight, mask), output_mask))
-
-    torch.library.register_fake(f"mmdcn::{name}", forward)
-    torch.library.register_fake(f"mmdcn::{name}_backward", backward)
-
-
-_register_fakes("deform_conv2d", _memory_format)
-
-# -------------------------------------------------------------------------------------- autograd
-
-
-def _register_autograd(name: str, unordered: str | None = None) -> None:
-    """For an operator of this name, over any number of dimensions.
-
-    `unordered` names the functions that call one that takes no ``deterministic``.
-    """
-
-    def setup_context(ctx, inputs, output, keyword_only_inputs=None) -> None:
-        input, offset, weight, _, ctx.stride, ctx.padding, ctx.dilation, mask = inputs
-        # Given for an operator that takes options, which are the backward operator's too.
-        options = keyword_only_inputs or {}
-        ctx.options = {option: value for option, value in options.items() if value}
-        ctx.save_for_backward(input, offset, weight, mask)
-
-    def backward(ctx, grad_output):
-        input, offset, weight, mask = ctx.saved_tensors
-        wants_input, wants_offset, wants_weight, wants_bias, *_, wants_mask = ctx.needs_input_grad
-        output_mask = [wants_input, wants_offset, wants_weight, wants_mask]
-        options = dict(ctx.options)
-        if unordered is None:
-            if input.is_cuda and torch.are_deterministic_algorithms_enabled():
-                options["deterministic"] = True
-        elif input.is_cuda and wants_input:
-            alert_not_deterministic(unordered)
-        gradients = [None] * 4
-        if any(output_mask):
-            computed = getattr(torch.ops.mmdcn, f"{name}_backward")(
-                grad_output,
-                input,
-                offset,
-                weight,
-                ctx.stride,
-                ctx.padding,
-                ctx.dilation,
-                mask,
-                output_mask,
-                **options,
-            )
-            gradients = [g if wanted else None for g, wanted in zip(computed, output_mask)]
-        grad_input, grad_offset, grad_weight, grad_mask = gradients
-        grad_bias = grad_output.sum((0, *range(2, grad_output.dim()))) if wants_bias else None
-        return grad_input, grad_offset, grad_weight, grad_bias, None, None, None, grad_mask
-
-    torch.library.register_autograd(f"mmdcn::{name}", backward, setup_context=setup_context)
-    torch.library.register_autograd(
-        f"mmdcn::{name}_backward", _double_backward, setup_context=_setup_double_context
-    )
-
-
-def _setup_double_context(ctx, inputs, output, **_) -> None:
-    *tensors, ctx.stride, ctx.padding, ctx.dilation, mask, ctx.output_mask = inputs
-    ctx.save_for_backward(*tensors, mask)
-
-
-def _double_backward(ctx, *grad_gradients):
-    """Second derivatives, by differentiating the reference twice: right, not fast.
-
-    What comes back is differentiable again, for derivatives of any order.
-    """
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # A view stops what is differentiated here, and not what may be differentiated later.
-        grad_output, input, offset, weight, mask = (
-            t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-            for t in ctx.saved_tensors
-        )
-        output = _by_reference(
-            input, offset, weight, None, ctx.stride, ctx.padding, ctx.dilation, mask
-        )
-        wanted = [
-            (tensor, grad)
-            for tensor, want, grad in zip(
-                (input, offset, weight, mask), ctx.output_mask, grad_gradients
-            )
-            if want and tensor is not None and grad is not None
-        ]
-        first = torch.autograd.grad(output, [t for t, _ in wanted], grad_output, create_graph=True)
-        variables = [t for t in (grad_output, input, offset, weight, mask) if t is not None]
-        second = torch.autograd.grad(
-            first,
-            variables,
-            [grad for _, grad in wanted],
-            allow_unused=True,
-            create_graph=create_graph,
-        )
-    if mask is None:
-        second = (*second, None)
-    return *second[:4], None, None, None, second[4], None
-
-
-_register_autograd("deform_conv2d")
-
-# ------------------------------------------------------------------------- counting of operations
-
-
-def multiply_adds(weight: torch.Size, output: torch.Size) -> int:
+def multiply_adds(input, offset, weight, bias, stride, padding, dilation, mask, output) -> int:
     """Multiplications, each with its addition, of one call with tensors of these shapes.
 
     Those of equation (2), as for a dense convolution of the same shape. The interpolation, which
     takes four for each sample and channel, is left out, as in the figures that are published.
     """
     batch, out_channels, *size = output
-    return batch * out_channels * torch.Size(size).numel() * torch.Size(weight[1:]).numel()
+    return batch * out_channels * math.prod(size) * math.prod(weight[1:])
 
 
-@register_flop_formula([torch.ops.mmdcn.deform_conv2d, torch.ops.mmdcn.deform_conv_nd])
-def _flops(input, offset, weight, *_, out_shape, **__) -> int:
-    return 2 * multiply_adds(weight, out_shape)
+def empty_output(memory_format_of=lambda _: torch.contiguous_format):
+    """What makes an output, for a layout that follows from the input's."""
+
+    def output(input, offset, weight, **_):
+        return torch.empty(
+            (input.shape[0], weight.shape[0], *offset.shape[2:]),
+            dtype=input.dtype,
+            device=input.device,
+            memory_format=memory_format_of(input),
+        )
+
+    return output
 
 
-@register_flop_formula(
-    [torch.ops.mmdcn.deform_conv2d_backward, torch.ops.mmdcn.deform_conv_nd_backward]
+_OPERATOR = register(
+    "deform_conv2d",
+    reference=reference.deform_conv_nd,
+    public="deform_conv2d",
+    output=empty_output(memory_format),
+    multiply_adds=multiply_adds,
+    own_pass="weight",
+    layouts=("input", "offset", "weight", "mask"),
 )
-def _backward_flops(
-    grad_output, input, offset, weight, stride, padding, dilation, mask, output_mask, **__
-) -> int:
-    # Gradients with respect to the samples, from which those of input, offset and mask follow; and
-    # with respect to the weight.
-    products = any((output_mask[0], output_mask[1], output_mask[3])) + output_mask[2]
-    return 2 * products * multiply_adds(weight, grad_output)

@@ -1,15 +1,17 @@
 """Deformable convolution, v1 and v2, over one and three dimensions.
 
-What the arguments mean, the checks and the autograd are those of :mod:`mmdcn.ops.deform_conv`; the
+What the arguments mean and the checks are those of :mod:`mmdcn.ops.deform_conv`; the
 mathematics is in :mod:`mmdcn.ops.reference`; the kernels are in ``csrc/``, for any rank. A sequence
 is an image of height one, and has the kernels that are tuned for images.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .deform_conv import _deform_conv, _register_autograd, _register_fakes
+from . import reference
+from ._registration import register
+from .deform_conv import _OPERATOR as _OPERATOR_2D
+from .deform_conv import deform_conv, empty_output, multiply_adds
 
 
 def deform_conv1d(
@@ -42,8 +44,13 @@ def deform_conv1d(
 
     Samples outside (-1, L), precision, derivatives, errors and what is deterministic are as in
     :func:`mmdcn.ops.deform_conv2d`.
+
+    Example:
+        >>> input, weight = torch.randn(2, 8, 50), torch.randn(16, 8, 3)
+        >>> deform_conv1d(input, torch.randn(2, 3, 50), weight, padding=1).shape
+        torch.Size([2, 16, 50])
     """
-    return _deform_conv(
+    return deform_conv(
         _over_height_one,
         ("length",),
         input,
@@ -62,7 +69,7 @@ def _over_height_one(
 ) -> Tensor:
     """The operator over two dimensions, on a sequence: no offset leads out of its one row."""
     y_and_x = F.pad(offset.unsqueeze(2), (0, 0, 1, 0)).flatten(1, 2)
-    output = torch.ops.mmdcn.deform_conv2d.default(
+    output = _OPERATOR_2D(
         input.unsqueeze(2),
         y_and_x.unsqueeze(2),
         weight.unsqueeze(2),
@@ -107,9 +114,14 @@ def deform_conv3d(
     Samples outside (-1, D) × (-1, H) × (-1, W), precision, derivatives and errors are as in
     :func:`mmdcn.ops.deform_conv2d`. On CUDA the gradient of the input is added in no fixed order,
     and raises under ``torch.use_deterministic_algorithms(True)``.
+
+    Example:
+        >>> input, weight = torch.randn(1, 4, 5, 6, 7), torch.randn(8, 4, 3, 3, 3)
+        >>> deform_conv3d(input, torch.randn(1, 81, 5, 6, 7), weight, padding=1).shape
+        torch.Size([1, 8, 5, 6, 7])
     """
-    return _deform_conv(
-        torch.ops.mmdcn.deform_conv_nd.default,
+    return deform_conv(
+        _OPERATOR_3D,
         ("depth", "height", "width"),
         input,
         offset,
@@ -122,5 +134,11 @@ def deform_conv3d(
     )
 
 
-_register_fakes("deform_conv_nd")
-_register_autograd("deform_conv_nd", unordered="deform_conv3d")
+_OPERATOR_3D = register(
+    "deform_conv_nd",
+    reference=reference.deform_conv_nd,
+    public="deform_conv3d",
+    output=empty_output(),
+    multiply_adds=multiply_adds,
+    own_pass="weight",
+)

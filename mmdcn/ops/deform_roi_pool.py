@@ -3,15 +3,28 @@
 The mathematics is in :mod:`mmdcn.ops.reference`; the kernels are in ``csrc/``.
 """
 
-import torch
+import math
+
 from torch import Tensor
 
 from . import _library, reference
-from ._checks import check_number, check_types, is_whole
-from ._determinism import alert_not_deterministic
-from .deform_conv import LONGEST_SIDE, _memory_format, _pair
-
-_library.load()
+from ._checks import (
+    LONGEST_SIDE,
+    check_channels,
+    check_number,
+    check_sides,
+    check_tensors,
+    check_types,
+    coordinate_dtype,
+    is_whole,
+    pair,
+)
+from ._registration import (
+    autocast_coordinates,
+    is_batched,
+    is_transformed,
+    register,
+)
 
 MOST_POINTS = 2**24  # of a bin, along each dimension; float32 counts this far
 
@@ -69,24 +82,42 @@ def deform_roi_pool(
         ValueError: a shape, a device or a number does not fit the others.
         RuntimeError: a RoI is on an image that the batch does not have, or there is no compiled
             kernel for the device of the input. On CUDA the first is a device-side assertion, as
-            for any index out of range, because the host does not wait to see the numbers.
+            for any index out of range, because the host does not wait to see the numbers. Or rois
+            differ between the examples of a torch.vmap.
+
+    Example:
+        >>> rois = torch.tensor([[0, 4.0, 4.0, 28.0, 20.0]])
+        >>> deform_roi_pool(torch.randn(1, 8, 16, 16), rois, torch.zeros(1, 2, 7, 7), 7, 0.5).shape
+        torch.Size([1, 8, 7, 7])
     """
-    output_size = _pair("output_size", output_size, at_least=1)
+    output_size = pair("output_size", output_size, at_least=1)
     _check_numbers(spatial_scale, sampling_ratio, gamma)
-    _check_tensors(input=input, rois=rois, offset=offset)
-    rois, offset = _autocast(input, rois, offset)
-    check_types(input, rois=rois, offset=offset)
+    check_tensors(
+        {"input": 4, "rois": 2, "offset": 4},
+        optional=("offset",),
+        input=input,
+        rois=rois,
+        offset=offset,
+    )
+    rois, offset = autocast_coordinates(input, rois, offset)
+    check_types(input, {}, {"rois": rois, "offset": offset})
     _check_shapes(input, rois, offset, output_size, position_sensitive)
     _library.require_kernels_for(input.device)
     if position_sensitive:
         # The operator takes the channels bin by bin: neighbouring channels are pooled together.
         bins = output_size[0] * output_size[1]
         input = input.unflatten(1, (-1, bins)).transpose(1, 2).flatten(1, 2)
-    coordinate_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return torch.ops.mmdcn.deform_roi_pool(
+    if is_transformed() and is_batched(rois):
+        raise RuntimeError(
+            "rois: expected the same for every example of torch.vmap (in_dims=None), as their "
+            "numbers decide how many points are sampled: give all rois in one call instead, each "
+            "with the number of its image"
+        )
+    wide = coordinate_dtype(input.dtype)
+    return _OPERATOR(
         input,
-        rois.to(coordinate_dtype),
-        None if offset is None else offset.to(coordinate_dtype),
+        rois.to(wide),
+        None if offset is None else offset.to(wide),
         output_size,
         spatial_scale,
         sampling_ratio,
@@ -95,7 +126,7 @@ def deform_roi_pool(
     )
 
 
-# ---------------------------------------------------------------------------------------- checks
+# ------------------------------------------------------------------------------------------- checks
 
 
 def _check_numbers(spatial_scale: float, sampling_ratio: int, gamma: float) -> None:
@@ -111,34 +142,6 @@ def _check_numbers(spatial_scale: float, sampling_ratio: int, gamma: float) -> N
         )
 
 
-def _check_tensors(**arguments: Tensor | None) -> None:
-    for name, argument in arguments.items():
-        optional = name == "offset"
-        if argument is None and optional:
-            continue
-        if not isinstance(argument, Tensor):
-            expected = "a tensor or None" if optional else "a tensor"
-            raise TypeError(f"{name}: expected {expected}, got {type(argument).__name__}")
-        dimensions = 2 if name == "rois" else 4
-        if argument.dim() != dimensions:
-            raise ValueError(
-                f"{name}: expected {dimensions} dimensions, got shape {tuple(argument.shape)}"
-            )
-
-
-def _autocast(input: Tensor, rois: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Boxes and offsets in float32 beside float32 or half features, where autocast is on.
-
-    What a layer inside autocast predicts from the features is in half precision, whatever they are.
-    """
-    device_type = input.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return rois, offset
-    halves = (torch.float16, torch.bfloat16)
-    wide = input.dtype if input.dtype == torch.float64 else torch.float32
-    return tuple(t.to(wide) if t is not None and t.dtype in halves else t for t in (rois, offset))
-
-
 def _check_shapes(
     input: Tensor,
     rois: Tensor,
@@ -147,10 +150,8 @@ def _check_shapes(
     position_sensitive: bool,
 ) -> None:
     channels, height, width = input.shape[1:]
-    if channels < 1:
-        raise ValueError(f"input: expected at least one channel, got shape {tuple(input.shape)}")
-    if height >= LONGEST_SIDE or width >= LONGEST_SIDE:
-        raise ValueError(f"input: expected a height and a width below 2**30, got {(height, width)}")
+    check_channels(input, channels)
+    check_sides(input, (height, width), ("height", "width"))
     if max(output_size) >= LONGEST_SIDE:
         raise ValueError(f"output_size: expected numbers below 2**30, got {output_size}")
     if rois.shape[1] != 5:
@@ -183,106 +184,40 @@ def _check_shapes(
         )
 
 
-# ------------------------------------------------------------------- what the compiler must know
+# ------------------------------------------------------------------------------------------- wiring
 
 
-@torch.library.register_fake("mmdcn::deform_roi_pool")
-def _(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, position_sensitive):
+def _reference(input, rois, offset, output_size, *numbers) -> Tensor:
+    """The reference, which takes the channels as the public function does."""
+    position_sensitive = numbers[-1]
+    if position_sensitive:
+        bins = math.prod(output_size)
+        input = input.unflatten(1, (bins, -1)).transpose(1, 2).flatten(1, 2)
+    return reference.deform_roi_pool(input, rois, offset, output_size, *numbers)
+
+
+def _empty_output(input, rois, output_size, position_sensitive, **_) -> Tensor:
     channels = input.shape[1]
     if position_sensitive:
         channels = channels // (output_size[0] * output_size[1])
     return input.new_empty((rois.shape[0], channels, *output_size))
 
 
-@torch.library.register_fake("mmdcn::deform_roi_pool_backward")
-def _(
-    grad_output,
-    input,
-    rois,
-    offset,
-    output_size,
-    spatial_scale,
-    sampling_ratio,
-    gamma,
-    position_sensitive,
-    output_mask,
-):
-    grad_input, grad_offset = input.new_empty(0), rois.new_empty(0)
-    if output_mask[0]:
-        grad_input = torch.empty(
-            input.shape,
-            dtype=input.dtype,
-            device=input.device,
-            memory_format=_memory_format(input),
-        )
-    if output_mask[1] and offset is not None:
-        grad_offset = offset.new_empty(offset.shape)
-    return grad_input, grad_offset
+def _multiply_adds(*, sampling_ratio, output, **_) -> int:
+    """Four for each point of a bin in each channel, as for any interpolation.
+
+    Where the number of points is adaptive, it follows from the numbers in rois, which nobody who
+    counts looks at: one point is counted for each bin, the least there are.
+    """
+    return 4 * math.prod(output) * max(sampling_ratio, 1) ** 2
 
 
-# -------------------------------------------------------------------------------------- autograd
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    input, rois, offset, *ctx.arguments = inputs
-    ctx.save_for_backward(input, rois, offset)
-
-
-def _backward(ctx, grad_output):
-    input, rois, offset = ctx.saved_tensors
-    output_mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
-    gradients = [None, None]
-    if output_mask[0] and input.is_cuda:
-        alert_not_deterministic("deform_roi_pool")
-    if any(output_mask):
-        computed = torch.ops.mmdcn.deform_roi_pool_backward(
-            grad_output, input, rois, offset, *ctx.arguments, output_mask
-        )
-        gradients = [g if wanted else None for g, wanted in zip(computed, output_mask)]
-    return gradients[0], None, gradients[1], *[None] * len(ctx.arguments)
-
-
-torch.library.register_autograd("mmdcn::deform_roi_pool", _backward, setup_context=_setup_context)
-
-
-def _setup_double_context(ctx, inputs, output) -> None:
-    *tensors, ctx.output_mask = inputs[:4] + inputs[-1:]
-    ctx.arguments = inputs[4:-1]
-    ctx.save_for_backward(*tensors)
-
-
-def _double_backward(ctx, *grad_gradients):
-    """Second derivatives, by differentiating the reference twice: right, not fast."""
-    grad_output, input, rois, offset = ctx.saved_tensors
-    grad_output, input, offset = (
-        t if t is None else t.detach().requires_grad_() for t in (grad_output, input, offset)
-    )
-    *arguments, position_sensitive = ctx.arguments
-    with torch.enable_grad():
-        features = input.to(rois.dtype)
-        if position_sensitive:
-            # The reference takes the channels as the public function does.
-            bins = arguments[0][0] * arguments[0][1]
-            features = features.unflatten(1, (bins, -1)).transpose(1, 2).flatten(1, 2)
-        # As the kernels do, compute in the coordinates' precision.
-        output = reference.deform_roi_pool(features, rois, offset, *arguments, position_sensitive)
-        wanted = [
-            (tensor, grad)
-            for tensor, want, grad in zip((input, offset), ctx.output_mask, grad_gradients)
-            if want and tensor is not None and grad is not None
-        ]
-        first = torch.autograd.grad(
-            output, [t for t, _ in wanted], grad_output.to(output.dtype), create_graph=True
-        )
-        variables = [t for t in (grad_output, input, offset) if t is not None]
-        second = torch.autograd.grad(
-            first, variables, [grad for _, grad in wanted], allow_unused=True
-        )
-    if offset is None:
-        second = (*second, None)
-    return second[0], second[1], None, second[2], *[None] * len(ctx.arguments), None
-
-
-torch.library.register_autograd(
-    "mmdcn::deform_roi_pool_backward", _double_backward, setup_context=_setup_double_context
+_OPERATOR = register(
+    "deform_roi_pool",
+    reference=_reference,
+    public="deform_roi_pool",
+    output=_empty_output,
+    multiply_adds=_multiply_adds,
+    own_pass="input",
+    layouts=("input",),
 )

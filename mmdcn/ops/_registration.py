@@ -1,0 +1,388 @@
+"""The wiring of operators into PyTorch: what each needs beside its kernels, from its schema.
+
+A compiled operator NAME comes with NAME_backward, which returns ``grad_X`` for each tensor X that
+its kernels can differentiate for. From the two schemas and the reference, :func:`register` makes
+fake kernels, reverse mode, higher derivatives of any order, forward mode, ``torch.func`` and FLOP
+formulas. Casting under autocast is here too, as operators have it in common.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
+
+from . import _library
+from ._checks import HALF_DTYPES, coordinate_dtype
+
+_library.load()
+
+_LIBRARY = torch.library.Library("mmdcn", "FRAGMENT")
+OPERATORS: dict[str, "Operator"] = {}  # by the compiled operator's name
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """A compiled operator. Calls take its arguments by position, checked, and its options."""
+
+    name: str
+    forward: torch._ops.OpOverload
+    backward: torch._ops.OpOverload
+    arguments: tuple[str, ...]  # of the forward operator, options apart
+    backward_arguments: tuple[str, ...]
+    options: tuple[str, ...]  # of the forward operator
+    backward_options: tuple[str, ...]
+    gradients: tuple[str, ...]  # the tensors that the backward operator differentiates for
+    reference: Callable[..., Tensor]
+    public: str  # the function, or functions, that errors name
+    layouts: tuple[str, ...]  # the tensors whose layout their gradients have
+    output: Callable[..., Tensor]
+    multiply_adds: Callable[..., int]
+    own_pass: str
+
+    def __call__(self, *arguments, **options) -> Tensor:
+        if is_transformed():
+            return self.by_reference(*arguments)
+        return self.forward(*arguments, **options)
+
+    def by_reference(self, *arguments) -> Tensor:
+        """The reference by the compiled operator's arguments, in the precision of the kernels."""
+        input = arguments[0]
+        wide = coordinate_dtype(input.dtype)
+        widened = (a.to(wide) if isinstance(a, Tensor) else a for a in arguments)
+        return self.reference(*widened).to(input.dtype)
+
+
+def register(
+    name: str,
+    *,
+    reference: Callable[..., Tensor],
+    public: str,
+    output: Callable[..., Tensor],
+    multiply_adds: Callable[..., int],
+    own_pass: str,
+    layouts: tuple[str, ...] = (),
+) -> Operator:
+    """Wires ``mmdcn::NAME`` and ``mmdcn::NAME_backward``.
+
+    Args:
+        name: of the compiled operator.
+        reference: computes the same from the same arguments, by position, in plain PyTorch.
+        public: the functions of mmdcn.ops that call it, as errors name them.
+        output: an empty tensor as the operator returns it, from its arguments by name.
+        multiply_adds: of one call, from the arguments by name, shapes in place of tensors, and
+            from ``output``, the output's shape.
+        own_pass: the tensor whose gradient takes as many multiply-adds as the forward pass by
+            itself; those of all other tensors together take as many.
+        layouts: the tensors whose gradients have their layout; others' gradients are contiguous.
+    """
+    forward = getattr(torch.ops.mmdcn, name).default
+    backward = getattr(torch.ops.mmdcn, f"{name}_backward").default
+    options, backward_options = _names(forward, True), _names(backward, True)
+    operator = Operator(
+        name=name,
+        forward=forward,
+        backward=backward,
+        arguments=_names(forward, False),
+        backward_arguments=_names(backward, False),
+        options=options,
+        backward_options=backward_options,
+        gradients=tuple(r.name.removeprefix("grad_") for r in backward._schema.returns),
+        reference=reference,
+        public=public,
+        layouts=layouts,
+        output=output,
+        multiply_adds=multiply_adds,
+        own_pass=own_pass,
+    )
+    _register_fakes(operator)
+    _register_autograd(operator.forward, _first_order(operator))
+    _register_autograd(operator.backward, _second_order(operator))
+    _register_flops(operator)
+    OPERATORS[name] = operator
+    return operator
+
+
+def _names(overload: torch._ops.OpOverload, options: bool) -> tuple[str, ...]:
+    return tuple(a.name for a in overload._schema.arguments if a.kwarg_only == options)
+
+
+# ----------------------------------------------------------------------------------------- autocast
+
+
+def autocast_is_enabled(device_type: str) -> bool:
+    """Whether autocast is in force for a type of device, such as ``"cpu"``."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def autocast_features(*tensors: Tensor | None) -> list[Tensor | None]:
+    """What autocast does to the features of a convolution: its dtype instead of float32.
+
+    Coordinates are left as they come: they stay in float32.
+    """
+    device_type = tensors[0].device.type
+    if not autocast_is_enabled(device_type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    eligible = (torch.float32, *HALF_DTYPES)
+    return [t.to(dtype) if t is not None and t.dtype in eligible else t for t in tensors]
+
+
+def autocast_coordinates(input: Tensor, *coordinates: Tensor | None) -> list[Tensor | None]:
+    """Coordinates in float32 beside float32 or half-precision features, where autocast is on.
+
+    For an operator that keeps its features' dtype under autocast: what a layer inside autocast
+    predicts from the features is in half precision, whatever they are.
+    """
+    if not autocast_is_enabled(input.device.type):
+        return list(coordinates)
+    wide = coordinate_dtype(input.dtype)
+    return [t.to(wide) if t is not None and t.dtype in HALF_DTYPES else t for t in coordinates]
+
+
+# --------------------------------------------------------------------------------------- transforms
+
+
+def is_transformed() -> bool:
+    """Whether derivatives or batches of a kind that the compiled operators cannot know are due.
+
+    They have formulas for reverse mode alone: in forward mode, tangents would be lost silently.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether each example of a surrounding vmap has its own values of this tensor."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
+def _refuse_tangents(overload: torch._ops.OpOverload, arguments: tuple) -> None:
+    if forward_ad._current_level < 0:
+        return
+    for argument in arguments:
+        if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
+            raise RuntimeError(
+                f"{overload.name()}: forward-mode differentiation is not implemented for the "
+                "compiled operator itself; call its function in mmdcn.ops, which has it"
+            )
+
+
+# ------------------------------------------------------------------------------------- fake kernels
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """The layout of what an operator makes after this tensor's, as tensors.h has it."""
+    if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def _register_fakes(operator: Operator) -> None:
+    def forward(*arguments, **_):
+        return operator.output(**dict(zip(operator.arguments, arguments)))
+
+    def backward(*arguments, **_):
+        named = dict(zip(operator.backward_arguments, arguments))
+
+        def gradient(name: str, wanted: bool) -> Tensor:
+            tensor = named[name]
+            if tensor is None:
+                input = named["input"]
+                return input.new_empty(0, dtype=coordinate_dtype(input.dtype))
+            if not wanted:
+                return tensor.new_empty(0)
+            layout = memory_format(tensor) if name in operator.layouts else torch.contiguous_format
+            return torch.empty(
+                tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=layout
+            )
+
+        return tuple(map(gradient, operator.gradients, named["output_mask"]))
+
+    torch.library.register_fake(f"mmdcn::{operator.name}", forward)
+    torch.library.register_fake(f"mmdcn::{operator.name}_backward", backward)
+
+
+# ----------------------------------------------------------------------------------------- autograd
+
+
+@dataclasses.dataclass(frozen=True)
+class _Derivative:
+    """How to differentiate an operator for which kernels have no derivative of their own kind."""
+
+    arguments: tuple[str, ...]  # of the operator, by position
+    saved: tuple[str, ...]  # those that `backward` is given, as far as they are tensors
+    # backward(arguments by name, options, which arguments' gradients are wanted, grads of outputs)
+    backward: Callable[[dict[str, Any], dict, dict[str, bool], tuple], dict[str, Tensor | None]]
+
+
+def _register_autograd(overload: torch._ops.OpOverload, derivative: _Derivative) -> None:
+    """Reverse mode for an operator, and an error instead of lost tangents.
+
+    As torch.library.register_autograd does it, which has no place for that error.
+    """
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, keyset, options, *arguments):
+            ctx.options = options
+            ctx.set_materialize_grads(False)
+            named = dict(zip(derivative.arguments, arguments))
+            tensors = {n: named[n] for n in derivative.saved if isinstance(named[n], Tensor)}
+            ctx.save_for_backward(*tensors.values())
+            ctx.tensor_names = tuple(tensors)
+            ctx.others = {n: None if isinstance(a, Tensor) else a for n, a in named.items()}
+            return _below_autograd(overload, keyset, arguments, options)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            named = {**ctx.others, **dict(zip(ctx.tensor_names, ctx.saved_tensors))}
+            wanted = dict(zip(derivative.arguments, ctx.needs_input_grad[2:]))
+            gradients = {}
+            if any(grad is not None for grad in grads):
+                gradients = derivative.backward(named, ctx.options, wanted, grads)
+            return None, None, *(gradients.get(name) for name in derivative.arguments)
+
+    def kernel(keyset, *arguments, **options):
+        _refuse_tangents(overload, arguments)
+        wanted = torch.is_grad_enabled() and any(
+            isinstance(a, Tensor) and a.requires_grad for a in arguments
+        )
+        if wanted:
+            return Differentiable.apply(keyset, options, *arguments)
+        return _below_autograd(overload, keyset, arguments, options)
+
+    Differentiable.__name__ = Differentiable.__qualname__ = f"{overload._opname}_autograd"
+    _LIBRARY.impl(overload._opname, kernel, "Autograd", with_keyset=True)
+
+
+def _below_autograd(overload, keyset, arguments: tuple, options: dict):
+    with torch._C._AutoDispatchBelowAutograd():
+        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *arguments, **options)
+
+
+def _first_order(operator: Operator) -> _Derivative:
+    """The first derivative: the backward operator's kernels."""
+
+    def backward(named, options, wanted, grads):
+        (grad_output,) = grads
+        options = {name: value for name, value in options.items() if value}
+        input = named["input"]
+        if input.is_cuda:
+            _order_of_addition(operator, options, wanted)
+        gradients = {}
+        output_mask = [wanted[name] for name in operator.gradients]
+        if any(output_mask):
+            named = {**named, "grad_output": grad_output, "output_mask": output_mask}
+            arguments = [named[name] for name in operator.backward_arguments]
+            gradients = dict(zip(operator.gradients, operator.backward(*arguments, **options)))
+            gradients = {n: gradients[n] for n, want in zip(gradients, output_mask) if want}
+        if wanted.get("bias"):
+            gradients["bias"] = grad_output.sum((0, *range(2, grad_output.dim())))
+        return gradients
+
+    saved = tuple(n for n in operator.arguments if n in operator.backward_arguments)
+    return _Derivative(operator.arguments, saved, backward)
+
+
+def _order_of_addition(operator: Operator, options: dict, wanted: dict[str, bool]) -> None:
+    """On CUDA: asks for a fixed order where torch does, or says that there is none."""
+    if "deterministic" in operator.backward_options:
+        if torch.are_deterministic_algorithms_enabled():
+            options["deterministic"] = True
+    elif wanted["input"]:
+        _alert_not_deterministic(operator.public)
+
+
+def _alert_not_deterministic(public: str) -> None:
+    """What torch does for its own operators that add in no fixed order.
+
+    Raises RuntimeError under ``torch.use_deterministic_algorithms(True)``, or warns where that
+    asked for a warning only.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return
+    message = (
+        f"the gradient of {public} with respect to its input is not deterministic on CUDA, and "
+        "torch.use_deterministic_algorithms(True) is set: set warn_only=True to accept that"
+    )
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=2)
+
+
+def _second_order(operator: Operator) -> _Derivative:
+    """The second derivative, by differentiating the reference twice: right, not fast.
+
+    What comes back is differentiable again, for derivatives of any order.
+    """
+    differentiable = ("grad_output", *operator.gradients)
+
+    def backward(named, options, wanted, grads):
+        create_graph = torch.is_grad_enabled()
+        present = [name for name in differentiable if named[name] is not None]
+        if named["grad_output"].numel() == 0:
+            return {name: torch.zeros_like(named[name]) for name in present}
+        with torch.enable_grad():
+            # A view stops what is differentiated here, and not what may be differentiated later.
+            variables = {
+                name: t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+                for name, t in ((name, named[name]) for name in present)
+            }
+            arguments = {name: None for name in operator.arguments} | named | variables
+            output = operator.by_reference(*(arguments[name] for name in operator.arguments))
+            asked = {
+                name: grad
+                for name, want, grad in zip(operator.gradients, named["output_mask"], grads)
+                if want and grad is not None and named[name] is not None
+            }
+            if not asked:
+                return {}
+            first = torch.autograd.grad(
+                output,
+                [variables[name] for name in asked],
+                variables["grad_output"],
+                create_graph=True,
+            )
+            second = torch.autograd.grad(
+                first,
+                list(variables.values()),
+                list(asked.values()),
+                allow_unused=True,
+                create_graph=create_graph,
+            )
+        return dict(zip(variables, second))
+
+    arguments = operator.backward_arguments
+    return _Derivative(arguments, arguments, backward)
+
+
+# ------------------------------------------------------------------------------------ FLOP formulas
+
+
+def _register_flops(operator: Operator) -> None:
+    """Two operations for each multiplication with its addition, as torch counts them."""
+    packet = getattr(torch.ops.mmdcn, operator.name)
+    backward_packet = getattr(torch.ops.mmdcn, f"{operator.name}_backward")
+
+    @register_flop_formula(packet)
+    def forward(*arguments, out_shape, **_) -> int:
+        named = dict(zip(operator.arguments, arguments))
+        return 2 * operator.multiply_adds(**named, output=out_shape)
+
+    @register_flop_formula(backward_packet)
+    def backward(*arguments, **_) -> int:
+        named = dict(zip(operator.backward_arguments, arguments))
+        wanted = {n for n, want in zip(operator.gradients, named.pop("output_mask")) if want}
+        passes = (operator.own_pass in wanted) + bool(wanted - {operator.own_pass})
+        shape = named.pop("grad_output")
+        missing = {name: None for name in operator.arguments if name not in named}
+        return 2 * passes * operator.multiply_adds(**named, **missing, output=shape)
