@@ -136,6 +136,13 @@ def is_whole(value: int) -> bool:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
+def flag(name: str, value: bool) -> bool:
+    """True or False, which may be written as 1 or 0."""
+    if not isinstance(value, (bool, int)) or value not in (0, 1):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
+
+
 def numbers(name: str, value: int | tuple[int, ...], rank: int, at_least: int) -> tuple[int, ...]:
     """The value as one number for each dimension."""
     if type(value) is int and value >= at_least:

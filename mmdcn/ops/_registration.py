@@ -329,7 +329,7 @@ def _second_order(operator: Operator) -> _Derivative:
     def backward(named, options, wanted, grads):
         create_graph = torch.is_grad_enabled()
         present = [name for name in differentiable if named[name] is not None]
-        if named["grad_output"].numel() == 0:
+        if named["grad_output"].numel() == 0 or named["input"].numel() == 0:
             return {name: torch.zeros_like(named[name]) for name in present}
         with torch.enable_grad():
             # A view stops what is differentiated here, and not what may be differentiated later.

@@ -15,6 +15,7 @@ from ._checks import (
     check_tensors,
     check_types,
     coordinate_dtype,
+    flag,
     is_whole,
     output_size,
     pair,
@@ -146,6 +147,7 @@ def _geometry(kernel_size, stride, padding, dilation, offset_scale, remove_cente
     padding = pair("padding", padding, at_least=0)
     dilation = pair("dilation", dilation, at_least=1)
     check_number("offset_scale", offset_scale)
+    remove_center = flag("remove_center", remove_center)
     if remove_center and (kernel_size[0] % 2 == 0 or kernel_size[1] % 2 == 0):
         raise ValueError(
             f"kernel_size: expected odd numbers where remove_center, as a kernel of even size has "
@@ -153,7 +155,7 @@ def _geometry(kernel_size, stride, padding, dilation, offset_scale, remove_cente
         )
     if remove_center and kernel_size == (1, 1):
         raise ValueError("kernel_size: expected more than one tap where remove_center, got (1, 1)")
-    return kernel_size, stride, padding, dilation, offset_scale, bool(remove_center)
+    return kernel_size, stride, padding, dilation, offset_scale, remove_center
 
 
 def _check_input(

@@ -16,6 +16,7 @@ from ._checks import (
     check_tensors,
     check_types,
     coordinate_dtype,
+    flag,
     is_whole,
     pair,
 )
@@ -91,7 +92,9 @@ def deform_roi_pool(
         torch.Size([1, 8, 7, 7])
     """
     output_size = pair("output_size", output_size, at_least=1)
+    position_sensitive = flag("position_sensitive", position_sensitive)
     _check_numbers(spatial_scale, sampling_ratio, gamma)
+    sampling_ratio = sampling_ratio if sampling_ratio > 0 else 0
     check_tensors(
         {"input": 4, "rois": 2, "offset": 4},
         optional=("offset",),

@@ -37,6 +37,8 @@ def sample(input: Tensor, *p: Tensor) -> Tensor:
         outside (-1, H) × (-1, W), gives 0 and passes no gradient.
     """
     size = input.shape[2:]
+    if 0 in size:
+        return input.new_zeros(*input.shape[:2], p[0].shape[1])
     # Comparisons with NaN are false, so `inside` also excludes what is not finite.
     inside = torch.stack([(p_d > -1) & (p_d < size_d) for p_d, size_d in zip(p, size)]).all(0)
 
