@@ -8,10 +8,17 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "sampling.h"
+
+// What torch 2.13 and newer have: the message of the error behind a call of theirs that failed.
+// Null under older releases, as it is not part of the stable ABI that we compile against.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace mmdcn {
 
@@ -51,12 +58,48 @@ const T* const_data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
+inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
+  return std::vector<int64_t>(tensor.sizes().begin(), tensor.sizes().end());
+}
+
+// Throws the error of a call of torch's that failed, made for a tensor of these sizes. What torch's
+// own check says is the call and its line here, which tells a user nothing.
+[[noreturn]] inline void throw_failure(const char* doing, const std::vector<int64_t>& size,
+                                       ScalarType type) {
+  const bool half = type == ScalarType::Half || type == ScalarType::BFloat16;
+  int64_t bytes = half ? 2 : type == ScalarType::Float ? 4 : 8;
+  std::string shape;
+  for (const int64_t length : size) {
+    if (__builtin_mul_overflow(bytes, length, &bytes)) bytes = INT64_MAX;
+    shape += (shape.empty() ? "" : ", ") + std::to_string(length);
+  }
+  std::string cause = "most likely, the device is out of memory";
+  if (torch_exception_get_what_without_backtrace != nullptr) {
+    const char* what = torch_exception_get_what_without_backtrace();
+    if (what != nullptr && *what != '\0') cause = what;
+  }
+  throw std::runtime_error(std::string("mmdcn: failed ") + doing + " of shape (" + shape + "), " +
+                           std::to_string(bytes) + " bytes: " + cause);
+}
+
+// What `make` gives, a tensor like the given one; it calls operators of torch's.
+template <typename F>
+Tensor copied(const char* doing, const Tensor& tensor, ScalarType type, const F& make) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    throw_failure(doing, sizes_of(tensor), type);
+  }
+}
+
 // What torch::stable has for these looks for its operator by name, whether there is anything to do
 // or not: small layers wait for that.
 
 // The tensor itself if it is contiguous, or else a copy that is.
 inline Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  if (tensor.is_contiguous()) return tensor;
+  return copied("to make a contiguous copy of a tensor", tensor, tensor.scalar_type(),
+                [&] { return torch::stable::contiguous(tensor); });
 }
 inline std::optional<Tensor> as_contiguous(const std::optional<Tensor>& tensor) {
   if (!tensor.has_value()) return std::nullopt;
@@ -65,7 +108,9 @@ inline std::optional<Tensor> as_contiguous(const std::optional<Tensor>& tensor) 
 
 // The tensor itself if it has this type, or else a copy that has.
 inline Tensor converted(const Tensor& tensor, ScalarType type) {
-  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+  if (tensor.scalar_type() == type) return tensor;
+  return copied("to convert a tensor", tensor, type,
+                [&] { return torch::stable::to(tensor, type); });
 }
 
 // A tensor with memory as it comes, on the device of `like`. Channels-last order is for images.
@@ -85,10 +130,11 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& size, S
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle tensor;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  const auto error = aoti_torch_empty_strided(
       dimensions, size.data(), stride.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
-      device_index, &tensor));
+      device_index, &tensor);
+  if (error != TORCH_SUCCESS) throw_failure("to allocate a tensor", size, type);
   return Tensor(tensor);
 }
 
@@ -111,10 +157,6 @@ inline int64_t outputs(const GridAxis& axis, int64_t size, int64_t kernel) {
 
 // Lengths along one dimension are counted in 32 bits.
 constexpr int64_t kTooLong = INT64_C(1) << 30;
-
-inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
-  return std::vector<int64_t>(tensor.sizes().begin(), tensor.sizes().end());
-}
 
 // Checks what a backward operator is given beside the arguments of the forward one: the gradient of
 // an output of these sizes, and which of so many gradients are wanted.

@@ -496,3 +496,52 @@ def test_errors_reach_through_transforms(call):
         torch.func.jvp(
             call.on(call.function, names), tuple(tensors.values()), tuple(tensors.values())
         )
+
+
+# What allocates more than any machine has: tensors of one element, seen through zero strides.
+HUGE = 2**14
+
+
+def seen_large(*shape: int) -> Tensor:
+    return torch.zeros(1).expand(shape)
+
+
+TOO_LARGE = {
+    "deform_conv2d": lambda: ops.deform_conv2d(
+        seen_large(HUGE, 1, HUGE, HUGE), seen_large(HUGE, 2, HUGE, HUGE), seen_large(HUGE, 1, 1, 1)
+    ),
+    "deform_conv1d": lambda: ops.deform_conv1d(
+        seen_large(HUGE, 1, HUGE**2), seen_large(HUGE, 1, HUGE**2), seen_large(HUGE, 1, 1)
+    ),
+    "deform_conv3d": lambda: ops.deform_conv3d(
+        seen_large(HUGE, 1, HUGE, HUGE, 1),
+        seen_large(HUGE, 3, HUGE, HUGE, 1),
+        seen_large(HUGE, 1, 1, 1, 1),
+    ),
+    "dcnv3": lambda: ops.dcnv3(
+        seen_large(HUGE, HUGE, HUGE, 64),
+        seen_large(HUGE, HUGE, HUGE, 2),
+        seen_large(HUGE, HUGE, HUGE, 1),
+        1,
+    ),
+    "dcnv4": lambda: ops.dcnv4(
+        seen_large(HUGE, HUGE, HUGE, 64), seen_large(HUGE, HUGE, HUGE, 3), 1
+    ),
+    "deform_roi_pool": lambda: ops.deform_roi_pool(
+        torch.zeros(1, HUGE, 2, 2), seen_large(2**26, 5), None, 64
+    ),
+}
+
+
+def test_every_function_is_asked_for_too_much():
+    assert set(TOO_LARGE) == set(ops.__all__)
+
+
+@pytest.mark.parametrize("function", TOO_LARGE)
+def test_failed_allocation_keeps_its_cause(function):
+    """What was being done or torch's own message, and no line of ours that made the call."""
+    with pytest.raises(RuntimeError) as caught:
+        TOO_LARGE[function]()
+    message = str(caught.value)
+    assert "memory" in message and "bytes" in message, message
+    assert "API call failed" not in message and ".h" not in message, message
