@@ -17,7 +17,7 @@ VERSIONS = pytest.mark.parametrize("has_mask", [False, True], ids=["v1", "v2"])
 def problem(has_mask: bool, **settings) -> tuple[list[str], list[Tensor]]:
     """Names and float64 values, with sampling points away from the kinks at integers."""
     settings = dict(groups=2, deform_groups=2) | settings
-    tensors = Problem(1, 4, 5, 6, 4, (3, 2), **GEOMETRY, has_mask=has_mask, **settings).tensors()
+    tensors = Problem(1, 4, (5, 6), 4, (3, 2), **GEOMETRY, has_mask=has_mask, **settings).tensors()
     with torch.no_grad():
         tensors["offset"].copy_(torch.rand_like(tensors["offset"]) * 0.8 + 0.1)
     names = [name for name in NAMES if tensors[name] is not None]
