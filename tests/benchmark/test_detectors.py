@@ -8,19 +8,12 @@ pytest.importorskip("mmdet")
 from mmdcn import plugin
 from mmdcn.benchmark import BenchmarkError, detectors, timing
 from mmdcn.layers import ModulatedDeformConv2d
+from tests import small_detector
 from tests.kernel_calls import KernelCalls
 
-PLAIN = """
+PLAIN = f"""
 _base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
-model = dict(
-    backbone=dict(base_channels=8),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=16),
-    rpn_head=dict(in_channels=16, feat_channels=16),
-    roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=16),
-        bbox_head=dict(in_channels=16, fc_out_channels=32, num_classes=2)),
-    train_cfg=dict(rpn_proposal=dict(max_per_img=50), rcnn=dict(sampler=dict(num=32))),
-    test_cfg=dict(rpn=dict(max_per_img=50)))
+{small_detector.MODEL}
 """
 DEFORMABLE = """
 _base_ = './plain.py'

@@ -13,15 +13,18 @@ from torch.library import opcheck
 
 from mmdcn.ops import deform_conv2d, reference
 from tests.ops.problems import (
+    DTYPES,
     NAMES,
     TOLERANCE,
     Problem,
     assert_samples_nothing,
-    compare_with_reference,
+    compare,
     divisors,
     exact,
     largest_error,
     run,
+    smallest_size,
+    wide,
 )
 
 pytestmark = [
@@ -29,20 +32,19 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
 
-DTYPES = list(TOLERANCE)
 GIB = 2**30
 
 # Shapes that the kernels for tensor cores take, where MMDCN_CUDA_KERNELS chooses those, beside
 # one that they leave to the simple kernels.
-SMALL = Problem(2, 40, 20, 21, 24)
+SMALL = Problem(2, 40, (20, 21), 24)
 TENSOR_CORE = [
-    Problem(2, 64, 20, 21, 64),
-    Problem(1, 128, 50, 84, 128, channels_last=True),
-    Problem(2, 256, 25, 42, 264, channels_last=True, has_mask=False),
-    Problem(1, 128, 19, 18, 80, groups=2, deform_groups=4, has_bias=False),
-    Problem(1, 128, 19, 18, 128, groups=4, deform_groups=2, channels_last=True),
-    Problem(3, 96, 30, 17, 8, kernel=(5, 7), padding=(2, 3), stride=(2, 1), dilation=(1, 2)),
-    Problem(2, 64, 33, 31, 72, kernel=(1, 1), padding=(0, 0), spread=20.0),
+    Problem(2, 64, (20, 21), 64),
+    Problem(1, 128, (50, 84), 128, channels_last=True),
+    Problem(2, 256, (25, 42), 264, channels_last=True, has_mask=False),
+    Problem(1, 128, (19, 18), 80, groups=2, deform_groups=4, has_bias=False),
+    Problem(1, 128, (19, 18), 128, groups=4, deform_groups=2, channels_last=True),
+    Problem(3, 96, (30, 17), 8, kernel=(5, 7), padding=(2, 3), stride=(2, 1), dilation=(1, 2)),
+    Problem(2, 64, (33, 31), 72, kernel=(1, 1), padding=(0, 0), spread=20.0),
 ]
 
 
@@ -66,12 +68,10 @@ def random_problem(seed: int) -> Problem:
     kernel, dilation, stride, padding = pair(1, 4), pair(1, 3), pair(1, 3), pair(0, 3)
     channels = draw.choice([1, 3, 4, 12, 17, 40, 64, 70, 130])
     groups = draw.choice(divisors(channels))
-    smallest = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, padding)]
     return Problem(
         batch=draw.randint(1, 3),
         channels=channels,
-        height=smallest[0] + draw.randint(0, 20),
-        width=smallest[1] + draw.randint(0, 20),
+        size=tuple(map(sum, zip(smallest_size(kernel, padding, dilation), pair(0, 20)))),
         out_channels=groups * draw.choice([1, 5, 33, 70] if groups < 8 else [1, 3]),
         kernel=kernel,
         stride=stride,
@@ -90,8 +90,7 @@ def random_problem(seed: int) -> Problem:
 
 def detached(problem: Problem, dtype: torch.dtype) -> list:
     """input, offset, weight, bias, mask on the GPU, as the compiled operator takes them."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    dtypes = {"offset": wide, "mask": wide}
+    dtypes = {"offset": wide(dtype), "mask": wide(dtype)}
     tensors = {n: t for n, t in problem.tensors(dtype, "cuda").items() if t is not None}
     tensors = {n: t.detach().to(dtypes.get(n, dtype)) for n, t in tensors.items()}
     return [tensors.get(name) for name in NAMES]
@@ -114,7 +113,7 @@ def needs_memory(gibibytes: int):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seed", range(30))
 def test_matches_reference(dtype, seed):
-    compare_with_reference(random_problem(seed), dtype, "cuda")
+    compare(random_problem(seed), dtype, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -122,10 +121,10 @@ def test_matches_reference(dtype, seed):
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"channels": 256, "out_channels": 256, "height": 50, "width": 84},
-        {"channels": 64, "out_channels": 128, "height": 25, "width": 42, "deform_groups": 64},
-        {"channels": 64, "out_channels": 64, "height": 25, "width": 42, "groups": 64},
-        {"channels": 3, "out_channels": 64, "height": 60, "width": 61, "kernel": (7, 7)},
+        {"channels": 256, "out_channels": 256, "size": (50, 84)},
+        {"channels": 64, "out_channels": 128, "size": (25, 42), "deform_groups": 64},
+        {"channels": 64, "out_channels": 64, "size": (25, 42), "groups": 64},
+        {"channels": 3, "out_channels": 64, "size": (60, 61), "kernel": (7, 7)},
     ],
     ids=lambda sizes: "-".join(map(str, sizes.values())),
 )
@@ -146,19 +145,19 @@ def test_matches_cpu_on_real_sizes(dtype, channels_last, sizes):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("problem", TENSOR_CORE, ids=str)
 def test_shapes_for_tensor_cores_match_reference(dtype, problem):
-    compare_with_reference(problem, dtype, "cuda")
+    compare(problem, dtype, device="cuda")
 
 
 @pytest.mark.parametrize("problem", TENSOR_CORE, ids=str)
 def test_tf32_matches_reference(tf32, problem):
-    compare_with_reference(problem, torch.float32, "cuda", tolerance=1e-3)
+    compare(problem, torch.float32, device="cuda", tolerance=1e-3)
 
 
 @pytest.mark.parametrize("has_mask", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize("groups, deform_groups", [(1, 1), (2, 4), (2, 1)])
 def test_gradcheck(has_mask, groups, deform_groups):
     problem = Problem(
-        *(2, 4, 5, 4, 4, (2, 3), (2, 1), (1, 1), (1, 1)), groups, deform_groups, has_mask
+        *(2, 4, (5, 4), 4, (2, 3), (2, 1), (1, 1), (1, 1)), groups, deform_groups, has_mask
     )
     tensors = problem.tensors(device="cuda")
     with torch.no_grad():  # Away from integer coordinates, where the derivative jumps.
@@ -220,8 +219,8 @@ def test_arguments_need_not_be_contiguous():
     expected = run(deform_conv2d, Problem().tensors(device="cuda"), padding=1)
     tensors = {}
     for name, tensor in Problem().tensors(device="cuda").items():
-        wide = torch.stack([tensor.detach(), torch.full_like(tensor, float("nan"))], dim=-1)
-        tensors[name] = wide[..., 0].requires_grad_()
+        pairs = torch.stack([tensor.detach(), torch.full_like(tensor, float("nan"))], dim=-1)
+        tensors[name] = pairs[..., 0].requires_grad_()
     actual = run(deform_conv2d, tensors, padding=1)
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, msg=name)
@@ -229,7 +228,7 @@ def test_arguments_need_not_be_contiguous():
 
 @pytest.mark.parametrize("wanted", NAMES)
 def test_each_gradient_alone(wanted):
-    problem = Problem(1, 40, 6, 5, 6)
+    problem = Problem(1, 40, (6, 5), 6)
     expected = run(deform_conv2d, problem.tensors(device="cuda"), padding=1)
     tensors = problem.tensors(device="cuda")
     for name, tensor in tensors.items():
@@ -237,7 +236,7 @@ def test_each_gradient_alone(wanted):
     actual = run(deform_conv2d, tensors, padding=1)
     error = largest_error(actual[f"grad_{wanted}"], expected[f"grad_{wanted}"])
     assert error <= TOLERANCE[torch.float64]
-    assert all(actual[f"grad_{name}"] is None for name in NAMES if name != wanted)
+    assert actual.keys() == {"output", f"grad_{wanted}"}
 
 
 def test_input_of_more_than_2_31_elements():
@@ -309,7 +308,7 @@ def test_autocast():
 
 
 def test_all_but_grad_input_are_deterministic():
-    problem = Problem(2, 130, 40, 41, 70, deform_groups=2)
+    problem = Problem(2, 130, (40, 41), 70, deform_groups=2)
     first, second = (
         run(deform_conv2d, problem.tensors(torch.float32, "cuda"), padding=1) for _ in range(2)
     )
@@ -340,13 +339,13 @@ def test_all_are_deterministic_where_torch_is(deterministic_algorithms, tf32, dt
 def test_deterministic_gradients_match_reference(deterministic_algorithms, dtype, problem):
     # In fixed point sums have fewer bits than in float64.
     tolerance = {**TOLERANCE, torch.float64: 1e-9}[dtype]
-    compare_with_reference(problem, dtype, "cuda", tolerance)
+    compare(problem, dtype, device="cuda", tolerance=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_current_stream_is_used(tf32, dtype):
     """Work queued on another stream before the call is waited for, without any synchronisation."""
-    problem = Problem(2, 32, 20, 21, 32)
+    problem = Problem(2, 32, (20, 21), 32)
     tensors = problem.tensors(dtype, "cuda")
     expected = run(deform_conv2d, tensors, padding=1)
     late = {name: torch.full_like(t, float("nan")) for name, t in tensors.items()}
@@ -444,7 +443,7 @@ def test_cuda_graph(problem, dtype, deterministic):
 @pytest.mark.parametrize("batch", [1, 8, 32])
 def test_no_column_buffer_in_memory(dtype, channels_last, deterministic, batch):
     """Beyond what goes in and comes out, a call takes less than 64 MB at any batch."""
-    problem = Problem(batch, 128, 100, 168, 128, channels_last=channels_last, float32_offset=True)
+    problem = Problem(batch, 128, (100, 168), 128, channels_last=channels_last, float32_offset=True)
     with needs_memory(8):
         x, offset, weight, bias, mask = detached(problem, dtype)
         geometry = ([1, 1], [1, 1], [1, 1])

@@ -13,20 +13,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from mmdcn.ops import _library, reference
+from mmdcn.ops import _library
 from mmdcn.ops.deform_conv import _cuda_multiplies_in_tf32 as multiplies_in_tf32
 from tests.ops.problems import (
+    DTYPES,
     NAMES,
     TOLERANCE,
     Problem,
     assert_samples_nothing,
-    exact,
+    compare,
     largest_error,
     problems,
     run,
+    wide,
 )
 
-DTYPES = list(TOLERANCE)
 # What the kernels for tensor cores compute, and how far from exact: float32 in TF32, with 11 bits.
 TENSOR_CORE_TOLERANCE = {**TOLERANCE, torch.float32: 1e-3}
 del TENSOR_CORE_TOLERANCE[torch.float64]
@@ -41,9 +42,8 @@ class HostDeformConv2d(torch.autograd.Function):
     def forward(
         ctx, input, offset, weight, bias, stride, padding, dilation, mask, tf32, deterministic
     ):
-        wide = torch.float64 if input.dtype == torch.float64 else torch.float32
-        offset = offset.to(wide)
-        mask = None if mask is None else mask.to(wide)
+        offset = offset.to(wide(input.dtype))
+        mask = None if mask is None else mask.to(wide(input.dtype))
         ctx.geometry = [list(_pair(pair)) for pair in (stride, padding, dilation)]
         ctx.options = {"allow_tf32": tf32, "deterministic": deterministic}
         ctx.save_for_backward(input, offset, weight, mask)
@@ -83,28 +83,16 @@ def host_deform_conv2d(
     )
 
 
-def compare(
+def compare_host(
     problem: Problem, dtype: torch.dtype, tolerance: dict = TOLERANCE, **options: bool
 ) -> None:
-    """Forward and every gradient against the reference in float64."""
-    tensors = problem.tensors(dtype)
-    shape = (problem.batch, problem.out_channels, *problem.out_size)
-    grad_output = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    actual = run(host_deform_conv2d, tensors, grad_output, **problem.arguments(), **options)
-    expected = run(
-        reference.deform_conv2d, exact(tensors), grad_output.double(), **problem.arguments()
-    )
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        assert actual[name].dtype == (dtype if name == "output" else tensors[name[5:]].dtype)
-        error = largest_error(actual[name], value)
-        assert error <= tolerance[dtype], f"{name} of {problem}: error {error:.2e}"
+    compare(problem, dtype, host_deform_conv2d, tolerance=tolerance[dtype], **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(problem=problems())
 def test_matches_reference(host_operators, dtype, problem):
-    compare(problem, dtype)
+    compare_host(problem, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -112,18 +100,18 @@ def test_matches_reference(host_operators, dtype, problem):
     "problem",
     [
         # Several tiles in every dimension: pixels, output channels, channels of an offset group.
-        Problem(2, 130, 15, 14, 131, channels_last=True),
-        Problem(1, 192, 9, 8, 70, deform_groups=2),
+        Problem(2, 130, (15, 14), 131, channels_last=True),
+        Problem(1, 192, (9, 8), 70, deform_groups=2),
         # Offset groups that share a tile; some go on in the next group of the convolution.
-        Problem(1, 120, 9, 8, 12, groups=2, deform_groups=3),
-        Problem(1, 96, 9, 8, 24, groups=24, deform_groups=12),
-        Problem(1, 96, 9, 8, 24, groups=3, deform_groups=96, spread=20.0),
-        Problem(1, 3, 20, 70, 5, kernel=(7, 7), padding=(3, 3), stride=(2, 2)),
+        Problem(1, 120, (9, 8), 12, groups=2, deform_groups=3),
+        Problem(1, 96, (9, 8), 24, groups=24, deform_groups=12),
+        Problem(1, 96, (9, 8), 24, groups=3, deform_groups=96, spread=20.0),
+        Problem(1, 3, (20, 70), 5, kernel=(7, 7), padding=(3, 3), stride=(2, 2)),
     ],
     ids=str,
 )
 def test_matches_reference_across_tiles(host_operators, dtype, problem):
-    compare(problem, dtype)
+    compare_host(problem, dtype)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, -1e30, 3e9])
@@ -137,7 +125,7 @@ def test_offsets_that_reach_nothing(host_operators, dtype, value):
 
 @pytest.mark.parametrize("wanted", range(16))
 def test_gradients_not_asked_for_are_empty(host_operators, wanted):
-    problem = Problem(1, 40, 6, 5, 6)
+    problem = Problem(1, 40, (6, 5), 6)
     tensors = {name: tensor.detach() for name, tensor in problem.tensors().items()}
     x, offset, weight, _, mask = (tensors[name] for name in NAMES)
     grad_output = torch.randn(1, 6, 6, 5, dtype=torch.float64)
@@ -156,8 +144,9 @@ def test_gradients_not_asked_for_are_empty(host_operators, wanted):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_to_sum(host_operators, dtype, batch, out_channels):
     """An empty batch, and an input without pixels under a padding that gives outputs."""
-    problem = Problem(batch=batch, out_channels=out_channels, height=0 if batch else 7)
-    problem.padding = (2, 1)
+    problem = Problem(
+        batch=batch, out_channels=out_channels, size=(0 if batch else 7, 8), padding=(2, 1)
+    )
     tensors = problem.tensors(dtype)
     results = run(host_deform_conv2d, tensors, **problem.arguments())
     assert results["output"].shape == (batch, out_channels, *problem.out_size)
@@ -200,7 +189,7 @@ def test_layouts_are_the_fake_kernels(host_operators, dtype, channels_last):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(problem=problems())
 def test_deterministic_gradients_match_reference(host_operators, dtype, problem):
-    compare(problem, dtype, DETERMINISTIC_TOLERANCE, deterministic=True)
+    compare_host(problem, dtype, DETERMINISTIC_TOLERANCE, deterministic=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -255,7 +244,7 @@ def tensor_core_problems(draw) -> Problem:
 
 def compare_on_tensor_cores(tensor_cores, problem: Problem, dtype: torch.dtype, **options) -> None:
     with tensor_cores() as launches:
-        compare(problem, dtype, TENSOR_CORE_TOLERANCE, allow_tf32=True, **options)
+        compare_host(problem, dtype, TENSOR_CORE_TOLERANCE, allow_tf32=True, **options)
         assert launches() >= 3  # forward, backward to data and to weight
 
 
@@ -270,12 +259,12 @@ def test_tensor_cores_match_reference(tensor_cores, dtype, problem, deterministi
     "problem",
     [
         # Several tiles in every dimension, and in each of the sizes that tiles have.
-        Problem(1, 64, 15, 14, 64, channels_last=True),
-        Problem(1, 160, 13, 12, 264, channels_last=True),
-        Problem(2, 160, 9, 8, 136, deform_groups=5),
-        Problem(1, 256, 9, 8, 144, groups=2, deform_groups=8, has_mask=False),
+        Problem(1, 64, (15, 14), 64, channels_last=True),
+        Problem(1, 160, (13, 12), 264, channels_last=True),
+        Problem(2, 160, (9, 8), 136, deform_groups=5),
+        Problem(1, 256, (9, 8), 144, groups=2, deform_groups=8, has_mask=False),
         # More taps than fit the table of sampling points.
-        Problem(1, 32, 20, 21, 8, kernel=(5, 7), padding=(2, 3), stride=(2, 2)),
+        Problem(1, 32, (20, 21), 8, kernel=(5, 7), padding=(2, 3), stride=(2, 2)),
     ],
     ids=str,
 )
@@ -297,7 +286,7 @@ def test_tensor_cores_with_offsets_that_reach_nothing(tensor_cores, value):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_tensor_cores_do_not_read_what_counts_for_nothing(tensor_cores, backward):
     """Pixels that no sample reaches may hold anything."""
-    tensors = Problem(1, 32, 6, 6, 8, channels_last=True).tensors(torch.float16)
+    tensors = Problem(1, 32, (6, 6), 8, channels_last=True).tensors(torch.float16)
     with torch.no_grad():
         # Samples lie on pixels, so forward passes need one row only, and slopes the next one too.
         tensors["offset"].zero_()
@@ -311,7 +300,7 @@ def test_tensor_cores_do_not_read_what_counts_for_nothing(tensor_cores, backward
 
 @pytest.mark.parametrize("wanted", range(16))
 def test_tensor_cores_compute_what_is_asked_for(tensor_cores, wanted):
-    problem = Problem(1, 32, 6, 5, 8)
+    problem = Problem(1, 32, (6, 5), 8)
     tensors = {name: t.detach() for name, t in problem.tensors(torch.float32).items()}
     x, offset, weight, _, mask = (tensors[name] for name in NAMES)
     grad_output = torch.randn(1, 8, 6, 5)
@@ -330,7 +319,7 @@ def test_tensor_cores_compute_what_is_asked_for(tensor_cores, wanted):
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 def test_tensor_cores_take_addresses_that_are_not_aligned(tensor_cores, channels_last):
-    problem = Problem(1, 32, 6, 5, 8, channels_last=channels_last, weight_channels_last=True)
+    problem = Problem(1, 32, (6, 5), 8, channels_last=channels_last, weight_channels_last=True)
     tensors = problem.tensors(torch.float16)
     with tensor_cores():
         expected = run(host_deform_conv2d, tensors, padding=1)
@@ -347,24 +336,24 @@ def test_tensor_cores_take_addresses_that_are_not_aligned(tensor_cores, channels
 @pytest.mark.parametrize(
     "problem",
     [
-        Problem(1, 33, 6, 5, 8),
-        Problem(1, 32, 6, 5, 6),
-        Problem(1, 64, 6, 5, 8, deform_groups=4),
-        Problem(1, 192, 6, 5, 16, groups=2, deform_groups=3),
+        Problem(1, 33, (6, 5), 8),
+        Problem(1, 32, (6, 5), 6),
+        Problem(1, 64, (6, 5), 8, deform_groups=4),
+        Problem(1, 192, (6, 5), 16, groups=2, deform_groups=3),
     ],
     ids=str,
 )
 def test_other_problems_are_left_to_the_simple_kernels(tensor_cores, problem):
     with tensor_cores() as launches:
-        compare(problem, torch.bfloat16)
+        compare_host(problem, torch.bfloat16)
         assert launches() == 0
 
 
 def test_float32_is_multiplied_in_tf32_only_where_allowed(tensor_cores):
-    problem = Problem(1, 32, 6, 5, 8)
+    problem = Problem(1, 32, (6, 5), 8)
     with tensor_cores() as launches:
-        compare(problem, torch.float32)
-        compare(problem, torch.float64, allow_tf32=True)
+        compare_host(problem, torch.float32)
+        compare_host(problem, torch.float64, allow_tf32=True)
         assert launches() == 0
 
 

@@ -17,23 +17,19 @@ from torch import nn
 
 from mmdcn.engine import export
 from mmdcn.engine.preflight import ConfigError
+from tests import small_detector
 
-MASKS = """
+MASKS = f"""
 _base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
 custom_imports = dict(imports=['mmdcn'], allow_failed_imports=False)
-model = dict(
-    backbone=dict(
-        base_channels=8,
-        init_cfg=None,
-        dcn=dict(type='DCNv2', deform_groups=1, fallback_on_stride=False),
-        stage_with_dcn=(False, False, True, True)),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=16),
-    rpn_head=dict(in_channels=16, feat_channels=16),
-    roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=16),
-        bbox_head=dict(in_channels=16, fc_out_channels=32, num_classes=2),
-        mask_roi_extractor=dict(out_channels=16),
-        mask_head=dict(in_channels=16, conv_out_channels=16, num_convs=1, num_classes=2)))
+{small_detector.MODEL}
+model['backbone'].update(
+    init_cfg=None,
+    dcn=dict(type='DCNv2', deform_groups=1, fallback_on_stride=False),
+    stage_with_dcn=(False, False, True, True))
+model['roi_head'].update(
+    mask_roi_extractor=dict(out_channels=16),
+    mask_head=dict(in_channels=16, conv_out_channels=16, num_convs=1, num_classes=2))
 """
 
 

@@ -1,13 +1,16 @@
-"""Randomly drawn problems of deformable convolution, and their comparison with the reference."""
+"""Randomly drawn problems of deformable convolution, and what the other operators' share with them:
+how values are drawn, and the comparison with the reference."""
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmdcn.ops import deform_conv2d, reference
+from mmdcn.ops import deform_conv1d, deform_conv2d, deform_conv3d, reference
 
 # Allowed error relative to the largest element. The reference computes in float64 on the same,
 # already rounded inputs, so this is rounding of results and accumulation only.
@@ -17,25 +20,100 @@ TOLERANCE = {
     torch.float16: 2e-3,
     torch.bfloat16: 1.6e-2,
 }
+DTYPES = list(TOLERANCE)
 NAMES = ("input", "offset", "weight", "bias", "mask")
+FUNCTIONS = {1: deform_conv1d, 2: deform_conv2d, 3: deform_conv3d}
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """That in which the compiled operators take coordinates beside features of this dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rounded(values: Tensor, digits: int) -> Tensor:
+    """Rounded to so many binary digits, that float32 computes coordinates exactly.
+
+    A rounding that moves a sample across an integer, where the gradient jumps, is no error.
+    """
+    return (values * 2**digits).round() / 2**digits
+
+
+# --------------------------------------------------------------------------------------- problems
 
 
 @dataclasses.dataclass
-class Problem:
-    """Sizes of one call; `kernel` to `dilation` are (height, width).
+class OperatorProblem:
+    """What the problems of every operator have; tuples are by dimension, outermost first.
 
-    `channels_last` is of the input, `points_channels_last` of offset and mask.
+    `float32_offset` is of everything but features and weights. A subclass has `function` and
+    `expected`, the operator and its reference, `out_shape`, `tensors()` and `arguments()`.
     """
 
     batch: int = 2
     channels: int = 4
-    height: int = 7
-    width: int = 8
+    size: tuple[int, ...] = (7, 8)
+    _: dataclasses.KW_ONLY
+    float32_offset: bool = False
+    spread: float = 2.0
+    seed: int = 0
+
+    @property
+    def rank(self) -> int:
+        return len(self.size)
+
+    @property
+    def channels_last_tensors(self) -> set[str]:
+        return set()
+
+    def draws(self) -> tuple[torch.Generator, Callable[..., Tensor]]:
+        """What draws this problem's values, and the normal distribution drawn from it."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return generator, functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+
+    def leaves(self, values: dict, dtype: torch.dtype, device: str) -> dict:
+        """These values as the problem has them; all but RoIs require gradients."""
+        coordinates = wide(dtype) if self.float32_offset else dtype
+        tensors = dict(values)
+        for name, tensor in values.items():
+            if tensor is not None:
+                is_feature = name in ("input", "weight", "bias")
+                tensor = tensor.to(device, dtype if is_feature else coordinates)
+                if name in self.channels_last_tensors:
+                    tensor = tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+                tensors[name] = tensor.requires_grad_(name != "rois")
+        return tensors
+
+
+class WindowProblem(OperatorProblem):
+    """One whose kernel slides over the input; an int stands for the same in every dimension."""
+
+    def __post_init__(self) -> None:
+        for name in ("kernel", "stride", "padding", "dilation"):
+            if isinstance(getattr(self, name), int):
+                setattr(self, name, (getattr(self, name),) * self.rank)
+
+    @property
+    def out_size(self) -> tuple[int, ...]:
+        return tuple(
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, p, d, k, s in zip(
+                self.size, self.padding, self.dilation, self.kernel, self.stride
+            )
+        )
+
+
+@dataclasses.dataclass
+class Problem(WindowProblem):
+    """Sizes of one call of deformable convolution, over as many dimensions as `size` has.
+
+    `channels_last` is of the input, `points_channels_last` of offset and mask.
+    """
+
     out_channels: int = 6
-    kernel: tuple[int, int] = (3, 3)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
+    kernel: int | tuple[int, ...] = 3
+    stride: int | tuple[int, ...] = 1
+    padding: int | tuple[int, ...] = 1
+    dilation: int | tuple[int, ...] = 1
     groups: int = 1
     deform_groups: int = 1
     has_mask: bool = True
@@ -43,50 +121,36 @@ class Problem:
     channels_last: bool = False
     points_channels_last: bool = False
     weight_channels_last: bool = False
-    float32_offset: bool = False
-    spread: float = 2.0
-    seed: int = 0
+
+    expected = staticmethod(reference.deform_conv_nd)
 
     @property
-    def out_size(self) -> tuple[int, int]:
-        return tuple(
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, p, d, k, s in zip(
-                (self.height, self.width), self.padding, self.dilation, self.kernel, self.stride
-            )
-        )
+    def function(self) -> Callable[..., Tensor]:
+        return FUNCTIONS[self.rank]
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return (self.batch, self.out_channels, *self.out_size)
 
     def tensors(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict:
         """input, offset, weight, bias and mask as leaves that require gradients."""
-        generator = torch.Generator().manual_seed(self.seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-        taps = self.kernel[0] * self.kernel[1]
-        samples = (self.batch, self.deform_groups * taps, *self.out_size)
-        fan_in = self.channels // self.groups * taps
-        tensors = {
-            "input": normal(self.batch, self.channels, self.height, self.width),
-            # Multiples of 2^-12: float32 then adds them to the grid without rounding. A rounding
-            # that moves a sample across an integer, where the gradient jumps, is no error.
-            "offset": (self.spread * normal(self.batch, 2 * samples[1], *self.out_size) * 4096)
-            .round()
-            .div(4096),
-            "weight": normal(self.out_channels, self.channels // self.groups, *self.kernel)
-            / fan_in**0.5,
+        _, normal = self.draws()
+        taps = math.prod(self.kernel)
+        samples = self.deform_groups * taps
+        group_channels = self.channels // self.groups
+        values = {
+            "input": normal(self.batch, self.channels, *self.size),
+            "offset": rounded(
+                self.spread * normal(self.batch, self.rank * samples, *self.out_size), 12
+            ),
+            "weight": normal(self.out_channels, group_channels, *self.kernel)
+            / (group_channels * taps) ** 0.5,
             "bias": normal(self.out_channels) if self.has_bias else None,
-            "mask": normal(*samples).sigmoid() if self.has_mask else None,
+            "mask": normal(self.batch, samples, *self.out_size).sigmoid()
+            if self.has_mask
+            else None,
         }
-        wide = torch.float32 if self.float32_offset and dtype != torch.float64 else dtype
-        for name, tensor in tensors.items():
-            if tensor is None:
-                continue
-            tensor = tensor.to(device, wide if name in ("offset", "mask") else dtype)
-            if name in self.channels_last_tensors:
-                tensor = tensor.contiguous(memory_format=torch.channels_last)
-            tensors[name] = tensor.requires_grad_()
-        return tensors
+        return self.leaves(values, dtype, device)
 
     @property
     def channels_last_tensors(self) -> set[str]:
@@ -102,25 +166,35 @@ class Problem:
         return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
 
 
+LINE = Problem(size=(9,))
+VOLUME = Problem(size=(4, 5, 6))
+
+
 def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
+def smallest_size(kernel, padding, dilation) -> list[int]:
+    """Of an input on which the kernel has a place."""
+    return [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, padding)]
+
+
 @st.composite
-def problems(draw) -> Problem:
+def problems(draw, ranks: tuple[int, ...] = (2,)) -> Problem:
     """Problems that fit in a test, of every kind that the operator takes."""
-    pair = lambda low, high: st.tuples(st.integers(low, high), st.integers(low, high))  # noqa: E731
-    kernel, dilation = draw(pair(1, 4)), draw(pair(1, 3))
-    stride, padding = draw(pair(1, 3)), draw(pair(0, 3))
+    rank = draw(st.sampled_from(ranks))
+    each = lambda low, high: st.tuples(*[st.integers(low, high)] * rank)  # noqa: E731
+    largest = 3 if rank == 3 else 4  # The reference would take long over larger volumes.
+    kernel, dilation = draw(each(1, largest)), draw(each(1, largest - 1))
+    stride, padding = draw(each(1, 3)), draw(each(0, largest - 1))
     # Sizes around 16, 32 and 64 cross the borders of registers and of blocks of channels.
     channels = draw(st.sampled_from([1, 2, 3, 4, 6, 12, 17, 32, 40, 70]))
     groups = draw(st.sampled_from(divisors(channels)))
-    smallest = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, padding)]
+    more = draw(each(0, {1: 20, 2: 8, 3: 3}[rank]))
     return Problem(
         batch=draw(st.integers(1, 3)),
         channels=channels,
-        height=smallest[0] + draw(st.integers(0, 8)),
-        width=smallest[1] + draw(st.integers(0, 8)),
+        size=tuple(map(sum, zip(smallest_size(kernel, padding, dilation), more))),
         out_channels=groups * draw(st.sampled_from([1, 2, 3, 5, 17, 33] if groups < 8 else [1, 2])),
         kernel=kernel,
         stride=stride,
@@ -137,6 +211,9 @@ def problems(draw) -> Problem:
         spread=draw(st.sampled_from([0.3, 2.0, 20.0])),
         seed=draw(st.integers(0, 2**31)),
     )
+
+
+# ------------------------------------------------------------------------------------- comparison
 
 
 def largest_error(actual: Tensor, expected: Tensor) -> float:
@@ -156,15 +233,19 @@ def run(function, tensors: dict, grad_output: Tensor | None = None, **arguments)
     output.backward(grad_output.to(output.device, output.dtype))
     results = {"output": output.detach()}
     for name, tensor in tensors.items():
-        if tensor is not None:
+        if tensor is not None and tensor.requires_grad:
             results[f"grad_{name}"] = tensor.grad
+        else:
+            assert tensor is None or tensor.grad is None, name
     return results
 
 
 def exact(tensors: dict) -> dict:
     """The same values in float64 on the CPU, as new leaves."""
     return {
-        name: None if t is None else t.detach().double().cpu().contiguous().requires_grad_()
+        name: None
+        if t is None
+        else t.detach().double().cpu().contiguous().requires_grad_(t.requires_grad)
         for name, t in tensors.items()
     }
 
@@ -172,40 +253,36 @@ def exact(tensors: dict) -> dict:
 def assert_samples_nothing(function, tensors: dict, **arguments) -> None:
     """The output is the bias, and no gradient passes through the samples."""
     results = run(function, tensors, **arguments)
-    bias = tensors["bias"].detach().view(1, -1, 1, 1)
-    assert torch.equal(results["output"], bias.expand_as(results["output"]))
+    output = results["output"]
+    bias = tensors["bias"].detach().view(-1, *[1] * (output.ndim - 2))
+    assert torch.equal(output, bias.expand_as(output))
     for name in ("input", "offset", "weight", "mask"):
         assert results[f"grad_{name}"].shape == tensors[name].shape
         assert torch.count_nonzero(results[f"grad_{name}"]) == 0, name
 
 
 def compare(
-    problem,
-    shape: tuple[int, ...],
+    problem: OperatorProblem,
     dtype: torch.dtype,
-    function: Callable[..., Tensor],
-    expected: Callable[..., Tensor],
+    function: Callable[..., Tensor] | None = None,
     device: str = "cpu",
     tolerance: float | None = None,
+    **options: bool,
 ) -> None:
-    """Forward, into a result of this shape, and every gradient against the reference in float64."""
+    """Forward and every gradient against the reference in float64, which knows no options."""
     tolerance = tolerance or TOLERANCE[dtype]
     tensors = problem.tensors(dtype, device)
     # Rounded once, so that both sides differentiate along the same direction.
-    grad_output = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    actual = run(function, tensors, grad_output, **problem.arguments())
-    wanted = run(expected, exact(tensors), grad_output.double(), **problem.arguments())
-    assert actual["output"].shape == shape
-    assert actual["output"].dtype == dtype
+    grad_output = torch.randn(problem.out_shape, generator=torch.Generator().manual_seed(1))
+    grad_output = grad_output.to(dtype)
+    arguments = problem.arguments()
+    actual = run(function or problem.function, tensors, grad_output, **arguments, **options)
+    wanted = run(problem.expected, exact(tensors), grad_output.double(), **arguments)
+    assert actual["output"].shape == problem.out_shape
     assert actual.keys() == wanted.keys()
     for name, value in wanted.items():
+        assert actual[name].dtype == (
+            dtype if name == "output" else tensors[name.removeprefix("grad_")].dtype
+        )
         error = largest_error(actual[name], value)
         assert error <= tolerance, f"{name} of {problem}: error {error:.2e}"
-
-
-def compare_with_reference(
-    problem: Problem, dtype: torch.dtype, device: str = "cpu", tolerance: float | None = None
-) -> None:
-    """Forward and every gradient against the reference in float64."""
-    shape = (problem.batch, problem.out_channels, *problem.out_size)
-    compare(problem, shape, dtype, deform_conv2d, reference.deform_conv2d, device, tolerance)

@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from torch.library import opcheck
 
 from mmdcn.ops import dcnv3, dcnv4, reference
-from tests.ops.aggregate_problems import AggregateProblem, aggregate_problems, compare_aggregate
-from tests.ops.problems import TOLERANCE, exact, largest_error, run
+from tests.ops.aggregate_problems import AggregateProblem, aggregate_problems
+from tests.ops.problems import DTYPES, TOLERANCE, compare, exact, largest_error, run, wide
 
-DTYPES = list(TOLERANCE)
 NAMES = ("input", "offset", "mask")
 
 
@@ -22,7 +21,7 @@ NAMES = ("input", "offset", "mask")
 def test_reference_is_the_papers_equation():
     """The oracle itself, against sums over all integer positions q, written out with loops."""
     problem = AggregateProblem(
-        1, 4, 4, 5, (3, 3), (2, 1), (1, 2), (1, 2), 2, 0.5, remove_center=True
+        1, 4, (4, 5), (3, 3), (2, 1), (1, 2), (1, 2), 2, 0.5, remove_center=True
     )
     tensors = {name: t.detach() for name, t in problem.tensors().items()}
     x, offset, mask = (tensors[name] for name in NAMES)
@@ -51,7 +50,7 @@ def test_reference_is_the_papers_equation():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(problem=aggregate_problems())
 def test_matches_reference(dtype, problem):
-    compare_aggregate(problem, dtype)
+    compare(problem, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -68,7 +67,7 @@ def test_matches_reference(dtype, problem):
     ids=str,
 )
 def test_matches_reference_across_blocks(dtype, problem):
-    compare_aggregate(problem, dtype)
+    compare(problem, dtype)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -124,7 +123,7 @@ def test_one_tap_per_channel_is_a_depthwise_convolution():
 @pytest.mark.parametrize("remove_center", [False, True])
 def test_gradcheck(remove_center):
     problem = AggregateProblem(
-        1, 4, 4, 3, (3, 3), (2, 1), (1, 1), (1, 1), 2, 0.5, remove_center=remove_center
+        1, 4, (4, 3), (3, 3), (2, 1), (1, 1), (1, 1), 2, 0.5, remove_center=remove_center
     )
     tensors = problem.tensors()
     with torch.no_grad():  # Away from integer coordinates, where the derivative jumps.
@@ -145,7 +144,7 @@ def test_gradcheck(remove_center):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 6e4, 1e30, -1e30])
 def test_offsets_that_reach_nothing(dtype, value):
     """Whatever the coordinate and the modulation, the sample is zero; so is every gradient."""
-    problem = AggregateProblem(float32_points=True)
+    problem = AggregateProblem(float32_offset=True)
     tensors = problem.tensors(dtype)
     with torch.no_grad():
         tensors["offset"].fill_(value)
@@ -203,15 +202,15 @@ def test_each_gradient_alone(wanted, channels):
         tensor.requires_grad_(name == wanted)
     actual = run(dcnv3, tensors, **problem.arguments())
     assert torch.equal(actual[f"grad_{wanted}"], expected[f"grad_{wanted}"])
-    assert all(actual[f"grad_{name}"] is None for name in NAMES if name != wanted)
+    assert actual.keys() == {"output", f"grad_{wanted}"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "problem",
     [
-        AggregateProblem(channels=64, group=4, height=40, width=41),
-        AggregateProblem(channels=200, group=1, height=30, width=31),
+        AggregateProblem(channels=64, group=4, size=(40, 41)),
+        AggregateProblem(channels=200, group=1, size=(30, 31)),
     ],
     ids=str,
 )
@@ -231,10 +230,9 @@ def test_same_bits_for_any_number_of_threads(problem, dtype):
 
 def compiled_arguments(dtype: torch.dtype) -> tuple:
     """What the compiled operator takes."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
     x, offset, mask = AggregateProblem().tensors(dtype).values()
     offset, mask = (
-        t.detach().to(wide).unflatten(3, (2, -1)).contiguous().requires_grad_()
+        t.detach().to(wide(dtype)).unflatten(3, (2, -1)).contiguous().requires_grad_()
         for t in (offset, mask)
     )
     return x, offset, mask, [3, 3], [1, 1], [1, 1], [1, 1], 1.0, False
@@ -330,7 +328,7 @@ def test_autocast_casts_features_and_leaves_coordinates():
 def test_compile_in_one_graph(function):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
     for height in (7, 9):
-        problem = AggregateProblem(height=height)
+        problem = AggregateProblem(size=(height, 8))
         make = problem.tensors if function is dcnv3 else problem.packed
         expected = run(function, make(), **problem.arguments())
         actual = run(compiled, make(), **problem.arguments())

@@ -14,26 +14,24 @@ from torch.library import opcheck
 
 from mmdcn.ops import deform_conv2d, reference
 from tests.ops.problems import (
+    DTYPES,
     NAMES,
-    TOLERANCE,
     Problem,
     assert_samples_nothing,
-    compare_with_reference,
+    compare,
     exact,
     largest_error,
     problems,
     run,
+    wide,
 )
-
-DTYPES = list(TOLERANCE)
-
 
 # ------------------------------------------------------------------------------- the mathematics
 
 
 def test_reference_is_equations_2_to_4():
     """The oracle itself, against sums over all integer positions q, written out with loops."""
-    problem = Problem(1, 2, 4, 5, 2, (2, 3), (2, 1), (1, 1), (1, 2), 1, 2)
+    problem = Problem(1, 2, (4, 5), 2, (2, 3), (2, 1), (1, 1), (1, 2), 1, 2)
     tensors = {name: t.detach() for name, t in problem.tensors().items()}
     x, offset, weight, bias, mask = (tensors[name] for name in NAMES)
     actual = reference.deform_conv2d(**tensors, **problem.arguments())
@@ -60,68 +58,68 @@ def test_reference_is_equations_2_to_4():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(problem=problems())
 def test_matches_reference(dtype, problem):
-    compare_with_reference(problem, dtype)
+    compare(problem, dtype)
 
 
 @pytest.mark.parametrize(
     "problem",
     [
         # Two blocks of channels share an offset group, over more than one span of pixels.
-        Problem(1, 130, 48, 50, 5, channels_last=True),
+        Problem(1, 130, (48, 50), 5, channels_last=True),
         # Blocks that end in the middle of an offset group.
-        Problem(2, 96, 12, 11, 8, deform_groups=2),
+        Problem(2, 96, (12, 11), 8, deform_groups=2),
         # Offset groups of an odd number of channels, where bfloat16 is multiplied in pairs; taps
         # that are multiplied in several parts, of different sizes.
-        Problem(1, 15, 12, 11, 8, deform_groups=3, weight_channels_last=True),
-        Problem(1, 105, 9, 8, 4, kernel=(5, 3), padding=(2, 1), points_channels_last=True),
+        Problem(1, 15, (12, 11), 8, deform_groups=3, weight_channels_last=True),
+        Problem(1, 105, (9, 8), 4, kernel=(5, 3), padding=(2, 1), points_channels_last=True),
         # Groups and offset groups that do not divide each other; an offset group per channel.
-        Problem(1, 12, 7, 8, 6, groups=2, deform_groups=3),
-        Problem(1, 12, 7, 8, 24, groups=4, deform_groups=6, spread=20.0),
-        Problem(1, 24, 7, 8, 24, groups=24, deform_groups=24),
+        Problem(1, 12, (7, 8), 6, groups=2, deform_groups=3),
+        Problem(1, 12, (7, 8), 24, groups=4, deform_groups=6, spread=20.0),
+        Problem(1, 24, (7, 8), 24, groups=24, deform_groups=24),
         # Few channels to an offset group: more than a span of tiles, and more groups than are
         # sampled together.
-        Problem(1, 70, 30, 31, 4, groups=2, deform_groups=70, points_channels_last=True),
-        Problem(2, 70, 30, 31, 4, groups=2, deform_groups=35, channels_last=True),
-        Problem(1, 7, 20, 3, 9, kernel=(7, 1), padding=(3, 0)),
+        Problem(1, 70, (30, 31), 4, groups=2, deform_groups=70, points_channels_last=True),
+        Problem(2, 70, (30, 31), 4, groups=2, deform_groups=35, channels_last=True),
+        Problem(1, 7, (20, 3), 9, kernel=(7, 1), padding=(3, 0)),
         # Weights so large that each block's are packed anew for each span and each image.
-        Problem(1, 350, 48, 40, 350, channels_last=True),
-        Problem(2, 350, 6, 7, 700, groups=2),
+        Problem(1, 350, (48, 40), 350, channels_last=True),
+        Problem(2, 350, (6, 7), 700, groups=2),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_reference_across_blocks(dtype, problem):
-    compare_with_reference(problem, dtype)
+    compare(problem, dtype)
 
 
 @pytest.mark.parametrize(
     "problem",
     [
         # The window rolls down the image; samples lie inside it, and far outside.
-        Problem(2, 20, 70, 9, 5, spread=1.0),
-        Problem(2, 20, 70, 9, 5, spread=25.0),
-        Problem(1, 20, 70, 9, 5, stride=(3, 2), dilation=(4, 2), deform_groups=2, spread=9.0),
+        Problem(2, 20, (70, 9), 5, spread=1.0),
+        Problem(2, 20, (70, 9), 5, spread=25.0),
+        Problem(1, 20, (70, 9), 5, stride=(3, 2), dilation=(4, 2), deform_groups=2, spread=9.0),
         # Wide images are worked through in several strips.
-        Problem(1, 64, 24, 450, 3, spread=6.0),
-        Problem(2, 64, 24, 451, 3, stride=(2, 1), spread=40.0, points_channels_last=True),
+        Problem(1, 64, (24, 450), 3, spread=6.0),
+        Problem(2, 64, (24, 451), 3, stride=(2, 1), spread=40.0, points_channels_last=True),
         # So many channels that the window shows little more than the grid itself.
-        Problem(1, 1100, 30, 40, 2, groups=2, spread=3.0),
+        Problem(1, 1100, (30, 40), 2, groups=2, spread=3.0),
         # So many output channels to so few pixels that each thread has its own of them.
-        Problem(2, 100, 12, 9, 256, spread=6.0),
-        Problem(2, 100, 12, 9, 256, channels_last=True),
+        Problem(2, 100, (12, 9), 256, spread=6.0),
+        Problem(2, 100, (12, 9), 256, channels_last=True),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_reference_through_windows(dtype, problem):
-    compare_with_reference(problem, dtype)
+    compare(problem, dtype)
 
 
 @pytest.mark.parametrize("has_mask", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize("groups, deform_groups", [(1, 1), (2, 4), (2, 1)])
 def test_gradcheck(has_mask, groups, deform_groups):
     problem = Problem(
-        1, 4, 4, 3, 4, (2, 3), (2, 1), (1, 1), (1, 1), groups, deform_groups, has_mask
+        1, 4, (4, 3), 4, (2, 3), (2, 1), (1, 1), (1, 1), groups, deform_groups, has_mask
     )
     tensors = problem.tensors()
     with torch.no_grad():  # Away from integer coordinates, where the derivative jumps.
@@ -137,7 +135,7 @@ def test_gradcheck(has_mask, groups, deform_groups):
 
 
 def test_zero_offset_is_convolution():
-    problem = Problem(2, 6, 9, 8, 4, (3, 3), (2, 1), (1, 2), (1, 2), groups=2, has_mask=False)
+    problem = Problem(2, 6, (9, 8), 4, (3, 3), (2, 1), (1, 2), (1, 2), groups=2, has_mask=False)
     tensors = problem.tensors()
     tensors["offset"] = torch.zeros_like(tensors["offset"])
     tensors["mask"] = None
@@ -179,7 +177,7 @@ def test_one_bad_offset_leaves_the_others_alone():
 @pytest.mark.parametrize("deform_groups", [1, 3, 24])
 def test_what_is_no_number_stays_where_it_is_used(deform_groups, channels_last):
     """A NaN in the input, or an infinite mask, reaches the pixels that sample it and no others."""
-    problem = Problem(1, 24, 40, 9, 5, deform_groups=deform_groups, channels_last=channels_last)
+    problem = Problem(1, 24, (40, 9), 5, deform_groups=deform_groups, channels_last=channels_last)
     tensors = {name: t.detach() for name, t in problem.tensors(torch.float32).items()}
     tensors["input"][0, 7, 20, 4] = float("nan")
     tensors["mask"][0, 2, 3, 5] = float("inf")
@@ -242,12 +240,12 @@ def test_gradients_have_the_layout_of_what_they_are_of(deform_groups, channels_l
 
 
 def test_arguments_need_not_be_contiguous():
-    problem = Problem(2, 4, 7, 7, 6)
+    problem = Problem(2, 4, (7, 7), 6)
     expected = run(deform_conv2d, problem.tensors(), padding=1)
     tensors = {}
     for name, tensor in problem.tensors().items():
-        wide = torch.stack([tensor.detach(), torch.full_like(tensor, float("nan"))], dim=-1)
-        tensors[name] = wide[..., 0].requires_grad_()
+        pairs = torch.stack([tensor.detach(), torch.full_like(tensor, float("nan"))], dim=-1)
+        tensors[name] = pairs[..., 0].requires_grad_()
         assert not tensors[name].is_contiguous()
     grad_output = torch.randn(1, generator=torch.Generator().manual_seed(1)).double()
     actual = run(deform_conv2d, tensors, padding=1)
@@ -275,7 +273,7 @@ def test_arguments_need_not_be_contiguous():
 )
 def test_offsets_and_masks_are_read_where_they_lie(view, deform_groups):
     """As slices of what a convolution gives, for one."""
-    problem = Problem(2, 12, 9, 30, 6, deform_groups=deform_groups)
+    problem = Problem(2, 12, (9, 30), 6, deform_groups=deform_groups)
     expected = run(deform_conv2d, problem.tensors(), padding=1)
     tensors = problem.tensors()
     for name in ("offset", "mask"):
@@ -289,7 +287,7 @@ def test_offsets_and_masks_are_read_where_they_lie(view, deform_groups):
 @pytest.mark.parametrize("deform_groups", [1, 12])
 def test_expanded_offsets(deform_groups):
     """One offset for all images, pixels, or both, without a copy of it for each."""
-    problem = Problem(3, 12, 9, 30, 6, deform_groups=deform_groups)
+    problem = Problem(3, 12, (9, 30), 6, deform_groups=deform_groups)
     tensors = {name: t.detach() for name, t in problem.tensors().items()}
     full = tensors["offset"]
     for one in (full[:1], full[:, :, :1, :1], full[:1, :, :1, :1], full[:, :1], full[:, :, :1]):
@@ -311,29 +309,29 @@ def test_empty_batch(dtype):
 @pytest.mark.parametrize("wanted", NAMES)
 def test_each_gradient_alone(wanted):
     """Asking for one gradient gives the same as asking for all, and computes no other."""
-    problem = Problem(1, 40, 6, 5, 6)
+    problem = Problem(1, 40, (6, 5), 6)
     expected = run(deform_conv2d, problem.tensors(), padding=1)
     tensors = problem.tensors()
     for name, tensor in tensors.items():
         tensor.requires_grad_(name == wanted)
     actual = run(deform_conv2d, tensors, padding=1)
     assert torch.equal(actual[f"grad_{wanted}"], expected[f"grad_{wanted}"])
-    assert all(actual[f"grad_{name}"] is None for name in NAMES if name != wanted)
+    assert actual.keys() == {"output", f"grad_{wanted}"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "problem",
     [
-        Problem(2, 130, 20, 21, 40, deform_groups=2),
-        Problem(2, 130, 20, 21, 40, deform_groups=2, channels_last=True),
-        Problem(1, 24, 70, 9, 40, spread=25.0),
-        Problem(1, 72, 30, 21, 40, deform_groups=36, points_channels_last=True),
-        Problem(1, 128, 256, 20, 10),  # weights that are packed by several threads
+        Problem(2, 130, (20, 21), 40, deform_groups=2),
+        Problem(2, 130, (20, 21), 40, deform_groups=2, channels_last=True),
+        Problem(1, 24, (70, 9), 40, spread=25.0),
+        Problem(1, 72, (30, 21), 40, deform_groups=36, points_channels_last=True),
+        Problem(1, 128, (256, 20), 10),  # weights that are packed by several threads
         # Few pixels to many output channels: each thread has channels of its own.
-        Problem(2, 128, 12, 9, 256),
-        Problem(2, 64, 6, 9, 128, channels_last=True),
-        Problem(2, 350, 6, 7, 350),  # weights of which each thread holds a block's at a time
+        Problem(2, 128, (12, 9), 256),
+        Problem(2, 64, (6, 9), 128, channels_last=True),
+        Problem(2, 350, (6, 7), 350),  # weights of which each thread holds a block's at a time
     ],
     ids=str,
 )
@@ -412,10 +410,9 @@ def test_input_without_pixels(size):
 def test_opcheck(dtype, has_mask, channels_last):
     problem = Problem(has_mask=has_mask, channels_last=channels_last)
     tensors = problem.tensors(dtype)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
     for name in ("offset", "mask"):
         if tensors[name] is not None:
-            tensors[name] = tensors[name].detach().to(wide).requires_grad_()
+            tensors[name] = tensors[name].detach().to(wide(dtype)).requires_grad_()
     x, offset, weight, bias, mask = (tensors[name] for name in NAMES)
     geometry = ([1, 1], [1, 1], [1, 1])
     opcheck(torch.ops.mmdcn.deform_conv2d, (x, offset, weight, bias, *geometry, mask))
@@ -567,7 +564,7 @@ def test_matches_mmcv():
     try:
         for has_mask in (False, True):
             problem = Problem(
-                2, 8, 9, 10, 6, (3, 3), (2, 1), (1, 1), (1, 1), 2, 4, has_mask, has_bias=has_mask
+                2, 8, (9, 10), 6, (3, 3), (2, 1), (1, 1), (1, 1), 2, 4, has_mask, has_bias=has_mask
             )
             geometry = (problem.stride, problem.padding, problem.dilation)
 
@@ -589,16 +586,15 @@ def test_matches_mmcv():
 # ------------------------------------------------------------------------------ instruction sets
 
 CHECK_CAPABILITY = """
-import torch
-from tests.ops.problems import Problem, compare_with_reference
-for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-    compare_with_reference(Problem(1, 130, 9, 11, 70, (3, 3), deform_groups=2), dtype)
-    compare_with_reference(Problem(2, 12, 7, 8, 6, groups=2, deform_groups=12), dtype)
-    compare_with_reference(Problem(1, 70, 20, 21, 5, deform_groups=35), dtype)
+from tests.ops.problems import DTYPES, Problem, compare
+for dtype in DTYPES:
+    compare(Problem(1, 130, (9, 11), 70, (3, 3), deform_groups=2), dtype)
+    compare(Problem(2, 12, (7, 8), 6, groups=2, deform_groups=12), dtype)
+    compare(Problem(1, 70, (20, 21), 5, deform_groups=35), dtype)
     for layout in (False, True):
-        compare_with_reference(Problem(1, 37, 70, 9, 5, channels_last=layout, spread=15.0), dtype)
-    compare_with_reference(
-        Problem(1, 15, 9, 8, 6, deform_groups=3, points_channels_last=True,
+        compare(Problem(1, 37, (70, 9), 5, channels_last=layout, spread=15.0), dtype)
+    compare(
+        Problem(1, 15, (9, 8), 6, deform_groups=3, points_channels_last=True,
                 weight_channels_last=True), dtype)
 """
 

@@ -8,18 +8,12 @@ from hypothesis import given, settings
 from torch.library import opcheck
 
 from mmdcn.ops import deform_roi_pool, reference
-from tests.ops.problems import TOLERANCE, largest_error
+from tests.ops.problems import DTYPES, compare, exact, largest_error, run, wide
 from tests.ops.roi_problems import (
     NAMES,
     RoIProblem,
-    compare_roi_pool,
-    exact_roi_tensors,
     roi_problems,
-    run_roi_pool,
 )
-
-DTYPES = list(TOLERANCE)
-
 
 # ------------------------------------------------------------------------------- the mathematics
 
@@ -27,7 +21,7 @@ DTYPES = list(TOLERANCE)
 def test_reference_is_the_papers_equation():
     """The oracle itself, against sums over all integer positions q, written out with loops."""
     problem = RoIProblem(
-        1, 4, 4, 5, 1, (2, 3), 0.5, 2, deform_groups=2, position_sensitive=True, dyadic=False
+        1, 4, (4, 5), 1, (2, 3), 0.5, 2, deform_groups=2, position_sensitive=True, dyadic=False
     )
     tensors = {name: t.detach() for name, t in problem.tensors().items()}
     tensors["rois"] = torch.tensor([[0.0, 1.3, 0.4, 8.1, 6.9]], dtype=torch.float64)
@@ -58,13 +52,13 @@ def test_reference_is_the_papers_equation():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(problem=roi_problems(dyadic=True))
 def test_matches_reference(dtype, problem):
-    compare_roi_pool(problem, dtype)
+    compare(problem, dtype)
 
 
 @settings(max_examples=15)
 @given(problem=roi_problems(dyadic=False))
 def test_matches_reference_at_any_point(problem):
-    compare_roi_pool(problem, torch.float64)
+    compare(problem, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,20 +69,20 @@ def test_matches_reference_at_any_point(problem):
         RoIProblem(channels=300, output_size=(16, 16), rois=3),
         RoIProblem(channels=200, deform_groups=2, channels_last=True),
         # Bins of more pixels than are added up at a time; more points than pixels, and fewer.
-        RoIProblem(height=60, width=70, output_size=(1, 2), sampling_ratio=0),
-        RoIProblem(height=6, width=7, output_size=(1, 2), sampling_ratio=32),
-        RoIProblem(height=60, width=70, output_size=(1, 2), sampling_ratio=4),
+        RoIProblem(size=(60, 70), output_size=(1, 2), sampling_ratio=0),
+        RoIProblem(size=(6, 7), output_size=(1, 2), sampling_ratio=32),
+        RoIProblem(size=(60, 70), output_size=(1, 2), sampling_ratio=4),
     ],
     ids=str,
 )
 def test_matches_reference_across_blocks(dtype, problem):
-    compare_roi_pool(problem, dtype)
+    compare(problem, dtype)
 
 
 @pytest.mark.parametrize("sampling_ratio", [0, 2, 3])
 def test_without_offsets_it_is_roi_align(sampling_ratio):
     mmcv_ops = pytest.importorskip("mmcv.ops")
-    problem = RoIProblem(2, 5, 12, 15, 8, (3, 7), 0.25, sampling_ratio, 0.1, 0, dyadic=False)
+    problem = RoIProblem(2, 5, (12, 15), 8, (3, 7), 0.25, sampling_ratio, 0.1, 0, dyadic=False)
     tensors = problem.tensors()
     box = tensors["rois"][:, 1:].unflatten(1, (2, 2)).sort(dim=1).values  # None inverted.
     tensors["rois"] = torch.cat([tensors["rois"][:, :1], box.flatten(1)], dim=1)
@@ -96,8 +90,8 @@ def test_without_offsets_it_is_roi_align(sampling_ratio):
     def roi_align(input, rois, offset):
         return mmcv_ops.roi_align(input, rois, (3, 7), 0.25, sampling_ratio, "avg", True)
 
-    expected = run_roi_pool(roi_align, exact_roi_tensors(tensors))
-    actual = run_roi_pool(deform_roi_pool, tensors, **problem.arguments())
+    expected = run(roi_align, exact(tensors))
+    actual = run(deform_roi_pool, tensors, **problem.arguments())
     for name in ("output", "grad_input"):
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-12, atol=1e-12)
 
@@ -115,7 +109,7 @@ def test_an_offset_moves_its_bin():
 
 
 def test_position_sensitive_bins_pool_their_own_channels():
-    problem = RoIProblem(2, 3, 12, 15, 8, (3, 2), position_sensitive=True, dyadic=False)
+    problem = RoIProblem(2, 3, (12, 15), 8, (3, 2), position_sensitive=True, dyadic=False)
     tensors = problem.tensors()
     actual = deform_roi_pool(**tensors, **problem.arguments())
     everything = deform_roi_pool(**tensors, **{**problem.arguments(), "position_sensitive": False})
@@ -130,7 +124,7 @@ def test_position_sensitive_bins_pool_their_own_channels():
 @pytest.mark.parametrize("deform_groups, position_sensitive", [(0, False), (2, False), (1, True)])
 def test_gradcheck(sampling_ratio, deform_groups, position_sensitive):
     problem = RoIProblem(
-        *(2, 2, 5, 6, 3, (2, 2), 0.5, sampling_ratio, 0.3),
+        *(2, 2, (5, 6), 3, (2, 2), 0.5, sampling_ratio, 0.3),
         *(deform_groups, position_sensitive),
         dyadic=False,
         spread=0.3,
@@ -148,13 +142,11 @@ def test_gradcheck(sampling_ratio, deform_groups, position_sensitive):
 def test_gradients_match_the_reference_on_many_rois():
     """A batch of the size that a detector trains on, at points that are nobody's special case."""
     problem = RoIProblem(
-        2, 16, 25, 34, 128, (7, 7), 1 / 16, 0, 0.1, dyadic=False, spread=0.5, seed=3
+        2, 16, (25, 34), 128, (7, 7), 1 / 16, 0, 0.1, dyadic=False, spread=0.5, seed=3
     )
     tensors = problem.tensors()
-    actual = run_roi_pool(deform_roi_pool, tensors, **problem.arguments())
-    expected = run_roi_pool(
-        reference.deform_roi_pool, exact_roi_tensors(tensors), **problem.arguments()
-    )
+    actual = run(deform_roi_pool, tensors, **problem.arguments())
+    expected = run(reference.deform_roi_pool, exact(tensors), **problem.arguments())
     for name, value in expected.items():
         assert largest_error(actual[name], value) < 1e-12, name
 
@@ -176,7 +168,7 @@ def test_points_that_reach_nothing(dtype, value, where, sampling_ratio):
             tensors["rois"][:, 1:] = value
         else:
             tensors["offset"].fill_(value)
-    results = run_roi_pool(deform_roi_pool, tensors, **problem.arguments())
+    results = run(deform_roi_pool, tensors, **problem.arguments())
     for name, result in results.items():
         assert torch.count_nonzero(result) == 0, name
 
@@ -186,9 +178,8 @@ def test_points_that_reach_nothing(dtype, value, where, sampling_ratio):
 def test_giant_boxes_are_pooled_at_once(dtype, side):
     """Millions of points a bin, of which those on the features count; nothing overflows."""
     x = torch.ones(1, 1, 4, 4, dtype=dtype, requires_grad=True)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    rois = torch.tensor([[0, -side, -side, side, side]], dtype=wide)
-    offset = torch.zeros(1, 2, 2, 2, dtype=wide, requires_grad=True)
+    rois = torch.tensor([[0, -side, -side, side, side]], dtype=wide(dtype))
+    offset = torch.zeros(1, 2, 2, 2, dtype=wide(dtype), requires_grad=True)
     output = deform_roi_pool(x, rois, offset, 2)
     output.sum().backward()
     assert torch.isfinite(offset.grad).all()
@@ -203,9 +194,9 @@ def test_giant_boxes_are_pooled_at_once(dtype, side):
 def test_an_infinite_box_beside_good_ones():
     problem = RoIProblem()
     tensors = problem.tensors()
-    expected = run_roi_pool(deform_roi_pool, problem.tensors(), **problem.arguments())
+    expected = run(deform_roi_pool, problem.tensors(), **problem.arguments())
     tensors["rois"][2, 3] = float("inf")
-    actual = run_roi_pool(deform_roi_pool, tensors, **problem.arguments())
+    actual = run(deform_roi_pool, tensors, **problem.arguments())
     for name in ("output", "grad_offset"):
         assert torch.count_nonzero(actual[name][2]) == 0
         kept = [0, 1, 3, 4]
@@ -239,7 +230,7 @@ def test_border_goes_on_for_a_pixel():
 def test_no_rois(dtype, deform_groups):
     problem = RoIProblem(rois=0, deform_groups=deform_groups)
     tensors = problem.tensors(dtype)
-    results = run_roi_pool(deform_roi_pool, tensors, **problem.arguments())
+    results = run(deform_roi_pool, tensors, **problem.arguments())
     assert results["output"].shape == (0, 4, 2, 4)
     assert results["grad_input"].shape == tensors["input"].shape
     assert torch.count_nonzero(results["grad_input"]) == 0
@@ -279,13 +270,13 @@ def test_layouts(channels_last):
 
 def test_arguments_need_not_be_contiguous():
     problem = RoIProblem()
-    expected = run_roi_pool(deform_roi_pool, problem.tensors(), **problem.arguments())
+    expected = run(deform_roi_pool, problem.tensors(), **problem.arguments())
     tensors = {}
     for name, tensor in problem.tensors().items():
-        wide = torch.stack([tensor.detach(), torch.full_like(tensor, float("nan"))], dim=-1)
-        tensors[name] = wide[..., 0].requires_grad_(name != "rois")
+        pairs = torch.stack([tensor.detach(), torch.full_like(tensor, float("nan"))], dim=-1)
+        tensors[name] = pairs[..., 0].requires_grad_(name != "rois")
         assert not tensors[name].is_contiguous()
-    actual = run_roi_pool(deform_roi_pool, tensors, **problem.arguments())
+    actual = run(deform_roi_pool, tensors, **problem.arguments())
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
 
@@ -293,11 +284,11 @@ def test_arguments_need_not_be_contiguous():
 @pytest.mark.parametrize("wanted", ["input", "offset"])
 def test_each_gradient_alone(wanted):
     problem = RoIProblem(channels=40)
-    expected = run_roi_pool(deform_roi_pool, problem.tensors(), **problem.arguments())
+    expected = run(deform_roi_pool, problem.tensors(), **problem.arguments())
     tensors = problem.tensors()
     for name in ("input", "offset"):
         tensors[name].requires_grad_(name == wanted)
-    actual = run_roi_pool(deform_roi_pool, tensors, **problem.arguments())
+    actual = run(deform_roi_pool, tensors, **problem.arguments())
     assert torch.equal(actual[f"grad_{wanted}"], expected[f"grad_{wanted}"])
 
 
@@ -305,8 +296,8 @@ def test_each_gradient_alone(wanted):
 @pytest.mark.parametrize(
     "problem",
     [
-        RoIProblem(channels=200, height=50, width=60, rois=300, output_size=(7, 7), dyadic=False),
-        RoIProblem(3, 36, 50, 60, 300, (3, 3), deform_groups=3, position_sensitive=True),
+        RoIProblem(channels=200, size=(50, 60), rois=300, output_size=(7, 7), dyadic=False),
+        RoIProblem(3, 36, (50, 60), 300, (3, 3), deform_groups=3, position_sensitive=True),
     ],
     ids=str,
 )
@@ -315,7 +306,7 @@ def test_same_bits_for_any_number_of_threads(problem, dtype):
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         tensors = problem.tensors(dtype)
-        results.append(run_roi_pool(deform_roi_pool, tensors, **problem.arguments()))
+        results.append(run(deform_roi_pool, tensors, **problem.arguments()))
     torch.set_num_threads(2)
     for other in results[1:]:
         for name, value in results[0].items():
@@ -327,13 +318,13 @@ def test_same_bits_for_any_number_of_threads(problem, dtype):
 
 def compiled_arguments(problem: RoIProblem, dtype: torch.dtype) -> tuple:
     """What the compiled operator takes, for a problem that is not position-sensitive."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
     tensors = problem.tensors(dtype)
     offset = tensors["offset"]
     if offset is not None:
-        offset = offset.detach().to(wide).requires_grad_()
+        offset = offset.detach().to(wide(dtype)).requires_grad_()
     geometry = (list(problem.output_size), problem.spatial_scale, problem.sampling_ratio)
-    return tensors["input"], tensors["rois"].to(wide), offset, *geometry, problem.gamma, False
+    rois = tensors["rois"].to(wide(dtype))
+    return tensors["input"], rois, offset, *geometry, problem.gamma, False
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -390,7 +381,7 @@ def test_autocast_leaves_the_features_dtype():
 def test_compile_in_one_graph():
     problem = RoIProblem(position_sensitive=True)
     tensors = problem.tensors(torch.float32)
-    expected = run_roi_pool(deform_roi_pool, tensors, **problem.arguments())
+    expected = run(deform_roi_pool, tensors, **problem.arguments())
     compiled = torch.compile(deform_roi_pool, fullgraph=True, backend="aot_eager", dynamic=True)
     for rois in (5, 3, 0):
         tensors = problem.tensors(torch.float32)

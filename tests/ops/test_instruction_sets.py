@@ -7,17 +7,18 @@ import sys
 import pytest
 
 CHECK = """
-import torch
-from tests.ops.aggregate_problems import AggregateProblem, compare_aggregate
-from tests.ops.roi_problems import RoIProblem, compare_roi_pool
-from tests.ops.nd_problems import LINE, NdProblem, compare_nd
-for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-    compare_roi_pool(RoIProblem(channels=150, deform_groups=2), dtype)
-    compare_roi_pool(RoIProblem(channels=7, position_sensitive=True, sampling_ratio=0), dtype)
-    compare_aggregate(AggregateProblem(channels=150, group=2), dtype)
-    compare_aggregate(AggregateProblem(channels=21, group=3, kernel=(5, 5), spread=9.0), dtype)
-    compare_nd(LINE, dtype)
-    compare_nd(NdProblem(channels=42, out_channels=35, groups=7, deform_groups=3), dtype)
+import dataclasses
+from tests.ops.aggregate_problems import AggregateProblem
+from tests.ops.problems import DTYPES, LINE, VOLUME, compare
+from tests.ops.roi_problems import RoIProblem
+grouped = dataclasses.replace(VOLUME, channels=42, out_channels=35, groups=7, deform_groups=3)
+for dtype in DTYPES:
+    compare(RoIProblem(channels=150, deform_groups=2), dtype)
+    compare(RoIProblem(channels=7, position_sensitive=True, sampling_ratio=0), dtype)
+    compare(AggregateProblem(channels=150, group=2), dtype)
+    compare(AggregateProblem(channels=21, group=3, kernel=(5, 5), spread=9.0), dtype)
+    compare(LINE, dtype)
+    compare(grouped, dtype)
 """
 
 

@@ -22,12 +22,12 @@ PROBLEMS = {
     "v1 with bias": Problem(has_mask=False),
     "v2": Problem(has_bias=False),
     "v2 with bias": Problem(),
-    "groups": Problem(2, 12, 7, 8, 6, groups=3, deform_groups=4),
-    "an offset group per channel": Problem(1, 4, 7, 8, 4, groups=2, deform_groups=4),
+    "groups": Problem(2, 12, (7, 8), 6, groups=3, deform_groups=4),
+    "an offset group per channel": Problem(1, 4, (7, 8), 4, groups=2, deform_groups=4),
     "nothing square": Problem(
-        2, 6, 9, 14, 4, (2, 5), (2, 1), (1, 3), (3, 2), groups=2, deform_groups=3, spread=3.0
+        2, 6, (9, 14), 4, (2, 5), (2, 1), (1, 3), (3, 2), groups=2, deform_groups=3, spread=3.0
     ),
-    "pointwise": Problem(1, 4, 5, 6, 4, (1, 1), padding=(0, 0)),
+    "pointwise": Problem(1, 4, (5, 6), 4, (1, 1), padding=(0, 0)),
     "far outside": Problem(spread=30.0),
 }
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tests import small_detector
+
 REPOSITORY = Path(__file__).parents[2]
 CLASSES = ("square", "bar")
 
@@ -19,21 +21,12 @@ CONFIG = """
 _base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
 custom_imports = dict(imports=['mmdcn'], allow_failed_imports=False)
 classes = ('square', 'bar')
-model = dict(
-    backbone=dict(
-        base_channels=8,
-        frozen_stages=-1,
-        init_cfg=None,
-        dcn=dict(type='DCN', deform_groups=1, fallback_on_stride=False),
-        stage_with_dcn=(False, False, False, True)),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=16),
-    rpn_head=dict(in_channels=16, feat_channels=16),
-    roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=16),
-        bbox_head=dict(in_channels=16, fc_out_channels=32, num_classes=2)),
-    train_cfg=dict(
-        rpn_proposal=dict(max_per_img=50), rcnn=dict(sampler=dict(num=32))),
-    test_cfg=dict(rpn=dict(max_per_img=50)))
+{model}
+model['backbone'].update(
+    frozen_stages=-1,
+    init_cfg=None,
+    dcn=dict(type='DCN', deform_groups=1, fallback_on_stride=False),
+    stage_with_dcn=(False, False, False, True))
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True),
@@ -99,7 +92,7 @@ def make(root: Path) -> Project:
     for split, count in (("train", 4), ("val", 2)):
         _write_split(data, split, count, random)
     config = root / "tiny.py"
-    config.write_text(CONFIG.replace("{root}", str(data)))
+    config.write_text(CONFIG.format(model=small_detector.MODEL, root=data))
     return Project(root, data, config)
 
 

@@ -9,18 +9,14 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from mmdcn.ops import dcnv3, deform_conv3d, deform_roi_pool
-from tests.ops.aggregate_problems import AggregateProblem, compare_aggregate
-from tests.ops.nd_problems import VOLUME, NdProblem, compare_nd
-from tests.ops.problems import TOLERANCE, divisors, run
-from tests.ops.roi_problems import RoIProblem, compare_roi_pool, run_roi_pool
+from tests.ops.aggregate_problems import AggregateProblem
+from tests.ops.problems import DTYPES, TOLERANCE, VOLUME, Problem, compare, divisors, run, wide
+from tests.ops.roi_problems import RoIProblem
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
-
-DTYPES = list(TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -31,18 +27,17 @@ def test_roi_pool_matches_reference(dtype, seed):
     problem = RoIProblem(
         batch=draw.randint(1, 3),
         channels=channels,
-        height=draw.randint(1, 30),
-        width=draw.randint(1, 30),
+        size=(draw.randint(1, 30), draw.randint(1, 30)),
         rois=draw.randint(1, 20),
         output_size=(draw.choice([1, 2, 4]), draw.choice([1, 2, 4])),
         sampling_ratio=draw.choice([0, 1, 2, 16]),
         deform_groups=draw.choice([0, *divisors(channels)]),
         position_sensitive=draw.random() < 0.3,
         channels_last=draw.random() < 0.5,
-        float32_coordinates=draw.random() < 0.5,
+        float32_offset=draw.random() < 0.5,
         seed=seed,
     )
-    compare_roi_pool(problem, dtype, device="cuda")
+    compare(problem, dtype, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -54,18 +49,17 @@ def test_aggregate_matches_reference(dtype, seed):
     problem = AggregateProblem(
         batch=draw.randint(1, 3),
         channels=channels,
-        height=draw.randint(7, 25),
-        width=draw.randint(7, 25),
+        size=(draw.randint(7, 25), draw.randint(7, 25)),
         kernel=kernel,
         stride=(draw.randint(1, 2), draw.randint(1, 2)),
         padding=(draw.randint(0, 3), draw.randint(0, 3)),
         group=draw.choice(divisors(channels)),
         offset_scale=draw.choice([0.5, 1.0]),
         remove_center=draw.random() < 0.5,
-        float32_points=draw.random() < 0.5,
+        float32_offset=draw.random() < 0.5,
         seed=seed,
     )
-    compare_aggregate(problem, dtype, device="cuda")
+    compare(problem, dtype, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -76,7 +70,7 @@ def test_conv_nd_matches_reference(dtype, rank, seed):
     each = lambda low, high: tuple(draw.randint(low, high) for _ in range(rank))  # noqa: E731
     channels = draw.choice([1, 6, 36, 70, 130])
     groups = draw.choice(divisors(channels))
-    problem = NdProblem(
+    problem = Problem(
         size=each(6, 9),
         batch=draw.randint(1, 3),
         channels=channels,
@@ -92,37 +86,34 @@ def test_conv_nd_matches_reference(dtype, rank, seed):
         float32_offset=draw.random() < 0.5,
         seed=seed,
     )
-    compare_nd(problem, dtype, device="cuda")
+    compare(problem, dtype, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype):
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
     # grad_input is added up in no fixed order.
     close = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
     x, rois, offset = RoIProblem().tensors(dtype, "cuda").values()
-    arguments = (x, rois.to(wide), offset.detach().to(wide).requires_grad_())
+    arguments = (x, rois.to(wide(dtype)), offset.detach().to(wide(dtype)).requires_grad_())
     arguments += ([2, 4], 0.25, 2, 0.5, False)
     opcheck(torch.ops.mmdcn.deform_roi_pool, arguments, **close)
     x, offset, mask = AggregateProblem().tensors(dtype, "cuda").values()
-    points = [t.detach().to(wide).unflatten(3, (2, -1)).requires_grad_() for t in (offset, mask)]
+    points = [
+        t.detach().to(wide(dtype)).unflatten(3, (2, -1)).requires_grad_() for t in (offset, mask)
+    ]
     arguments = (x, *points, [3, 3], [1, 1], [1, 1], [1, 1], 1.0, False)
     opcheck(torch.ops.mmdcn.deform_aggregate, arguments, **close)
     x, offset, weight, bias, mask = VOLUME.tensors(dtype, "cuda").values()
-    offset, mask = (t.detach().to(wide).requires_grad_() for t in (offset, mask))
+    offset, mask = (t.detach().to(wide(dtype)).requires_grad_() for t in (offset, mask))
     arguments = (x, offset, weight, bias, [1] * 3, [1] * 3, [1] * 3, mask)
     opcheck(torch.ops.mmdcn.deform_conv_nd, arguments, **close)
 
 
 def test_all_but_grad_input_are_deterministic():
     roi, aggregate = RoIProblem(channels=130, rois=50), AggregateProblem(channels=130)
-    for problem, function, call in (
-        (roi, deform_roi_pool, run_roi_pool),
-        (aggregate, dcnv3, run),
-        (VOLUME, deform_conv3d, run),
-    ):
+    for problem in (roi, aggregate, VOLUME):
         first, second = (
-            call(function, problem.tensors(torch.float32, "cuda"), **problem.arguments())
+            run(problem.function, problem.tensors(torch.float32, "cuda"), **problem.arguments())
             for _ in range(2)
         )
         for name in first:
@@ -131,19 +122,14 @@ def test_all_but_grad_input_are_deterministic():
 
 
 def test_host_is_not_synchronised():
-    roi, aggregate = RoIProblem(), AggregateProblem()
-    calls = [
-        (run_roi_pool, deform_roi_pool, roi, torch.ones(5, 4, 2, 4, device="cuda")),
-        (run, dcnv3, aggregate, torch.ones(2, 7, 8, 8, device="cuda")),
-        (run, deform_conv3d, VOLUME, torch.ones(2, 6, 4, 5, 6, device="cuda")),
-    ]
-    for call, function, problem, grad_output in calls:
+    for problem in (RoIProblem(), AggregateProblem(), VOLUME):
         tensors = problem.tensors(torch.float32, "cuda")
-        call(function, tensors, grad_output, **problem.arguments())
+        grad_output = torch.ones(problem.out_shape, device="cuda")
+        run(problem.function, tensors, grad_output, **problem.arguments())
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            call(function, tensors, grad_output, **problem.arguments())
+            run(problem.function, tensors, grad_output, **problem.arguments())
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -9,10 +9,8 @@ from torch import Tensor
 from torch.nn.modules.utils import _pair
 
 from tests.cuda.operators.promises import assert_promises_kept
-from tests.ops.aggregate_problems import AggregateProblem, aggregate_problems, compare_aggregate
-from tests.ops.problems import TOLERANCE, run
-
-DTYPES = list(TOLERANCE)
+from tests.ops.aggregate_problems import AggregateProblem, aggregate_problems
+from tests.ops.problems import DTYPES, compare, run, wide
 
 
 class HostDeformAggregate(torch.autograd.Function):
@@ -37,8 +35,7 @@ def host_dcnv3(
     input, offset, mask, kernel_size, stride, padding, dilation, group, offset_scale, remove_center
 ) -> Tensor:
     """What ``mmdcn.ops.dcnv3`` does around the operator."""
-    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
-    offset, mask = (t.to(wide).unflatten(3, (group, -1)) for t in (offset, mask))
+    offset, mask = (t.to(wide(input.dtype)).unflatten(3, (group, -1)) for t in (offset, mask))
     pairs = [list(_pair(pair)) for pair in (kernel_size, stride, padding, dilation)]
     return HostDeformAggregate.apply(input, offset, mask, *pairs, offset_scale, remove_center)
 
@@ -47,7 +44,7 @@ def host_dcnv3(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(problem=aggregate_problems())
 def test_matches_reference(host_operators, dtype, problem):
-    compare_aggregate(problem, dtype, host_dcnv3)
+    compare(problem, dtype, host_dcnv3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -61,7 +58,7 @@ def test_matches_reference(host_operators, dtype, problem):
     ids=str,
 )
 def test_matches_reference_across_rounds(host_operators, dtype, problem):
-    compare_aggregate(problem, dtype, host_dcnv3)
+    compare(problem, dtype, host_dcnv3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, -1e30, 3e9])

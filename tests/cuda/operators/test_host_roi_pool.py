@@ -8,10 +8,8 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from tests.cuda.operators.promises import assert_promises_kept
-from tests.ops.problems import TOLERANCE
-from tests.ops.roi_problems import RoIProblem, compare_roi_pool, roi_problems
-
-DTYPES = list(TOLERANCE)
+from tests.ops.problems import DTYPES, compare, wide
+from tests.ops.roi_problems import RoIProblem, roi_problems
 
 
 class HostDeformRoIPool(torch.autograd.Function):
@@ -44,14 +42,13 @@ def host_deform_roi_pool(
     position_sensitive: bool,
 ) -> Tensor:
     """What ``mmdcn.ops.deform_roi_pool`` does around the operator."""
-    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
     if position_sensitive:
         bins = output_size[0] * output_size[1]
         input = input.unflatten(1, (-1, bins)).transpose(1, 2).flatten(1, 2)
     return HostDeformRoIPool.apply(
         input,
-        rois.to(wide),
-        None if offset is None else offset.to(wide),
+        rois.to(wide(input.dtype)),
+        None if offset is None else offset.to(wide(input.dtype)),
         list(output_size),
         spatial_scale,
         sampling_ratio,
@@ -64,7 +61,7 @@ def host_deform_roi_pool(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(problem=roi_problems(dyadic=True))
 def test_matches_reference(host_operators, dtype, problem):
-    compare_roi_pool(problem, dtype, host_deform_roi_pool)
+    compare(problem, dtype, host_deform_roi_pool)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,13 +72,13 @@ def test_matches_reference(host_operators, dtype, problem):
         RoIProblem(channels=130, output_size=(4, 4), channels_last=True),
         RoIProblem(channels=96, output_size=(4, 4), deform_groups=2, position_sensitive=True),
         # Bins whose points are listed in several rounds, some of them in none.
-        RoIProblem(height=60, width=70, output_size=(1, 2), sampling_ratio=0),
+        RoIProblem(size=(60, 70), output_size=(1, 2), sampling_ratio=0),
         RoIProblem(channels=40, output_size=(2, 2), sampling_ratio=32),
     ],
     ids=str,
 )
 def test_matches_reference_across_rounds(host_operators, dtype, problem):
-    compare_roi_pool(problem, dtype, host_deform_roi_pool)
+    compare(problem, dtype, host_deform_roi_pool)
 
 
 @pytest.mark.parametrize("number", [2.0, -1.0, float("nan")])
