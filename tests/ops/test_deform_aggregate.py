@@ -140,19 +140,6 @@ def test_gradcheck(remove_center):
 # ---------------------------------------------------------------------------- decided semantics
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 6e4, 1e30, -1e30])
-def test_offsets_that_reach_nothing(dtype, value):
-    """Whatever the coordinate and the modulation, the sample is zero; so is every gradient."""
-    problem = AggregateProblem(float32_offset=True)
-    tensors = problem.tensors(dtype)
-    with torch.no_grad():
-        tensors["offset"].fill_(value)
-        tensors["mask"].fill_(float("nan"))
-    for name, result in run(dcnv3, tensors, **problem.arguments()).items():
-        assert torch.count_nonzero(result) == 0, name
-
-
 def test_one_bad_offset_leaves_the_others_alone():
     problem = AggregateProblem()
     tensors = problem.tensors()
@@ -163,16 +150,6 @@ def test_one_bad_offset_leaves_the_others_alone():
     for name, value in expected.items():
         assert torch.isfinite(actual[name]).all(), name
         assert largest_error(actual[name], value) < 1e-12, name
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_empty_batch(dtype):
-    problem = AggregateProblem(batch=0)
-    tensors = problem.tensors(dtype)
-    results = run(dcnv3, tensors, **problem.arguments())
-    assert results["output"].shape == (0, 7, 8, 8)
-    for name in NAMES:
-        assert results[f"grad_{name}"].shape == tensors[name].shape
 
 
 def test_arguments_need_not_be_contiguous():
@@ -310,30 +287,6 @@ def test_compiled_operator_refuses_an_even_kernel_without_center():
     offset, mask = offset[..., :6], mask[..., :3]
     with pytest.raises(RuntimeError, match="remove_center"):
         torch.ops.mmdcn.deform_aggregate(x, offset, mask, *geometry)
-
-
-def test_autocast_casts_features_and_leaves_coordinates():
-    problem = AggregateProblem()
-    tensors = problem.tensors(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        output = dcnv3(**tensors, **problem.arguments())
-    assert output.dtype == torch.bfloat16
-    half = {**tensors, "input": tensors["input"].bfloat16()}
-    assert torch.equal(output, dcnv3(**half, **problem.arguments()))
-    output.sum().backward()
-    assert all(t.grad.dtype == torch.float32 for t in tensors.values())
-
-
-@pytest.mark.parametrize("function", [dcnv3, dcnv4])
-def test_compile_in_one_graph(function):
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
-    for height in (7, 9):
-        problem = AggregateProblem(size=(height, 8))
-        make = problem.tensors if function is dcnv3 else problem.packed
-        expected = run(function, make(), **problem.arguments())
-        actual = run(compiled, make(), **problem.arguments())
-        for name, value in expected.items():
-            torch.testing.assert_close(actual[name], value, msg=name)
 
 
 # ------------------------------------------------------------------------------------- bad calls

@@ -378,24 +378,6 @@ def test_autocast_leaves_the_features_dtype():
     assert tensors["offset"].grad.dtype == torch.bfloat16
 
 
-def test_compile_in_one_graph():
-    problem = RoIProblem(position_sensitive=True)
-    tensors = problem.tensors(torch.float32)
-    expected = run(deform_roi_pool, tensors, **problem.arguments())
-    compiled = torch.compile(deform_roi_pool, fullgraph=True, backend="aot_eager", dynamic=True)
-    for rois in (5, 3, 0):
-        tensors = problem.tensors(torch.float32)
-        chosen = {
-            "input": tensors["input"],
-            "rois": tensors["rois"][:rois],
-            "offset": tensors["offset"][:rois],
-        }
-        output = compiled(**chosen, **problem.arguments())
-        assert torch.equal(output, expected["output"][:rois])
-        output.sum().backward()
-        assert tensors["input"].grad.shape == tensors["input"].shape
-
-
 # ------------------------------------------------------------------------------------- bad calls
 
 # What is changed in a good call, and what the error must name.
