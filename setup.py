@@ -222,7 +222,7 @@ class BuildOperators(build_ext):
         for source in sorted((CSRC / "cuda").rglob("*.cu")):
             target = self.object_path(source)
             command = [nvcc, "-std=c++17", "-O3", *cuda_architectures(), "-ccbin", self.cxx[0]]
-            command += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+            command += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra", "-Xptxas", "-v"]
             if self.strict:
                 command += ["-Werror", "all-warnings", "-Xcompiler", "-Werror"]
             commands.append((target, [*command, "-c", str(source), "-o", str(target)]))
@@ -242,7 +242,13 @@ class BuildOperators(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         recipe.unlink(missing_ok=True)
         print(f"compiling {target.stem}", flush=True)
-        self.run_command([*command, "-MMD", "-MF", str(included)])
+        said = self.run_command([*command, "-MMD", "-MF", str(included)])
+        # What ptxas says of each kernel's registers and memory is kept for the tests to read.
+        about_kernels = [line for line in said if re.match(r"ptxas info|\s+\d+ bytes", line)]
+        target.with_suffix(".kernels").write_text("\n".join(about_kernels))
+        for line in said:
+            if line not in about_kernels:
+                print(line, file=sys.stderr, flush=True)
         recipe.write_text(str(command))
 
     def link(self, name: str, target: Path, objects: list[Path]) -> None:
@@ -267,9 +273,13 @@ class BuildOperators(build_ext):
         self.run_command(command)
         temporary.replace(target)
 
-    def run_command(self, command: list[str]) -> None:
-        if subprocess.run(command, check=False).returncode != 0:
+    def run_command(self, command: list[str]) -> list[str]:
+        """What the command wrote to its standard error, by lines."""
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode != 0:
+            print(done.stderr, file=sys.stderr, flush=True)
             raise SystemExit(f"mmdcn's operators did not compile; failed: {' '.join(command)}")
+        return done.stderr.splitlines()
 
 
 def extensions() -> list[Extension]:
