@@ -12,6 +12,8 @@ PYTHON ?= python3
 TOOLBOX ?= openmmlab
 VENV ?= $(if $(filter openmmlab,$(TOOLBOX)),.venv,.venv-$(TOOLBOX))
 ARGS ?=
+# Of the whole suite: a test file is one worker's, so that what it builds is built once.
+WORKERS ?= 2
 
 # Idle OpenMP threads that spin for long slow down whoever else uses the cores.
 export GOMP_SPINCOUNT ?= 3000
@@ -42,7 +44,8 @@ demo: $(INSTALLED)
 	@$(RUN) tools/demo.py --work-dir work_dirs/demo $(ARGS)
 
 test: $(INSTALLED)
-	@$(RUN) -m pytest -m "not slow and not cuda" $(ARGS)
+	@$(RUN) -m pytest -m "not slow and not cuda" \
+	    $(if $(ARGS),$(ARGS),--numprocesses $(WORKERS) --dist loadfile)
 
 test-slow: $(INSTALLED)
 	@$(RUN) -m pytest -m slow $(ARGS)
