@@ -34,7 +34,6 @@ class Operator:
     backward: torch._ops.OpOverload
     arguments: tuple[str, ...]  # of the forward operator, options apart
     backward_arguments: tuple[str, ...]
-    options: tuple[str, ...]  # of the forward operator
     backward_options: tuple[str, ...]
     gradients: tuple[str, ...]  # the tensors that the backward operator differentiates for
     reference: Callable[..., Tensor]
@@ -45,6 +44,7 @@ class Operator:
     own_pass: str
 
     def __call__(self, *arguments, **options) -> Tensor:
+        """The compiled operator, or the reference where that alone has what is asked for."""
         if is_transformed():
             return self.by_reference(*arguments)
         return self.forward(*arguments, **options)
@@ -82,15 +82,13 @@ def register(
     """
     forward = getattr(torch.ops.mmdcn, name).default
     backward = getattr(torch.ops.mmdcn, f"{name}_backward").default
-    options, backward_options = _names(forward, True), _names(backward, True)
     operator = Operator(
         name=name,
         forward=forward,
         backward=backward,
         arguments=_names(forward, False),
         backward_arguments=_names(backward, False),
-        options=options,
-        backward_options=backward_options,
+        backward_options=_names(backward, True),
         gradients=tuple(r.name.removeprefix("grad_") for r in backward._schema.returns),
         reference=reference,
         public=public,
