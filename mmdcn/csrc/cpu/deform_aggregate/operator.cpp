@@ -59,7 +59,7 @@ Tensor forward(const DeformAggregateShape& shape, const Tensor& input, const Ten
   const Tensor offsets = aggregate_points(offset), masks = aggregate_points(mask);
   AggregateTensors<T> tensors = tensors_of<T>(inputs, offsets, masks);
   tensors.output = data<T>(output);
-  const AggregateKernel<T> kernel = MMDCN_KERNEL(deform_aggregate, T);
+  const AggregateKernel<T> kernel = MMDCN_CPU_KERNEL(deform_aggregate, T)();
   const int64_t pixels = shape.batch * shape.pixels();
   torch::stable::parallel_for(0, pixels, grain(pixels, pass_work(shape)),
                               [&](int64_t begin, int64_t end) {
@@ -129,7 +129,7 @@ Gradients backward(const DeformAggregateShape& shape, const Tensor& grad_output,
   tensors.grad_input = wanted[0] ? data<acc_t>(sum) : nullptr;
   acc_t* offset_target = in_parts ? offset_parts.get() : data<acc_t>(grad_offset);
   acc_t* mask_target = in_parts ? mask_parts.get() : data<acc_t>(grad_mask);
-  const AggregateKernel<T> kernel = MMDCN_KERNEL(deform_aggregate, T);
+  const AggregateKernel<T> kernel = MMDCN_CPU_KERNEL(deform_aggregate, T)();
   const int64_t units = shape.batch * part_count;
   torch::stable::parallel_for(
       0, units, grain(units, 2 * pass_work(shape)), [&](int64_t begin, int64_t end) {

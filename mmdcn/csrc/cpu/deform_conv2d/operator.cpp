@@ -1,4 +1,4 @@
-// deform_conv2d on the CPU: layouts, memory and threads around the kernels.
+// Registration of deform_conv2d on the CPU: layouts, memory and threads around the kernels.
 #include "../operator.h"
 
 #include <torch/csrc/stable/library.h>
@@ -43,7 +43,7 @@ Tensor either_way(const Tensor& tensor) {
 
 // A tensor of offsets or modulations, or else a copy of it, that the kernels can read: rows of
 // pixels that follow one another, with neighbouring pixels or neighbouring channels together.
-Tensor points(const Tensor& tensor) {
+Tensor readable_sampling(const Tensor& tensor) {
   const bool even = tensor.size(2) == 1 || tensor.stride(2) == tensor.size(3) * tensor.stride(3);
   const int64_t pixel = tensor.size(3) == 1 ? tensor.stride(2) : tensor.stride(3);
   const bool together = pixel == 1 || tensor.stride(1) == 1 || tensor.size(1) == 1;
@@ -51,7 +51,7 @@ Tensor points(const Tensor& tensor) {
 }
 
 template <typename A>
-PointTensor<A> point_tensor(const std::optional<Tensor>& tensor) {
+SamplingTensor<A> sampling_tensor(const std::optional<Tensor>& tensor) {
   if (!tensor.has_value()) return {nullptr, 0, 0, 1};
   const int64_t pixel = tensor->size(3) == 1 ? tensor->stride(2) : tensor->stride(3);
   return {const_data<A>(*tensor), tensor->stride(0), tensor->stride(1), pixel};
@@ -82,20 +82,20 @@ Tensor forward(const DeformConv2dShape& shape, const Tensor& input, const Tensor
   }
 
   const Tensor inputs = either_way(input), weights = either_way(weight);
-  const Tensor offsets = points(offset);
+  const Tensor offsets = readable_sampling(offset);
   std::optional<Tensor> masks, biases;
-  if (mask.has_value()) masks = points(*mask);
+  if (mask.has_value()) masks = readable_sampling(*mask);
   if (bias.has_value()) {
     biases = as_contiguous(converted(*bias, coordinate_type(input.scalar_type())));
   }
 
-  const ForwardKernel<T> kernel = MMDCN_KERNEL(deform_conv2d_forward, T);
+  const ForwardKernel<T> kernel = MMDCN_CPU_KERNEL(deform_conv2d_forward, T)(shape);
   const int64_t blocks = kernel.out_blocks(shape, torch::stable::get_num_threads());
-  DeformConv2dShape part = shape;
-  part.out_channels /= blocks;
-  const int64_t block_bytes = kernel.packed_bytes(part);
+  DeformConv2dShape block_shape = shape;
+  block_shape.out_channels /= blocks;
+  const int64_t block_bytes = kernel.packed_bytes(block_shape);
   const Buffer<std::byte> packed(blocks * block_bytes);
-  // Threads get the same part of the units and of the shares: blocks stay with those who pack them.
+  // Threads get the same blocks of the slices and of the shares: blocks stay with who packs them.
   const auto in_blocks = [&](int64_t per_block, int64_t work, const auto& function) {
     const int64_t all = blocks * per_block;
     torch::stable::parallel_for(0, all, grain(all, work), [&](int64_t begin, int64_t end) {
@@ -107,32 +107,33 @@ Tensor forward(const DeformConv2dShape& shape, const Tensor& input, const Tensor
   };
 
   const WeightLayout layout = weight_layout(weights);
-  in_blocks(
-      kernel.pack_units(part), weights.numel() * kElementWork,
-      [&](int64_t block, int64_t begin, int64_t end) {
-        const T* weight = const_data<T>(weights) + block * part.out_channels * layout.out_stride;
-        kernel.pack_weight(part, weight, layout, begin, end, packed.get() + block * block_bytes);
-      });
+  in_blocks(kernel.pack_slices(block_shape), weights.numel() * kElementWork,
+            [&](int64_t block, int64_t begin, int64_t end) {
+              const T* weight =
+                  const_data<T>(weights) + block * block_shape.out_channels * layout.out_stride;
+              kernel.pack_weight(block_shape, weight, layout, begin, end,
+                                 packed.get() + block * block_bytes);
+            });
 
   ForwardTensors<T> tensors = {};
   tensors.input = const_data<T>(inputs);
   tensors.input_layout = image_layout(inputs);
-  tensors.offset = point_tensor<acc_t>(offsets);
-  tensors.mask = point_tensor<acc_t>(masks);
+  tensors.offset = sampling_tensor<acc_t>(offsets);
+  tensors.mask = sampling_tensor<acc_t>(masks);
   tensors.weight = packed.get();
   tensors.bias = biases.has_value() ? const_data<acc_t>(*biases) : nullptr;
   tensors.output = data<T>(output);
   tensors.output_layout = image_layout(output);
   tensors.output_image = shape.out_channels * shape.pixels();
-  in_blocks(kernel.shares(part), pass_work(shape, shape.batch * shape.pixels()),
+  in_blocks(kernel.shares(block_shape), pass_work(shape, shape.batch * shape.pixels()),
             [&](int64_t block, int64_t begin, int64_t end) {
-              const Buffer<std::byte> scratch(kernel.scratch_bytes(part, tensors));
-              const int64_t first = block * part.out_channels;
+              const Buffer<std::byte> scratch(kernel.scratch_bytes(block_shape, tensors));
+              const int64_t first = block * block_shape.out_channels;
               ForwardTensors<T> own = tensors;
               own.weight += block * block_bytes;
               if (own.bias) own.bias += first;
               own.output += first * own.output_layout.channel_stride;
-              kernel.run(part, own, begin, end, scratch.get());
+              kernel.run(block_shape, own, begin, end, scratch.get());
             });
   return output;
 }
@@ -152,15 +153,15 @@ std::vector<ChannelBlock> channel_blocks(const DeformConv2dShape& shape) {
   return blocks;
 }
 
-// Adds up, in the order of the blocks, the parts of offset groups that several blocks share, for
-// one tile.
+// Adds up, in the order of the blocks, the sums of offset groups that several blocks share, for one
+// tile.
 template <typename T>
 void add_partial(const DeformConv2dShape& shape, const BackwardTensors<T>& tensors,
                  const std::vector<ChannelBlock>& blocks, const Tile<kBackwardTile>& tile,
                  const accumulator_t<T>* partial) {
   using acc_t = accumulator_t<T>;
-  const int64_t part = shape.deform_group_channels();
-  const auto add = [&](const acc_t* source, const PointGradients<acc_t>& target, int64_t channel,
+  const int64_t channels = shape.deform_group_channels();
+  const auto add = [&](const acc_t* source, const SamplingGradients<acc_t>& target, int64_t channel,
                        bool first) {
     if (target.data == nullptr) return;
     const int64_t stride = target.pixel_stride;
@@ -176,9 +177,9 @@ void add_partial(const DeformConv2dShape& shape, const BackwardTensors<T>& tenso
   };
   for (int64_t b = 0; b < static_cast<int64_t>(blocks.size()); ++b) {
     const ChannelBlock& block = blocks[b];
-    for (int64_t d = block.begin / part; d * part < block.end; ++d) {
+    for (int64_t d = block.begin / channels; d * channels < block.end; ++d) {
       if (owns_deform_group(shape, block, d)) continue;
-      const bool first = d * part >= block.begin;
+      const bool first = d * channels >= block.begin;
       const acc_t* source = partial + partial_position(shape, block, b, d);
       for (int64_t tap = 0; tap < shape.taps(); ++tap, source += 3 * kBackwardTile) {
         const int64_t row = d * shape.taps() + tap;
@@ -215,13 +216,13 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
   }
 
   const Tensor gradients = either_way(grad_output), inputs = either_way(input);
-  const Tensor weights = either_way(weight), offsets = points(offset);
+  const Tensor weights = either_way(weight), offsets = readable_sampling(offset);
   std::optional<Tensor> masks;
-  if (mask.has_value()) masks = points(*mask);
+  if (mask.has_value()) masks = readable_sampling(*mask);
 
-  const BackwardKernel<T> kernel = MMDCN_KERNEL(deform_conv2d_backward, T);
+  const BackwardKernel<T> kernel = MMDCN_CPU_KERNEL(deform_conv2d_backward, T)(shape);
   const int64_t taps = shape.taps(), pixels = shape.pixels();
-  const int64_t part = shape.deform_group_channels();
+  const int64_t group_channels = shape.deform_group_channels();
   const std::vector<ChannelBlock> blocks = channel_blocks(shape);
   const int64_t block_count = static_cast<int64_t>(blocks.size());
   int64_t packed_size = 0, sums_size = 0, widest = 0;
@@ -230,7 +231,7 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
     packed_size = std::max(packed_size, kernel.packed_size(shape, block));
     if (wanted[2]) sums_size = std::max(sums_size, kernel.sums_size(shape, block));
     widest = std::max(widest, block.end - block.begin);
-    shared = shared || block.begin % part != 0 || block.end % part != 0;
+    shared = shared || block.begin % group_channels != 0 || block.end % group_channels != 0;
   }
   shared = shared && (wanted[1] || wants_mask);
   const int64_t weight_size = packed_size + sums_size;
@@ -252,27 +253,27 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
   }
   const Buffer<acc_t> partial(span * tensors.partial_tile);
   tensors.partial = shared ? partial.get() : nullptr;
-  const PointTensor<acc_t> all_offsets = point_tensor<acc_t>(offsets);
-  const PointTensor<acc_t> all_masks = point_tensor<acc_t>(masks);
+  const SamplingTensor<acc_t> all_offsets = sampling_tensor<acc_t>(offsets);
+  const SamplingTensor<acc_t> all_masks = sampling_tensor<acc_t>(masks);
   const auto gradients_of = [](const Tensor& gradient, bool present,
-                               int64_t first) -> PointGradients<acc_t> {
+                               int64_t first) -> SamplingGradients<acc_t> {
     if (!present) return {nullptr, 0, 1};
     const ImageLayout layout = image_layout(gradient);
     return {data<acc_t>(gradient) + first, layout.channel_stride, layout.pixel_stride};
   };
   const auto set_image = [&](int64_t image) {
-    const int64_t first_point = image * shape.deform_groups * taps * pixels;
+    const int64_t first_sample = image * shape.deform_groups * taps * pixels;
     const int64_t area = image * shape.height * shape.width * shape.channels;
     tensors.grad_output = const_data<T>(gradients) + image * pixels * shape.out_channels;
     tensors.input = const_data<T>(inputs) + area;
     tensors.offset = all_offsets.image(image);
     tensors.mask = all_masks.image(image);
     tensors.grad_input = wanted[0] ? data<T>(grad_input) + area : nullptr;
-    tensors.grad_offset = gradients_of(grad_offset, wanted[1], 2 * first_point);
-    tensors.grad_mask = gradients_of(grad_mask, wants_mask, first_point);
+    tensors.grad_offset = gradients_of(grad_offset, wanted[1], 2 * first_sample);
+    tensors.grad_mask = gradients_of(grad_mask, wants_mask, first_sample);
   };
   set_image(0);
-  const int64_t window_bytes = (kernel.window_bytes(shape, tensors, widest) + 63) / 64 * 64;
+  const int64_t window_bytes = kernel.window_bytes(shape, tensors, widest);
   const Buffer<std::byte> window_memory(block_count * window_bytes);
   std::vector<BlockWindows<T>> windows(block_count);
   const int64_t scratch_bytes = kernel.scratch_bytes(shape, tensors, widest);

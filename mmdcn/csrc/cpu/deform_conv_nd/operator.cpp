@@ -53,7 +53,7 @@ Tensor forward(const DeformConvNdShape<R>& shape, const Tensor& input, const Ten
   Tensor output = new_tensor(input, output_size(shape), input.scalar_type());
   if (output.numel() == 0) return output;
 
-  const ConvNdKernel<R, T> kernel = MMDCN_KERNEL(deform_conv_nd, R, T);
+  const ConvNdKernel<R, T> kernel = MMDCN_CPU_KERNEL(deform_conv_nd, R, T)();
   const Tensor offsets = as_contiguous(offset);
   const Tensor weights = as_contiguous(weight);
   const std::optional<Tensor> masks = as_contiguous(mask);
@@ -176,7 +176,7 @@ Gradients backward(const DeformConvNdShape<R>& shape, const Tensor& grad_output,
     return gradient.result();
   }
 
-  const ConvNdKernel<R, T> kernel = MMDCN_KERNEL(deform_conv_nd, R, T);
+  const ConvNdKernel<R, T> kernel = MMDCN_CPU_KERNEL(deform_conv_nd, R, T)();
   const Tensor offsets = as_contiguous(offset);
   const Tensor weights = as_contiguous(weight);
   const std::optional<Tensor> masks = as_contiguous(mask);
