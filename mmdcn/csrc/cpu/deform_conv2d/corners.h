@@ -25,8 +25,8 @@ inline bool set_corners(const DeformConv2dShape& shape, const Rows<S>& rows, int
   const int32_t begin = static_cast<int32_t>(rows.begin), left = static_cast<int32_t>(rows.left);
   const int32_t origin = static_cast<int32_t>(rows.origin);
   const int32_t capacity = static_cast<int32_t>(rows.capacity);
-  const uint32_t height = static_cast<uint32_t>(shape.height);
-  const uint32_t width = static_cast<uint32_t>(shape.width);
+  const int32_t height = static_cast<int32_t>(shape.height);
+  const int32_t width = static_cast<int32_t>(shape.width);
   const uint32_t shown_rows = static_cast<uint32_t>(rows.end - rows.begin);
   const uint32_t shown_columns = static_cast<uint32_t>(rows.right - rows.left);
   int32_t row[2][kMost], column[2][kMost];  // within `rows`; -1 where there is none
@@ -34,9 +34,8 @@ inline bool set_corners(const DeformConv2dShape& shape, const Rows<S>& rows, int
   for (int64_t i = 0; i < count; ++i) {
     const int32_t y0 = samples.low_y[i], x0 = samples.low_x[i];
     const int32_t y1 = y0 + 1, x1 = x0 + 1;
-    // A single comparison, as negative numbers become large ones.
-    const int32_t top = uint32_t(y0) < height, bottom = uint32_t(y1) < height;
-    const int32_t first = uint32_t(x0) < width, last = uint32_t(x1) < width;
+    const int32_t top = exists(y0, height), bottom = exists(y1, height);
+    const int32_t first = exists(x0, width), last = exists(x1, width);
     const int32_t missing = (top & int32_t(uint32_t(y0 - begin) >= shown_rows)) |
                             (bottom & int32_t(uint32_t(y1 - begin) >= shown_rows)) |
                             (first & int32_t(uint32_t(x0 - left) >= shown_columns)) |
@@ -72,9 +71,9 @@ inline bool set_corners(const DeformConv2dShape& shape, const Rows<S>& rows, int
 template <typename A, int kMost>
 inline void set_weights(const Samples<A, kMost>& samples, int64_t count, A (&weight)[4][kMost]) {
   for (int64_t i = 0; i < count; ++i) {
-    const A high_y = samples.modulation[i] * samples.fraction_y[i];
-    const A low_y = samples.modulation[i] * (A(1) - samples.fraction_y[i]);
-    const A high_x = samples.fraction_x[i], low_x = A(1) - high_x;
+    const A high_y = samples.modulation[i] * samples.weight_y(1, i);
+    const A low_y = samples.modulation[i] * samples.weight_y(0, i);
+    const A high_x = samples.weight_x(1, i), low_x = samples.weight_x(0, i);
     weight[0][i] = low_y * low_x;
     weight[1][i] = low_y * high_x;
     weight[2][i] = high_y * low_x;
@@ -101,8 +100,8 @@ template <typename A, int kMost>
 inline void set_planar_corners(const DeformConv2dShape& shape, const Samples<A, kMost>& samples,
                                int64_t count, int64_t pixel_stride, int64_t (&position)[4][kMost],
                                A (&weight)[4][kMost]) {
-  const int32_t bottom = static_cast<int32_t>(shape.height) - 1;
-  const int32_t right = static_cast<int32_t>(shape.width) - 1;
+  const int32_t height = static_cast<int32_t>(shape.height);
+  const int32_t width = static_cast<int32_t>(shape.width);
   // First what has 32 bits, then what has 64: loops that mix them are not vectorised.
   int32_t y[kMost], x[kMost], down[kMost], along[kMost];
   for (int64_t i = 0; i < count; ++i) {
@@ -110,14 +109,13 @@ inline void set_planar_corners(const DeformConv2dShape& shape, const Samples<A, 
     const int32_t low_x = samples.low_x[i];
     y[i] = low_y >= 0 ? low_y : 0;
     x[i] = low_x >= 0 ? low_x : 0;
-    down[i] = low_y < 0 ? 0 : low_y < bottom ? 1 : 0;
-    along[i] = low_x < 0 ? 0 : low_x < right ? 1 : 0;
+    down[i] = low_y < 0 ? 0 : low_y < height - 1 ? 1 : 0;
+    along[i] = low_x < 0 ? 0 : low_x < width - 1 ? 1 : 0;
     const A modulation = samples.modulation[i];
-    const A fraction_y = samples.fraction_y[i], fraction_x = samples.fraction_x[i];
-    const A upper = low_y >= 0 ? modulation * (A(1) - fraction_y) : A(0);
-    const A lower = low_y < bottom ? modulation * fraction_y : A(0);
-    const A first = low_x >= 0 ? A(1) - fraction_x : A(0);
-    const A last = low_x < right ? fraction_x : A(0);
+    const A upper = samples.row_exists(0, i, height) ? modulation * samples.weight_y(0, i) : A(0);
+    const A lower = samples.row_exists(1, i, height) ? modulation * samples.weight_y(1, i) : A(0);
+    const A first = samples.column_exists(0, i, width) ? samples.weight_x(0, i) : A(0);
+    const A last = samples.column_exists(1, i, width) ? samples.weight_x(1, i) : A(0);
     weight[0][i] = upper * first;
     weight[1][i] = upper * last;
     weight[2][i] = lower * first;

@@ -14,7 +14,7 @@ namespace {
 template <typename A>
 inline void sample_gradients(const A (&dots)[4], A fraction_y, A fraction_x, A modulation,
                              A (&gradient)[3]) {
-  const A low_y = A(1) - fraction_y, low_x = A(1) - fraction_x;
+  const A low_y = weight_along(fraction_y, 0), low_x = weight_along(fraction_x, 0);
   const A upper = low_x * dots[0] + fraction_x * dots[1];
   const A lower = low_x * dots[2] + fraction_x * dots[3];
   gradient[0] = modulation * (lower - upper);
@@ -66,18 +66,21 @@ class SampleGradients {
  private:
   void set_gradients() const {
     const BackwardSamples<A>& samples = *work_.samples;
-    const int32_t bottom = static_cast<int32_t>(shape_.height) - 1;
-    const int32_t right = static_cast<int32_t>(shape_.width) - 1;
+    const int32_t height = static_cast<int32_t>(shape_.height);
+    const int32_t width = static_cast<int32_t>(shape_.width);
+    const A* const dots_of = dots;
     A* const gradients = gradients_;
-    for (int64_t i = 0; i < work_.tile->count; ++i) {
+    const int64_t count = work_.tile->count;
+    for (int64_t i = 0; i < count; ++i) {
       // Whatever a corner that does not exist was taken for counts for nothing.
-      const int32_t y = samples.low_y[i], x = samples.low_x[i];
-      const int32_t top = y >= 0, low = (y >= -1) & (y < bottom);
-      const int32_t first = x >= 0, last = x < right;
-      const A dot[4] = {(top & first) != 0 ? dots[i] : A(0),
-                        (top & last) != 0 ? dots[kBackwardTile + i] : A(0),
-                        (low & first) != 0 ? dots[2 * kBackwardTile + i] : A(0),
-                        (low & last) != 0 ? dots[3 * kBackwardTile + i] : A(0)};
+      const int32_t top = samples.row_exists(0, i, height);
+      const int32_t low = samples.row_exists(1, i, height);
+      const int32_t first = samples.column_exists(0, i, width);
+      const int32_t last = samples.column_exists(1, i, width);
+      const A dot[4] = {(top & first) != 0 ? dots_of[i] : A(0),
+                        (top & last) != 0 ? dots_of[kBackwardTile + i] : A(0),
+                        (low & first) != 0 ? dots_of[2 * kBackwardTile + i] : A(0),
+                        (low & last) != 0 ? dots_of[3 * kBackwardTile + i] : A(0)};
       A gradient[3];
       sample_gradients(dot, samples.fraction_y[i], samples.fraction_x[i], samples.modulation[i],
                        gradient);

@@ -12,11 +12,7 @@ namespace {
 
 // The samples of a tile for one tap and one offset group, one array for each quantity.
 template <typename A, int kMost>
-struct Samples {
-  static constexpr int32_t kNowhere = -2;  // neither this row nor the next exists
-
-  int32_t low_y[kMost], low_x[kMost];  // floor of the coordinates; kNowhere: contributes nothing
-  A fraction_y[kMost], fraction_x[kMost];
+struct Samples : CornerArrays<A, kMost> {
   A modulation[kMost];  // 0 for what contributes nothing
 };
 
@@ -103,12 +99,7 @@ inline void locate_samples(const DeformConv2dShape& shape, const Tile<kMost>& ti
       const int64_t i = first + j;
       const A p_y = A(tile.y[i]) * stride_y + tap_y + offset_y[j];
       const A p_x = A(tile.x[i]) * stride_x + tap_x + offset_x[j];
-      const bool there = reaches(p_y, height) & reaches(p_x, width);
-      int32_t low_y, low_x;
-      split(there ? p_y : A(0), low_y, samples.fraction_y[i]);
-      split(there ? p_x : A(0), low_x, samples.fraction_x[i]);
-      samples.low_y[i] = there ? low_y : samples.kNowhere;
-      samples.low_x[i] = low_x;
+      const bool there = samples.locate(i, p_y, p_x, height, width);
       samples.modulation[i] = there ? samples.modulation[i] : A(0);
     }
   }
