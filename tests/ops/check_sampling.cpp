@@ -1,10 +1,10 @@
 // Compares CornerArrays of sampling.h with Corners, bit by bit: prints what differs, and fails.
-#include "../../mmdcn/csrc/sampling.h"
-
 #include <cstdio>
 #include <cstring>
 #include <limits>
 #include <random>
+
+#include "../../mmdcn/csrc/sampling.h"
 
 namespace {
 

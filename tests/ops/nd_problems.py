@@ -82,6 +82,7 @@ class NdProblem:
 
 
 LINE = NdProblem((9,), kernel=(3,), stride=(1,), padding=(1,), dilation=(1,))
+LINE_VOLUME = NdProblem((1, 9, 1), kernel=(1, 3, 1), padding=(0, 1, 0))
 VOLUME = NdProblem()
 
 

@@ -17,6 +17,7 @@ from mmdcn.ops import deform_conv2d, reference
 from tests.ops.nd_problems import (
     FUNCTIONS,
     LINE,
+    LINE_VOLUME,
     VOLUME,
     NdProblem,
     compare_nd,
@@ -108,15 +109,30 @@ def test_matches_reference_across_parts(dtype, problem):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 @given(problem=nd_problems(ranks=(1, 2)))
 def test_fewer_dimensions_match_their_own_operator(dtype, problem):
-    """The same template over one and two dimensions, against the kernels tuned for two."""
+    """Lines and images as volumes of size one, against the kernels tuned for two dimensions."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
+    more = 3 - problem.rank
 
-    def over_any(input, offset, weight, bias, mask, stride, padding, dilation):
+    def as_volume(tensor):
+        return tensor.reshape(*tensor.shape[:2], *[1] * more, *tensor.shape[2:])
+
+    def over_volumes(input, offset, weight, bias, mask, stride, padding, dilation):
         offset, mask = (None if t is None else t.to(wide) for t in (offset, mask))
-        geometry = (list(numbers) for numbers in (stride, padding, dilation))
-        return torch.ops.mmdcn.deform_conv_nd(input, offset, weight, bias, *geometry, mask)
+        # Samples do not move along the new dimensions, which come first.
+        moves = offset.unflatten(1, (-1, problem.rank))
+        still = torch.zeros_like(moves[:, :, :1]).expand(-1, -1, more, *[-1] * problem.rank)
+        offset = as_volume(torch.cat([still, moves], 2).flatten(1, 2))
+        mask = None if mask is None else as_volume(mask)
+        stride, padding, dilation = (
+            [new] * more + list(numbers)
+            for new, numbers in ((1, stride), (0, padding), (1, dilation))
+        )
+        output = torch.ops.mmdcn.deform_conv_nd(
+            as_volume(input), offset, as_volume(weight), bias, stride, padding, dilation, mask
+        )
+        return output.flatten(2, 2 + more)
 
-    actual = run(over_any, problem.tensors(dtype), **problem.arguments())
+    actual = run(over_volumes, problem.tensors(dtype), **problem.arguments())
     function = {1: FUNCTIONS[1], 2: deform_conv2d}[problem.rank]
     expected = run(function, problem.tensors(dtype), **problem.arguments())
     for name, value in expected.items():
@@ -294,7 +310,7 @@ def compiled_arguments(problem: NdProblem, dtype: torch.dtype) -> tuple:
     return tensors["input"], offset, tensors["weight"], tensors["bias"], *geometry, mask
 
 
-@BOTH
+@pytest.mark.parametrize("problem", [LINE_VOLUME, VOLUME], ids=["line", "volume"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_opcheck(dtype, problem):
     arguments = compiled_arguments(problem, dtype)
@@ -335,6 +351,20 @@ def test_compiled_operator_refuses_what_does_not_fit():
         arguments[place] = bad
         with pytest.raises(RuntimeError, match="deform_conv_nd"):
             op(*arguments)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_compiled_operator_refuses_other_ranks(rank):
+    problem = NdProblem(*[(3,) * rank, 2, 4, 6], *[(n,) * rank for n in (3, 1, 1, 1)])
+    arguments = compiled_arguments(problem, torch.float32)
+    pattern = f"input: expected 5 dimensions, got {rank + 2}"
+    with pytest.raises(RuntimeError, match=pattern):
+        torch.ops.mmdcn.deform_conv_nd(*arguments)
+    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    del arguments[3]  # the bias
+    grad_output = torch.zeros(2, 6, *problem.out_size)
+    with pytest.raises(RuntimeError, match=pattern):
+        torch.ops.mmdcn.deform_conv_nd_backward(grad_output, *arguments, [True] * 4)
 
 
 @pytest.mark.parametrize(
