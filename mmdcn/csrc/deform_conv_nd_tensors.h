@@ -9,6 +9,10 @@
 
 namespace mmdcn {
 
+// The rank that the operator is compiled for: two dimensions have an operator of their own, and one
+// runs as an image of height one.
+constexpr int kConvNdRank = 3;
+
 // Reads the sizes of a deformable convolution over R dimensions off its arguments.
 template <int R>
 DeformConvNdShape<R> deform_conv_nd_shape(const Tensor& input, const Tensor& offset,
@@ -18,7 +22,8 @@ DeformConvNdShape<R> deform_conv_nd_shape(const Tensor& input, const Tensor& off
                                           const std::vector<int64_t>& dilation,
                                           const std::optional<Tensor>& mask,
                                           const char* op = "deform_conv_nd") {
-  MMDCN_REQUIRE(input.dim() == R + 2);
+  STD_TORCH_CHECK(input.dim() == R + 2, "mmdcn::", op, ": input: expected ", R + 2,
+                  " dimensions, got ", input.dim());
   MMDCN_REQUIRE(offset.dim() == R + 2);
   MMDCN_REQUIRE(weight.dim() == R + 2);
   MMDCN_REQUIRE(stride.size() == R);
@@ -112,20 +117,5 @@ struct ConvNdGradients {
 };
 
 }  // namespace
-
-// Calls `function` with the rank of an input as a constant: std::integral_constant<int, R>.
-template <typename F>
-auto with_rank(const Tensor& input, const F& function) {
-  switch (input.dim()) {
-    case 3:
-      return function(std::integral_constant<int, 1>{});
-    case 4:
-      return function(std::integral_constant<int, 2>{});
-    case 5:
-      return function(std::integral_constant<int, 3>{});
-    default:
-      STD_TORCH_CHECK(false, "mmdcn::deform_conv_nd: input must have 3, 4 or 5 dimensions");
-  }
-}
 
 }  // namespace mmdcn

@@ -15,7 +15,7 @@ STABLE_TORCH_LIBRARY(mmdcn, m) {
       "int[2] stride, int[2] padding, int[2] dilation, Tensor? mask, bool[4] output_mask, *, "
       "bool allow_tf32=False, bool deterministic=False) -> "
       "(Tensor grad_input, Tensor grad_offset, Tensor grad_weight, Tensor grad_mask)");
-  // The same over as many dimensions as `input` has beside batch and channels, 1 to 3.
+  // The same over three dimensions.
   m.def(
       "deform_conv_nd(Tensor input, Tensor offset, Tensor weight, Tensor? bias, int[] stride, "
       "int[] padding, int[] dilation, Tensor? mask) -> Tensor");

@@ -167,6 +167,7 @@ class Problem(WindowProblem):
 
 
 LINE = Problem(size=(9,))
+LINE_VOLUME = Problem(size=(1, 9, 1), kernel=(1, 3, 1), padding=(0, 1, 0))
 VOLUME = Problem(size=(4, 5, 6))
 
 

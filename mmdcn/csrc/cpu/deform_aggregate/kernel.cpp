@@ -5,6 +5,7 @@
 // the pixels where they exist are added up, as vectors of channels.
 #include "kernel.h"
 
+#include "../arena.h"
 #include "../channel_rows.h"
 
 namespace mmdcn {
@@ -15,17 +16,15 @@ namespace {
 constexpr int kSideBySide = 16;
 static_assert(4 * kSideBySide <= kMostRows, "too many corners");
 
-// p_k of all taps, in memory of one thread.
+// p_k of all taps.
 template <typename A>
 struct Taps {
   A *y, *x;
 
-  static int64_t bytes(const DeformAggregateShape& shape) {
-    return 2 * shape.taps() * static_cast<int64_t>(sizeof(A));
-  }
+  Taps(const DeformAggregateShape& shape, Arena& arena)
+      : y(arena.take<A>(shape.taps())), x(arena.take<A>(shape.taps())) {}
 
-  Taps(const DeformAggregateShape& shape, std::byte* memory)
-      : y(reinterpret_cast<A*>(memory)), x(y + shape.taps()) {
+  void fill(const DeformAggregateShape& shape) const {
     for (int64_t tap = 0; tap < shape.taps(); ++tap) {
       const int64_t full = shape.full_tap(tap);
       y[tap] = static_cast<A>(shape.y.relative(full % shape.y.kernel));
@@ -34,66 +33,69 @@ struct Taps {
   }
 };
 
+// Scratch memory of one thread.
+template <typename A>
+struct Scratch {
+  Taps<A> taps;
+  A* row;  // the channels of a group: sums, or gradients of them
+
+  Scratch(const DeformAggregateShape& shape, Arena& arena)
+      : taps(shape, arena), row(arena.take<A>(shape.group_channels())) {}
+};
+
 // Samples of some taps of one output pixel and group.
 template <typename A>
-struct Samples {
-  A y[kSideBySide], x[kSideBySide];  // coordinates; then what is left of them above the floor
-  int32_t low_y[kSideBySide], low_x[kSideBySide];
-  int32_t exists[4][kSideBySide];  // corners, in the order of Corners
+struct Samples : CornerArrays<A, kSideBySide> {
+  int32_t there[4][kSideBySide];  // whether corners exist, in the order of Corners
 
   // Locates taps [first, first + count) of output position (out_y, out_x).
-  void locate(const DeformAggregateShape& shape, const Taps<A>& taps, int64_t out_y, int64_t out_x,
-              const A* offset, int64_t first, int64_t count) {
+  void locate_taps(const DeformAggregateShape& shape, const Taps<A>& taps, int64_t out_y,
+                   int64_t out_x, const A* offset, int64_t first, int64_t count) {
     const A scale = static_cast<A>(shape.offset_scale);
     const A origin_y = static_cast<A>(shape.y.origin(out_y));
     const A origin_x = static_cast<A>(shape.x.origin(out_x));
+    A y[kSideBySide], x[kSideBySide];
     for (int64_t k = 0; k < count; ++k) {
       x[k] = origin_x + scale * (taps.x[first + k] + offset[2 * (first + k)]);
       y[k] = origin_y + scale * (taps.y[first + k] + offset[2 * (first + k) + 1]);
     }
     for (int64_t k = count; k < kSideBySide; ++k) x[k] = y[k] = A(-1);
-    const int64_t height = shape.y.size, width = shape.x.size;
-    const int32_t bottom = static_cast<int32_t>(height) - 1;
-    const int32_t right = static_cast<int32_t>(width) - 1;
+    const int32_t height = static_cast<int32_t>(shape.y.size);
+    const int32_t width = static_cast<int32_t>(shape.x.size);
 #pragma GCC ivdep
     for (int k = 0; k < kSideBySide; ++k) {
-      const bool there = reaches(y[k], height) & reaches(x[k], width);
-      const A p_y = there ? y[k] : A(0), p_x = there ? x[k] : A(0);
-      split(p_y, low_y[k], y[k]);
-      split(p_x, low_x[k], x[k]);
-      const bool top = there & (low_y[k] >= 0), low = there & (low_y[k] < bottom);
-      const bool left = low_x[k] >= 0, end = low_x[k] < right;
-      exists[0][k] = top & left;
-      exists[1][k] = top & end;
-      exists[2][k] = low & left;
-      exists[3][k] = low & end;
+      this->locate(k, y[k], x[k], shape.y.size, shape.x.size);
+      for (int q = 0; q < 4; ++q) there[q][k] = this->exists(q, k, height, width);
     }
-  }
-
-  // G(q, p) of corner number q of sample number k.
-  A weight(int q, int64_t k) const {
-    return (q & 2 ? y[k] : A(1) - y[k]) * (q & 1 ? x[k] : A(1) - x[k]);
-  }
-  // Its derivatives with respect to y and x.
-  A slope_y(int q, int64_t k) const {
-    return (q & 2 ? A(1) : A(-1)) * (q & 1 ? x[k] : A(1) - x[k]);
-  }
-  A slope_x(int q, int64_t k) const {
-    return (q & 1 ? A(1) : A(-1)) * (q & 2 ? y[k] : A(1) - y[k]);
   }
 
   // The number of the pixel that corner number q of sample number k is.
   int64_t pixel(const DeformAggregateShape& shape, int q, int64_t k) const {
-    return (low_y[k] + int64_t(q >> 1)) * shape.x.size + low_x[k] + (q & 1);
+    return (this->low_y[k] + int64_t(q >> 1)) * shape.x.size + this->low_x[k] + (q & 1);
+  }
+
+  // Lists the pixels that samples [0, count) read, with their weights times the modulations.
+  void list(const DeformAggregateShape& shape, const A* modulation, int64_t count,
+            WeightedRows<A>& rows) const {
+    rows.count = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      for (int q = 0; q < 4; ++q) {
+        if (!there[q][k]) continue;
+        rows.add(pixel(shape, q, k) * shape.channels, modulation[k] * this->weight(q, k));
+      }
+    }
   }
 };
 
 template <typename T, typename A = accumulator_t<T>>
 void forward(const DeformAggregateShape& shape, const AggregateTensors<T>& tensors, int64_t begin,
              int64_t end, std::byte* memory) {
-  const Taps<A> taps(shape, memory);
+  Arena arena(memory);
+  const Scratch<A> scratch(shape, arena);
+  const Taps<A>& taps = scratch.taps;
+  taps.fill(shape);
   const int64_t channels = shape.group_channels(), count = shape.taps();
-  A* sum = reinterpret_cast<A*>(memory + Taps<A>::bytes(shape));
+  A* sum = scratch.row;
   Samples<A> samples;
   WeightedRows<A> rows;
   for (int64_t pixel = begin; pixel < end; ++pixel) {
@@ -107,15 +109,8 @@ void forward(const DeformAggregateShape& shape, const AggregateTensors<T>& tenso
       std::memset(sum, 0, channels * sizeof(A));
       for (int64_t first = 0; first < count; first += kSideBySide) {
         const int64_t some = count - first < kSideBySide ? count - first : kSideBySide;
-        samples.locate(shape, taps, out_y, out_x, offset, first, some);
-        rows.count = 0;
-        for (int64_t k = 0; k < some; ++k) {
-          for (int q = 0; q < 4; ++q) {
-            if (!samples.exists[q][k]) continue;
-            rows.add(samples.pixel(shape, q, k) * shape.channels,
-                     mask[first + k] * samples.weight(q, k));
-          }
-        }
+        samples.locate_taps(shape, taps, out_y, out_x, offset, first, some);
+        samples.list(shape, mask + first, some, rows);
         add_rows(source, rows, channels, sum);
       }
       for (int64_t c = 0; c < channels; ++c) store(target + c, sum[c]);
@@ -130,10 +125,13 @@ void forward(const DeformAggregateShape& shape, const AggregateTensors<T>& tenso
 template <typename T, typename A = accumulator_t<T>>
 void backward(const DeformAggregateShape& shape, const AggregateTensors<T>& tensors,
               const AggregateChannels& part, int64_t image, std::byte* memory) {
-  const Taps<A> taps(shape, memory);
+  Arena arena(memory);
+  const Scratch<A> scratch(shape, arena);
+  const Taps<A>& taps = scratch.taps;
+  taps.fill(shape);
   const int64_t channels = part.end - part.begin, count = shape.taps();
   const A scale = static_cast<A>(shape.offset_scale);
-  A* grad = reinterpret_cast<A*>(memory + Taps<A>::bytes(shape));
+  A* grad = scratch.row;
   const int64_t start = image * shape.y.size * shape.x.size * shape.channels + part.begin;
   const T* source = tensors.input + start;
   A* grad_source = tensors.grad_input ? tensors.grad_input + start : nullptr;
@@ -153,15 +151,8 @@ void backward(const DeformAggregateShape& shape, const AggregateTensors<T>& tens
 
     for (int64_t first = 0; first < count; first += kSideBySide) {
       const int64_t some = count - first < kSideBySide ? count - first : kSideBySide;
-      samples.locate(shape, taps, out_y, out_x, offset, first, some);
-      rows.count = 0;
-      for (int64_t k = 0; k < some; ++k) {
-        for (int q = 0; q < 4; ++q) {
-          if (!samples.exists[q][k]) continue;
-          rows.add(samples.pixel(shape, q, k) * shape.channels,
-                   mask[first + k] * samples.weight(q, k));
-        }
-      }
+      samples.locate_taps(shape, taps, out_y, out_x, offset, first, some);
+      samples.list(shape, mask + first, some, rows);
       if (!tensors.grad_offset && !tensors.grad_mask) {
         add_rows_backward<false>(source, rows, channels, grad, grad_source, grad_weight);
         continue;
@@ -172,7 +163,7 @@ void backward(const DeformAggregateShape& shape, const AggregateTensors<T>& tens
         A moved_y = 0, moved_x = 0, scaled = 0;
         A modulation = 0;  // Whatever it is does not matter to a sample of nothing.
         for (int q = 0; q < 4; ++q) {
-          if (!samples.exists[q][k]) continue;
+          if (!samples.there[q][k]) continue;
           const A gradient = *corner++;
           modulation = mask[first + k];
           moved_y += samples.slope_y(q, k) * gradient;
@@ -192,14 +183,20 @@ void backward(const DeformAggregateShape& shape, const AggregateTensors<T>& tens
 
 template <typename T, typename A = accumulator_t<T>>
 int64_t scratch_bytes(const DeformAggregateShape& shape) {
-  return Taps<A>::bytes(shape) + shape.group_channels() * static_cast<int64_t>(sizeof(A));
+  Arena arena(nullptr);
+  Scratch<A>(shape, arena);
+  return arena.used();
 }
 
 }  // namespace
 
 template <typename T>
 AggregateKernel<T> deform_aggregate() {
-  return {scratch_bytes<T>, forward<T>, backward<T>};
+  AggregateKernel<T> kernel = {};
+  kernel.scratch_bytes = &scratch_bytes<T>;
+  kernel.forward = &forward<T>;
+  kernel.backward = &backward<T>;
+  return kernel;
 }
 
 template AggregateKernel<double> deform_aggregate<double>();

@@ -1,4 +1,4 @@
-// deform_aggregate on the CPU: layouts, memory and threads around the kernels.
+// Registration of deform_aggregate on the CPU: layouts, memory and threads around the kernels.
 #include "../operator.h"
 
 #include <torch/csrc/stable/library.h>
@@ -59,7 +59,7 @@ Tensor forward(const DeformAggregateShape& shape, const Tensor& input, const Ten
   const Tensor offsets = aggregate_points(offset), masks = aggregate_points(mask);
   AggregateTensors<T> tensors = tensors_of<T>(inputs, offsets, masks);
   tensors.output = data<T>(output);
-  const AggregateKernel<T> kernel = MMDCN_KERNEL(deform_aggregate, T);
+  const AggregateKernel<T> kernel = MMDCN_CPU_KERNEL(deform_aggregate, T)();
   const int64_t pixels = shape.batch * shape.pixels();
   torch::stable::parallel_for(0, pixels, grain(pixels, pass_work(shape)),
                               [&](int64_t begin, int64_t end) {
@@ -129,17 +129,17 @@ Gradients backward(const DeformAggregateShape& shape, const Tensor& grad_output,
   tensors.grad_input = wanted[0] ? data<acc_t>(sum) : nullptr;
   acc_t* offset_target = in_parts ? offset_parts.get() : data<acc_t>(grad_offset);
   acc_t* mask_target = in_parts ? mask_parts.get() : data<acc_t>(grad_mask);
-  const AggregateKernel<T> kernel = MMDCN_KERNEL(deform_aggregate, T);
-  const int64_t units = shape.batch * part_count;
+  const AggregateKernel<T> kernel = MMDCN_CPU_KERNEL(deform_aggregate, T)();
+  const int64_t tasks = shape.batch * part_count;
   torch::stable::parallel_for(
-      0, units, grain(units, 2 * pass_work(shape)), [&](int64_t begin, int64_t end) {
+      0, tasks, grain(tasks, 2 * pass_work(shape)), [&](int64_t begin, int64_t end) {
         const Buffer<std::byte> scratch(kernel.scratch_bytes(shape));
         AggregateTensors<T> mine = tensors;
-        for (int64_t unit = begin; unit < end; ++unit) {
-          const int64_t part = unit % part_count, place = part % group_parts;
-          if (wanted[1]) mine.grad_offset = offset_target + place * grad_offset.numel();
-          if (wanted[2]) mine.grad_mask = mask_target + place * grad_mask.numel();
-          kernel.backward(shape, mine, parts[part], unit / part_count, scratch.get());
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t part = task % part_count, slot = part % group_parts;
+          if (wanted[1]) mine.grad_offset = offset_target + slot * grad_offset.numel();
+          if (wanted[2]) mine.grad_mask = mask_target + slot * grad_mask.numel();
+          kernel.backward(shape, mine, parts[part], task / part_count, scratch.get());
         }
       });
 

@@ -1,5 +1,5 @@
-// What the CPU kernels of deform_conv2d are given and give. The kernels are compiled once for each
-// instruction set; deform_conv2d.cpp chooses one, owns all memory and runs the threads.
+// The interface of deform_conv2d's CPU kernels. They are compiled once for each instruction set;
+// operator.cpp chooses one, owns all memory and runs the threads.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +15,14 @@ constexpr int kForwardTile = 48;
 constexpr int kPlanarTile = 192;  // of the forward pass, where offset groups have few channels
 constexpr int kBackwardTile = 192;
 
-// Where the elements of one image lie: channels in planes, or pixel by pixel.
+// How an image is sampled: row by row of channels, as vectors, or channel by channel, over the
+// pixels of a tile, where offset groups have few channels.
+enum class Sampling { kRows, kPlanes };
+
+// Up to so many channels of an offset group are sampled from the planes.
+constexpr int64_t kPlanarChannels = 4;
+
+// The strides between the elements of one image: channels lie in planes, or pixel by pixel.
 struct ImageLayout {
   int64_t pixel_stride, channel_stride;
 
@@ -25,12 +32,12 @@ struct ImageLayout {
 // Where the offsets, or the modulations, of images lie. Rows of pixels follow one another; either
 // neighbouring pixels or neighbouring channels lie together.
 template <typename A>
-struct PointTensor {
+struct SamplingTensor {
   const A* data;  // null for no modulation
   int64_t image_stride, channel_stride, pixel_stride;
 
   MMDCN_HOST_DEVICE bool in_planes() const { return pixel_stride == 1; }
-  MMDCN_HOST_DEVICE PointTensor image(int64_t number) const {
+  MMDCN_HOST_DEVICE SamplingTensor image(int64_t number) const {
     return {data ? data + number * image_stride : nullptr, image_stride, channel_stride,
             pixel_stride};
   }
@@ -38,7 +45,7 @@ struct PointTensor {
 
 // Where the gradients of one image's offsets, or modulations, go: likewise.
 template <typename A>
-struct PointGradients {
+struct SamplingGradients {
   A* data;  // null where not asked for
   int64_t channel_stride, pixel_stride;
 
@@ -57,7 +64,7 @@ struct WeightLayout {
 template <int kMost>
 struct Tile {
   struct Run {
-    int64_t first, count, pixel;  // place in the tile, length, and place in the image
+    int64_t first, count, pixel;  // index in the tile, length, and index in the image
   };
   int64_t count, runs;
   Run run[kMost];
@@ -103,11 +110,11 @@ struct ForwardTensors {
   using acc_t = accumulator_t<T>;
   const T* input;  // (N, C, H, W) in the layout below
   ImageLayout input_layout;
-  PointTensor<acc_t> offset;  // (N, deform_groups, taps, 2, Ho, Wo)
-  PointTensor<acc_t> mask;    // (N, deform_groups, taps, Ho, Wo)
-  const std::byte* weight;    // as pack_weight made it
-  const acc_t* bias;          // (Co), or null
-  T* output;                  // (N, Co, Ho, Wo) in the layout below
+  SamplingTensor<acc_t> offset;  // (N, deform_groups, taps, 2, Ho, Wo)
+  SamplingTensor<acc_t> mask;    // (N, deform_groups, taps, Ho, Wo)
+  const std::byte* weight;       // as pack_weight made it
+  const acc_t* bias;             // (Co), or null
+  T* output;                     // (N, Co, Ho, Wo) in the layout below
   ImageLayout output_layout;
   int64_t output_image;  // from image to image; more than an image's elements in a block's call
 };
@@ -118,9 +125,9 @@ struct ForwardKernel {
   // Blocks of output channels, of one size, that so many threads had best compute each on its own.
   // What follows works on one block at a time: the shape has its output channels only.
   int64_t (*out_blocks)(const DeformConv2dShape&, int64_t threads);
-  // Units of packing, all to be packed before the first call of `run`; each writes its own part of
-  // packed_bytes.
-  int64_t (*pack_units)(const DeformConv2dShape&);
+  // The weight is packed in slices, all of them before the first call of `run`; each fills elements
+  // of its own among packed_bytes.
+  int64_t (*pack_slices)(const DeformConv2dShape&);
   int64_t (*packed_bytes)(const DeformConv2dShape&);
   void (*pack_weight)(const DeformConv2dShape&, const T* weight, const WeightLayout&, int64_t begin,
                       int64_t end, std::byte* packed);
@@ -133,7 +140,7 @@ struct ForwardKernel {
 
 // A range of channels, inside one group, whose gradients one thread computes alone. The gradients
 // of offset and mask sum over the channels of an offset group: where its channels lie in several
-// blocks, each block leaves its part in `partial` and the parts are added in the order of the
+// blocks, each block leaves its sum in `partial` and the sums are added in the order of the
 // blocks, so that the result does not depend on the number of threads.
 struct ChannelBlock {
   int64_t group, begin, end;
@@ -148,14 +155,14 @@ struct BackwardTensors {
   ImageLayout output_layout;
   const T* input;  // (C, H, W)
   ImageLayout input_layout;
-  PointTensor<acc_t> offset;  // (deform_groups, taps, 2, Ho, Wo)
-  PointTensor<acc_t> mask;    // (deform_groups, taps, Ho, Wo)
-  const acc_t* weight;        // the block's, packed: for each tap, Co/groups × channels in panels
-  T* grad_input;              // (C, H, W) in the input's layout, added to
-  PointGradients<acc_t> grad_offset;  // (deform_groups, taps, 2, Ho, Wo)
-  PointGradients<acc_t> grad_mask;    // (deform_groups, taps, Ho, Wo)
-  acc_t* grad_weight;                 // the block's: (channels, taps, padded Co/groups), added to
-  acc_t* partial;  // (tiles, partial_tile), see partial_position; null where all is owned
+  SamplingTensor<acc_t> offset;  // (deform_groups, taps, 2, Ho, Wo)
+  SamplingTensor<acc_t> mask;    // (deform_groups, taps, Ho, Wo)
+  const acc_t* weight;  // the block's, packed: for each tap, Co/groups × channels in panels
+  T* grad_input;        // (C, H, W) in the input's layout, added to
+  SamplingGradients<acc_t> grad_offset;  // (deform_groups, taps, 2, Ho, Wo)
+  SamplingGradients<acc_t> grad_mask;    // (deform_groups, taps, Ho, Wo)
+  acc_t* grad_weight;  // the block's: (channels, taps, padded Co/groups), added to
+  acc_t* partial;      // (tiles, partial_tile), see partial_position; null where all is owned
   int64_t partial_tile;
 };
 
@@ -169,7 +176,7 @@ template <typename T>
 struct BackwardKernel {
   using acc_t = accumulator_t<T>;
   // Elements of a block's packed weights, and of the sums that make up their gradient. The latter
-  // goes to its part of grad_weight, or is added to what is there.
+  // goes to the block's channels of grad_weight, or is added to what is there.
   int64_t (*packed_size)(const DeformConv2dShape&, const ChannelBlock&);
   void (*pack_weight)(const DeformConv2dShape&, const T* weight, const WeightLayout&,
                       const ChannelBlock&, acc_t* packed);
@@ -197,8 +204,8 @@ struct BackwardKernel {
 // The offset groups [first_owned, last_owned) of which all channels lie in one block; there may be
 // none.
 MMDCN_HOST_DEVICE int64_t first_owned(const DeformConv2dShape& shape, const ChannelBlock& block) {
-  const int64_t part = shape.deform_group_channels();
-  return (block.begin + part - 1) / part;
+  const int64_t channels = shape.deform_group_channels();
+  return (block.begin + channels - 1) / channels;
 }
 MMDCN_HOST_DEVICE int64_t last_owned(const DeformConv2dShape& shape, const ChannelBlock& block) {
   return block.end / shape.deform_group_channels();
@@ -213,7 +220,7 @@ MMDCN_HOST_DEVICE int64_t partial_size(const DeformConv2dShape& shape) {
   return shape.taps() * 3 * kBackwardTile;
 }
 
-// Where, within a tile's part of `partial`, block number `b` keeps its part of offset group d: as
+// Where, in what `partial` has of a tile, block number `b` keeps its sums of offset group d: as
 // (taps, 3, pixels). A block shares at most two groups, the one that begins before it or at its
 // beginning, and the one that ends after it.
 MMDCN_HOST_DEVICE int64_t partial_position(const DeformConv2dShape& shape,
@@ -221,12 +228,13 @@ MMDCN_HOST_DEVICE int64_t partial_position(const DeformConv2dShape& shape,
   return (2 * b + (d * shape.deform_group_channels() > block.begin ? 1 : 0)) * partial_size(shape);
 }
 
-#define MMDCN_DECLARE_KERNELS(capability)     \
-  namespace capability {                      \
-  template <typename T>                       \
-  ForwardKernel<T> deform_conv2d_forward();   \
-  template <typename T>                       \
-  BackwardKernel<T> deform_conv2d_backward(); \
+// The kernels for convolutions of this shape.
+#define MMDCN_DECLARE_KERNELS(capability)                             \
+  namespace capability {                                              \
+  template <typename T>                                               \
+  ForwardKernel<T> deform_conv2d_forward(const DeformConv2dShape&);   \
+  template <typename T>                                               \
+  BackwardKernel<T> deform_conv2d_backward(const DeformConv2dShape&); \
   }
 MMDCN_DECLARE_KERNELS(portable)
 MMDCN_DECLARE_KERNELS(avx2)

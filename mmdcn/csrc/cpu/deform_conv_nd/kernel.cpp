@@ -6,6 +6,7 @@
 #include "kernel.h"
 
 #include "../../integers.h"
+#include "../arena.h"
 #include "../channel_rows.h"
 #include "../matmul.h"
 #include "../transpose.h"
@@ -178,20 +179,33 @@ int64_t product_row(const DeformConvNdShape<R>& shape) {
 }
 
 template <int R, typename A>
+struct ForwardScratch {
+  A* columns;  // pixels × taps × channels
+  A* product;  // pixels × product_row
+
+  ForwardScratch(const DeformConvNdShape<R>& shape, Arena& arena)
+      : columns(arena.take<A>(forward_tile<R, A>(shape) * shape.taps() * shape.channels)),
+        product(arena.take<A>(forward_tile<R, A>(shape) * product_row<R, A>(shape))) {}
+};
+
+template <int R, typename A>
 int64_t forward_scratch_bytes(const DeformConvNdShape<R>& shape) {
-  const int64_t row = shape.taps() * shape.channels + product_row<R, A>(shape);
-  return forward_tile<R, A>(shape) * row * static_cast<int64_t>(sizeof(A));
+  Arena arena(nullptr);
+  ForwardScratch<R, A>(shape, arena);
+  return arena.used();
 }
 
 template <int R, typename A>
 void forward(const DeformConvNdShape<R>& shape, const ConvNdForward<A>& tensors, int64_t begin,
-             int64_t end, std::byte* scratch) {
+             int64_t end, std::byte* memory) {
   const int64_t pixels = shape.pixels(), taps = shape.taps();
   const int64_t tile = forward_tile<R, A>(shape), row = taps * shape.channels;
   const int64_t channels = shape.group_channels(), outs = shape.group_out_channels();
   const int64_t weights = tap_packed_size<R, A>(shape), out_row = product_row<R, A>(shape);
-  A* columns = reinterpret_cast<A*>(scratch);
-  A* product = columns + tile * row;
+  Arena arena(memory);
+  const ForwardScratch<R, A> scratch(shape, arena);
+  A* const columns = scratch.columns;
+  A* const product = scratch.product;
   const ChannelPart all = {0, shape.channels, 0};
   for (int64_t first = begin; first < end; first += tile) {
     const int64_t count = smaller(tile, end - first);
@@ -221,31 +235,41 @@ void forward(const DeformConvNdShape<R>& shape, const ConvNdForward<A>& tensors,
 // ------------------------------------------------------------------------------ backward
 
 template <int R, typename A>
+struct BackwardScratch {
+  A* columns;  // pixels × channels of a part, each row padded by a register
+  A* sums;     // channels of a part × padded Co/groups
+
+  BackwardScratch(const DeformConvNdShape<R>& shape, int64_t channels, Arena& arena)
+      : columns(arena.take<A>(kMostPixels * (channels + kLanes<A>))),
+        sums(arena.take<A>(channels * padded<A>(shape.group_out_channels()))) {}
+};
+
+template <int R, typename A>
 int64_t backward_scratch_bytes(const DeformConvNdShape<R>& shape, int64_t widest_part) {
-  const int64_t columns = kMostPixels * (widest_part + kLanes<A>);
-  const int64_t weights = widest_part * padded<A>(shape.group_out_channels());
-  return (columns + weights) * static_cast<int64_t>(sizeof(A));
+  Arena arena(nullptr);
+  BackwardScratch<R, A>(shape, widest_part, arena);
+  return arena.used();
 }
 
 // Adds to the gradients of one sample of some channels, given that of the modulated sample.
-template <bool through_points, int R, typename A>
+template <bool through_samples, int R, typename A>
 inline void sample_backward(const DeformConvNdShape<R>& shape, const ConvNdBackward<A>& tensors,
                             int64_t image, int64_t pixel, int64_t number, int64_t begin,
                             int64_t end, const A* grad) {
   const int64_t pixels = shape.pixels(), first = image * shape.samples();
   const int64_t start = image * shape.positions() * shape.channels;
-  const int64_t point = (first + number) * pixels + pixel;
+  const int64_t index = (first + number) * pixels + pixel;
   Corners<A, R> corners;
   const bool inside = shape.locate(pixel, number, tensors.offset + first * R * pixels, corners);
   A moved[R] = {}, scaled = 0;
   if (inside) {
-    const A modulation = tensors.mask ? tensors.mask[point] : A(1);
+    const A modulation = tensors.mask ? tensors.mask[index] : A(1);
     const WeightedRows<A> rows = rows_of(corners, modulation, shape.channels, begin);
     A products[corners.kCount];
     A* grad_image = tensors.grad_input ? tensors.grad_input + start : nullptr;
-    add_rows_backward<through_points>(tensors.input + start, rows, end - begin, grad, grad_image,
-                                      products);
-    if constexpr (through_points) {
+    add_rows_backward<through_samples>(tensors.input + start, rows, end - begin, grad, grad_image,
+                                       products);
+    if constexpr (through_samples) {
       const A* product = products;
       for (int q = 0; q < corners.kCount; ++q) {
         if (corners.position[q] < 0) continue;
@@ -256,22 +280,23 @@ inline void sample_backward(const DeformConvNdShape<R>& shape, const ConvNdBackw
       for (int d = 0; d < R; ++d) moved[d] *= modulation;
     }
   }
-  if constexpr (through_points) {
+  if constexpr (through_samples) {
     if (tensors.grad_offset) {
       A* target = tensors.grad_offset + (first + number) * R * pixels + pixel;
       for (int d = 0; d < R; ++d) target[d * pixels] = moved[d];
     }
-    if (tensors.grad_mask) tensors.grad_mask[point] = scaled;
+    if (tensors.grad_mask) tensors.grad_mask[index] = scaled;
   }
 }
 
 template <int R, typename A>
 void backward_data(const DeformConvNdShape<R>& shape, const ConvNdBackward<A>& tensors,
-                   const ChannelPart& part, int64_t image, std::byte* scratch) {
+                   const ChannelPart& part, int64_t image, std::byte* memory) {
   const int64_t pixels = shape.pixels(), outs = shape.group_out_channels();
   const int64_t row = part.end - part.begin + kLanes<A>;
-  const bool through_points = tensors.grad_offset || tensors.grad_mask;
-  A* columns = reinterpret_cast<A*>(scratch);
+  const bool through_samples = tensors.grad_offset || tensors.grad_mask;
+  Arena arena(memory);
+  A* const columns = BackwardScratch<R, A>(shape, part.end - part.begin, arena).columns;
   for (int64_t first = 0; first < pixels; first += kMostPixels) {
     const int64_t count = smaller(kMostPixels, pixels - first);
     const A* grad_output = tensors.grad_output + (image * pixels + first) * shape.out_channels;
@@ -293,7 +318,7 @@ void backward_data(const DeformConvNdShape<R>& shape, const ConvNdBackward<A>& t
               });
         }
       };
-      if (through_points) {
+      if (through_samples) {
         scatter(std::true_type{});
       } else {
         scatter(std::false_type{});
@@ -304,12 +329,14 @@ void backward_data(const DeformConvNdShape<R>& shape, const ConvNdBackward<A>& t
 
 template <int R, typename T, typename A = accumulator_t<T>>
 void backward_weight(const DeformConvNdShape<R>& shape, const ConvNdBackward<A>& tensors,
-                     const ChannelPart& part, int64_t tap, T* grad_weight, std::byte* scratch) {
+                     const ChannelPart& part, int64_t tap, T* grad_weight, std::byte* memory) {
   const int64_t pixels = shape.pixels(), all_pixels = shape.batch * pixels;
   const int64_t outs = shape.group_out_channels(), channels = shape.group_channels();
   const int64_t width = part.end - part.begin, sum_row = padded<A>(outs);
-  A* columns = reinterpret_cast<A*>(scratch);
-  A* sums = columns + kMostPixels * width;
+  Arena arena(memory);
+  const BackwardScratch<R, A> scratch(shape, width, arena);
+  A* const columns = scratch.columns;
+  A* const sums = scratch.sums;
   for (int64_t i = 0; i < width * sum_row; ++i) sums[i] = 0;
   for (int64_t first = 0; first < all_pixels; first += kMostPixels) {
     const int64_t count = smaller(kMostPixels, all_pixels - first);
@@ -319,10 +346,10 @@ void backward_weight(const DeformConvNdShape<R>& shape, const ConvNdBackward<A>&
     }
     for_groups(part, channels, [&](int64_t group, int64_t begin, int64_t end) {
       const A* grad_output = tensors.grad_output + first * shape.out_channels + group * outs;
-      const int64_t place = begin - part.begin;
-      multiply<Order::kColumns, Into::kAdd>(end - begin, outs, count, columns + place, width,
+      const int64_t column = begin - part.begin;
+      multiply<Order::kColumns, Into::kAdd>(end - begin, outs, count, columns + column, width,
                                             row_major(grad_output, shape.out_channels),
-                                            sums + place * sum_row, sum_row);
+                                            sums + column * sum_row, sum_row);
     });
   }
   for (int64_t c = part.begin; c < part.end; ++c) {
@@ -339,28 +366,25 @@ void backward_weight(const DeformConvNdShape<R>& shape, const ConvNdBackward<A>&
 template <int R, typename T>
 ConvNdKernel<R, T> deform_conv_nd() {
   using A = accumulator_t<T>;
-  return {to_rows<T>,
-          from_rows<T>,
-          packed_size<R, A>,
-          pack_weight<R, T>,
-          forward_scratch_bytes<R, A>,
-          forward<R, A>,
-          part_packed_size<R, A>,
-          pack_part<R, T>,
-          backward_scratch_bytes<R, A>,
-          backward_data<R, A>,
-          backward_weight<R, T>};
+  ConvNdKernel<R, T> kernel = {};
+  kernel.to_rows = &to_rows<T>;
+  kernel.from_rows = &from_rows<T>;
+  kernel.packed_size = &packed_size<R, A>;
+  kernel.pack_weight = &pack_weight<R, T>;
+  kernel.forward_scratch_bytes = &forward_scratch_bytes<R, A>;
+  kernel.forward = &forward<R, A>;
+  kernel.part_packed_size = &part_packed_size<R, A>;
+  kernel.pack_part = &pack_part<R, T>;
+  kernel.backward_scratch_bytes = &backward_scratch_bytes<R, A>;
+  kernel.backward_data = &backward_data<R, A>;
+  kernel.backward_weight = &backward_weight<R, T>;
+  return kernel;
 }
 
-#define MMDCN_INSTANTIATE(T)                          \
-  template ConvNdKernel<1, T> deform_conv_nd<1, T>(); \
-  template ConvNdKernel<2, T> deform_conv_nd<2, T>(); \
-  template ConvNdKernel<3, T> deform_conv_nd<3, T>();
-MMDCN_INSTANTIATE(double)
-MMDCN_INSTANTIATE(float)
-MMDCN_INSTANTIATE(Half)
-MMDCN_INSTANTIATE(BFloat16)
-#undef MMDCN_INSTANTIATE
+template ConvNdKernel<3, double> deform_conv_nd<3, double>();
+template ConvNdKernel<3, float> deform_conv_nd<3, float>();
+template ConvNdKernel<3, Half> deform_conv_nd<3, Half>();
+template ConvNdKernel<3, BFloat16> deform_conv_nd<3, BFloat16>();
 
 }  // namespace MMDCN_CPU_CAPABILITY
 }  // namespace mmdcn

@@ -1,5 +1,5 @@
 // What the CPU kernels of deform_conv_nd are given and give. The kernels are compiled once for each
-// instruction set; deform_conv_nd.cpp chooses one, owns all memory and runs the threads.
+// instruction set; operator.cpp chooses one, owns all memory and runs the threads.
 //
 // Images are worked on as rows: pixel by pixel, with the channels of a pixel together, in
 // accumulators.

@@ -1,4 +1,4 @@
-// deform_conv_nd on the CPU: layouts, memory and threads around the kernels.
+// Registration of deform_conv_nd on the CPU: layouts, memory and threads around the kernels.
 #include "../operator.h"
 
 #include <torch/csrc/stable/library.h>
@@ -53,7 +53,7 @@ Tensor forward(const DeformConvNdShape<R>& shape, const Tensor& input, const Ten
   Tensor output = new_tensor(input, output_size(shape), input.scalar_type());
   if (output.numel() == 0) return output;
 
-  const ConvNdKernel<R, T> kernel = MMDCN_KERNEL(deform_conv_nd, R, T);
+  const ConvNdKernel<R, T> kernel = MMDCN_CPU_KERNEL(deform_conv_nd, R, T)();
   const Tensor offsets = as_contiguous(offset);
   const Tensor weights = as_contiguous(weight);
   const std::optional<Tensor> masks = as_contiguous(mask);
@@ -63,9 +63,9 @@ Tensor forward(const DeformConvNdShape<R>& shape, const Tensor& input, const Ten
   }
   const Buffer<acc_t> inputs = rows_of(kernel, input, shape.positions());
   const Buffer<acc_t> outputs(output.numel()), packed(kernel.packed_size(shape));
-  const int64_t units = shape.groups * shape.taps();
-  const int64_t unit_grain = grain(units, weights.numel() * kElementWork);
-  torch::stable::parallel_for(0, units, unit_grain, [&](int64_t begin, int64_t end) {
+  const int64_t tasks = shape.groups * shape.taps();
+  const int64_t task_grain = grain(tasks, weights.numel() * kElementWork);
+  torch::stable::parallel_for(0, tasks, task_grain, [&](int64_t begin, int64_t end) {
     kernel.pack_weight(shape, const_data<T>(weights), begin, end, packed.get());
   });
 
@@ -102,31 +102,31 @@ std::vector<ChannelPart> split_channels(const DeformConvNdShape<R>& shape) {
 // Gradients of offsets or of modulations sum over the channels of an offset group, which several
 // parts may have some of. What each of these contributes is kept aside, and added in their order.
 template <int R, typename A>
-class PointGradients {
+class SharedGradients {
  public:
   // `channels` is the number of channels of a sample in the target: R, or 1.
-  PointGradients(const DeformConvNdShape<R>& shape, const std::vector<ChannelPart>& parts,
-                 const Tensor& target, int64_t channels)
+  SharedGradients(const DeformConvNdShape<R>& shape, const std::vector<ChannelPart>& parts,
+                  const Tensor& target, int64_t channels)
       : shape_(shape),
         width_(parts.front().end),
         target_(target),
         size_(channels * shape.taps() * shape.pixels()),
         most_(most_parts()),
-        aside_(most_ > 1 ? most_ * target.numel() : 0) {}
+        partial_(most_ > 1 ? most_ * target.numel() : 0) {}
 
   // Where a part writes what it contributes. No two parts write to the same element, because those
-  // of one offset group have places of their own.
-  A* place_for(const ChannelPart& part) const {
+  // of one offset group have memory of their own.
+  A* target_for(const ChannelPart& part) const {
     if (most_ == 1) return data<A>(target_);
-    return aside_.get() + part.begin / width_ % most_ * target_.numel();
+    return partial_.get() + part.begin / width_ % most_ * target_.numel();
   }
 
   void add_up() const {
     if (most_ == 1) return;
-    const int64_t units = shape_.batch * shape_.deform_groups;
-    torch::stable::parallel_for(0, units, grain(units, most_ * target_.numel()),
+    const int64_t tasks = shape_.batch * shape_.deform_groups;
+    torch::stable::parallel_for(0, tasks, grain(tasks, most_ * target_.numel()),
                                 [&](int64_t begin, int64_t end) {
-                                  for (int64_t unit = begin; unit < end; ++unit) add_unit(unit);
+                                  for (int64_t task = begin; task < end; ++task) add_task(task);
                                 });
   }
 
@@ -144,11 +144,11 @@ class PointGradients {
     }
     return most;
   }
-  void add_unit(int64_t unit) const {
-    const int64_t group = unit % shape_.deform_groups;
-    A* sums = data<A>(target_) + unit * size_;
+  void add_task(int64_t task) const {
+    const int64_t group = task % shape_.deform_groups;
+    A* sums = data<A>(target_) + task * size_;
     for (int64_t part = first_part(group); part <= last_part(group); ++part) {
-      const A* values = aside_.get() + part % most_ * target_.numel() + unit * size_;
+      const A* values = partial_.get() + part % most_ * target_.numel() + task * size_;
       const bool first = part == first_part(group);
       for (int64_t i = 0; i < size_; ++i) sums[i] = first ? values[i] : sums[i] + values[i];
     }
@@ -159,7 +159,7 @@ class PointGradients {
   const Tensor& target_;
   int64_t size_;  // of what one image and offset group has
   int64_t most_;  // parts that an offset group has channels in
-  Buffer<A> aside_;
+  Buffer<A> partial_;
 };
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -176,7 +176,7 @@ Gradients backward(const DeformConvNdShape<R>& shape, const Tensor& grad_output,
     return gradient.result();
   }
 
-  const ConvNdKernel<R, T> kernel = MMDCN_KERNEL(deform_conv_nd, R, T);
+  const ConvNdKernel<R, T> kernel = MMDCN_CPU_KERNEL(deform_conv_nd, R, T)();
   const Tensor offsets = as_contiguous(offset);
   const Tensor weights = as_contiguous(weight);
   const std::optional<Tensor> masks = as_contiguous(mask);
@@ -208,22 +208,22 @@ Gradients backward(const DeformConvNdShape<R>& shape, const Tensor& grad_output,
     });
     const Buffer<acc_t> sums(wanted[0] ? input.numel() : 0);
     std::fill(sums.get(), sums.get() + (wanted[0] ? input.numel() : 0), acc_t(0));
-    const PointGradients<R, acc_t> offset_sums(shape, parts, gradient.offset, R);
-    const PointGradients<R, acc_t> mask_sums(shape, parts, gradient.mask, 1);
+    const SharedGradients<R, acc_t> offset_sums(shape, parts, gradient.offset, R);
+    const SharedGradients<R, acc_t> mask_sums(shape, parts, gradient.mask, 1);
     tensors.weight = packed.get();
     tensors.grad_input = wanted[0] ? sums.get() : nullptr;
 
     // Each thread computes the gradients of some channels of some images alone.
-    const int64_t units = shape.batch * part_count;
+    const int64_t tasks = shape.batch * part_count;
     torch::stable::parallel_for(
-        0, units, grain(units, 2 * pass_work(shape)), [&](int64_t begin, int64_t end) {
+        0, tasks, grain(tasks, 2 * pass_work(shape)), [&](int64_t begin, int64_t end) {
           const Buffer<std::byte> scratch(scratch_bytes);
           ConvNdBackward<acc_t> mine = tensors;
-          for (int64_t unit = begin; unit < end; ++unit) {
-            const ChannelPart& part = parts[unit % part_count];
-            mine.grad_offset = wanted[1] ? offset_sums.place_for(part) : nullptr;
-            mine.grad_mask = to_mask ? mask_sums.place_for(part) : nullptr;
-            kernel.backward_data(shape, mine, part, unit / part_count, scratch.get());
+          for (int64_t task = begin; task < end; ++task) {
+            const ChannelPart& part = parts[task % part_count];
+            mine.grad_offset = wanted[1] ? offset_sums.target_for(part) : nullptr;
+            mine.grad_mask = to_mask ? mask_sums.target_for(part) : nullptr;
+            kernel.backward_data(shape, mine, part, task / part_count, scratch.get());
           }
         });
     if (wanted[1]) offset_sums.add_up();
@@ -233,12 +233,12 @@ Gradients backward(const DeformConvNdShape<R>& shape, const Tensor& grad_output,
 
   if (wanted[2]) {
     // Each thread computes the gradients of some channels' weights for some taps alone.
-    const int64_t units = shape.taps() * part_count;
+    const int64_t tasks = shape.taps() * part_count;
     torch::stable::parallel_for(
-        0, units, grain(units, pass_work(shape)), [&](int64_t begin, int64_t end) {
+        0, tasks, grain(tasks, pass_work(shape)), [&](int64_t begin, int64_t end) {
           const Buffer<std::byte> scratch(scratch_bytes);
-          for (int64_t unit = begin; unit < end; ++unit) {
-            kernel.backward_weight(shape, tensors, parts[unit % part_count], unit / part_count,
+          for (int64_t task = begin; task < end; ++task) {
+            kernel.backward_weight(shape, tensors, parts[task % part_count], task / part_count,
                                    data<T>(gradient.weight), scratch.get());
           }
         });
@@ -250,13 +250,10 @@ Tensor deform_conv_nd(const Tensor& input, const Tensor& offset, const Tensor& w
                       const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
                       const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                       const std::optional<Tensor>& mask) {
-  return with_rank(input, [&](auto rank) {
-    constexpr int R = decltype(rank)::value;
-    const auto shape =
-        deform_conv_nd_shape<R>(input, offset, weight, bias, stride, padding, dilation, mask);
-    return with_element_type(input, [&](auto element) {
-      return forward<R, decltype(element)>(shape, input, offset, weight, bias, mask);
-    });
+  const auto shape = deform_conv_nd_shape<kConvNdRank>(input, offset, weight, bias, stride, padding,
+                                                       dilation, mask);
+  return with_element_type(input, [&](auto element) {
+    return forward<kConvNdRank, decltype(element)>(shape, input, offset, weight, bias, mask);
   });
 }
 
@@ -267,15 +264,12 @@ Gradients deform_conv_nd_backward(const Tensor& grad_output, const Tensor& input
                                   const std::vector<int64_t>& dilation,
                                   const std::optional<Tensor>& mask,
                                   const std::vector<bool>& output_mask) {
-  return with_rank(input, [&](auto rank) {
-    constexpr int R = decltype(rank)::value;
-    const auto shape = deform_conv_nd_shape<R>(input, offset, weight, std::nullopt, stride, padding,
-                                               dilation, mask);
-    check_grad_output(shape, grad_output, input, output_mask);
-    return with_element_type(input, [&](auto element) {
-      return backward<R, decltype(element)>(shape, grad_output, input, offset, weight, mask,
-                                            output_mask);
-    });
+  const auto shape = deform_conv_nd_shape<kConvNdRank>(input, offset, weight, std::nullopt, stride,
+                                                       padding, dilation, mask);
+  check_grad_output(shape, grad_output, input, output_mask);
+  return with_element_type(input, [&](auto element) {
+    return backward<kConvNdRank, decltype(element)>(shape, grad_output, input, offset, weight, mask,
+                                                    output_mask);
   });
 }
 

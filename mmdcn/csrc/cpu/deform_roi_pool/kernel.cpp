@@ -5,6 +5,7 @@
 // with their weights; then the pixels where these cross are added up, as vectors of channels.
 #include "kernel.h"
 
+#include "../arena.h"
 #include "../channel_rows.h"
 #include "../transpose.h"
 
@@ -19,15 +20,10 @@ struct Scratch {
   BinPixel<A>* columns;  // (W)
   A* values;             // (bins, channels)
 
-  static int64_t bytes(const DeformRoIPoolShape& shape, int64_t channels) {
-    return (shape.height + shape.width) * static_cast<int64_t>(sizeof(BinPixel<A>)) +
-           shape.bins() * channels * static_cast<int64_t>(sizeof(A));
-  }
-
-  Scratch(const DeformRoIPoolShape& shape, std::byte* memory)
-      : rows(reinterpret_cast<BinPixel<A>*>(memory)),
-        columns(rows + shape.height),
-        values(reinterpret_cast<A*>(columns + shape.width)) {}
+  Scratch(const DeformRoIPoolShape& shape, int64_t channels, Arena& arena)
+      : rows(arena.take<BinPixel<A>>(shape.height)),
+        columns(arena.take<BinPixel<A>>(shape.width)),
+        values(arena.take<A>(shape.bins() * channels)) {}
 };
 
 // Calls visit(bin, rows, columns), with the numbers of listed rows and columns, for each bin of RoI
@@ -71,8 +67,9 @@ inline void for_each_crossing(const DeformRoIPoolShape& shape, const Scratch<A>&
 template <typename T, typename A = accumulator_t<T>>
 void forward(const DeformRoIPoolShape& shape, const RoIPoolTensors<T>& tensors,
              const RoIPoolChannels& channels, int64_t begin, int64_t end, std::byte* memory) {
-  const Scratch<A> scratch(shape, memory);
   const int64_t count = channels.end - channels.begin;
+  Arena arena(memory);
+  const Scratch<A> scratch(shape, count, arena);
   for (int64_t r = begin; r < end; ++r) {
     const int64_t number = image_of_roi(shape, tensors.rois + 5 * r);
     const T* image = tensors.input + number * shape.pixels() * shape.channels + channels.begin;
@@ -101,8 +98,9 @@ void forward(const DeformRoIPoolShape& shape, const RoIPoolTensors<T>& tensors,
 template <typename T, typename A = accumulator_t<T>>
 void backward(const DeformRoIPoolShape& shape, const RoIPoolTensors<T>& tensors,
               const RoIPoolChannels& channels, int64_t image, std::byte* memory) {
-  const Scratch<A> scratch(shape, memory);
   const int64_t count = channels.end - channels.begin;
+  Arena arena(memory);
+  const Scratch<A> scratch(shape, count, arena);
   const int64_t first = image * shape.pixels() * shape.channels + channels.begin;
   for (int64_t r = 0; r < shape.rois; ++r) {
     if (image_of_roi(shape, tensors.rois + 5 * r) != image) continue;
@@ -154,11 +152,22 @@ void backward(const DeformRoIPoolShape& shape, const RoIPoolTensors<T>& tensors,
   }
 }
 
+template <typename T, typename A = accumulator_t<T>>
+int64_t scratch_bytes(const DeformRoIPoolShape& shape, int64_t channels) {
+  Arena arena(nullptr);
+  Scratch<A>(shape, channels, arena);
+  return arena.used();
+}
+
 }  // namespace
 
 template <typename T>
 RoIPoolKernel<T> deform_roi_pool() {
-  return {Scratch<accumulator_t<T>>::bytes, forward<T>, backward<T>};
+  RoIPoolKernel<T> kernel = {};
+  kernel.scratch_bytes = &scratch_bytes<T>;
+  kernel.forward = &forward<T>;
+  kernel.backward = &backward<T>;
+  return kernel;
 }
 
 template RoIPoolKernel<double> deform_roi_pool<double>();

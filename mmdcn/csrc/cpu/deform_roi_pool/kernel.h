@@ -1,5 +1,5 @@
 // What the CPU kernels of deform_roi_pool are given and give. The kernels are compiled once for
-// each instruction set; deform_roi_pool.cpp chooses one, owns all memory and runs the threads.
+// each instruction set; operator.cpp chooses one, owns all memory and runs the threads.
 #pragma once
 
 #include <cstddef>

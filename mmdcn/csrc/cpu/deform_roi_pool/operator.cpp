@@ -1,4 +1,4 @@
-// deform_roi_pool on the CPU: layouts, memory and threads around the kernels.
+// Registration of deform_roi_pool on the CPU: layouts, memory and threads around the kernels.
 #include "../operator.h"
 
 #include <torch/csrc/stable/library.h>
@@ -66,7 +66,7 @@ Tensor forward(const DeformRoIPoolShape& shape, const Tensor& input, const Tenso
   constexpr int64_t kValues = 1 << 16;
   const int64_t width = std::max<int64_t>(kValues / shape.bins() / 64 * 64, 64);
   const std::vector<RoIPoolChannels> parts = split_channels(shape, width);
-  const RoIPoolKernel<T> kernel = MMDCN_KERNEL(deform_roi_pool, T);
+  const RoIPoolKernel<T> kernel = MMDCN_CPU_KERNEL(deform_roi_pool, T)();
   const int64_t scratch_bytes = kernel.scratch_bytes(shape, std::min(width, shape.out_channels));
   torch::stable::parallel_for(
       0, shape.rois, grain(shape.rois, pass_work(shape)), [&](int64_t begin, int64_t end) {
@@ -127,19 +127,19 @@ Gradients backward(const DeformRoIPoolShape& shape, const Tensor& grad_output, c
   tensors.offset = offsets.has_value() ? const_data<acc_t>(*offsets) : nullptr;
   tensors.grad_output = const_data<T>(gradients);
   tensors.grad_input = wanted[0] ? data<acc_t>(sum) : nullptr;
-  const RoIPoolKernel<T> kernel = MMDCN_KERNEL(deform_roi_pool, T);
+  const RoIPoolKernel<T> kernel = MMDCN_CPU_KERNEL(deform_roi_pool, T)();
   const int64_t scratch_bytes = kernel.scratch_bytes(shape, width);
-  const int64_t units = shape.batch * part_count;
+  const int64_t tasks = shape.batch * part_count;
   torch::stable::parallel_for(
-      0, units, grain(units, 2 * pass_work(shape)), [&](int64_t begin, int64_t end) {
+      0, tasks, grain(tasks, 2 * pass_work(shape)), [&](int64_t begin, int64_t end) {
         const Buffer<std::byte> scratch(scratch_bytes);
         RoIPoolTensors<T> mine = tensors;
-        for (int64_t unit = begin; unit < end; ++unit) {
-          const int64_t part = unit % part_count;
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t part = task % part_count;
           if (wants_offset) {
             mine.grad_offset = partial.get() + part % group_parts * grad_offset.numel();
           }
-          kernel.backward(shape, mine, parts[part], unit / part_count, scratch.get());
+          kernel.backward(shape, mine, parts[part], task / part_count, scratch.get());
         }
       });
 

@@ -14,7 +14,7 @@ struct SampleGradient {
 template <typename acc_t>
 struct AggregateBackwardStorage {
   AggregateStorage<acc_t> points;
-  SampleGradient<acc_t> partial[kPoints][kLanes];
+  SampleGradient<acc_t> partial[kPoints][kBlockChannels];
 };
 
 // Each block computes all gradients of its points' samples, in a fixed order.
@@ -40,7 +40,7 @@ MMDCN_BLOCK void aggregate_backward_block(const Ctx& ctx, const AggregateProblem
         SampleGradient<acc_t> gradient[Items::kPerThread];
         MMDCN_UNROLL
         for (int i = 0; i < Items::kPerThread; ++i) gradient[i] = {0, 0, 0};
-        for (int64_t channel = 0; channel < shape.group_channels(); channel += kLanes) {
+        for (int64_t channel = 0; channel < shape.group_channels(); channel += kBlockChannels) {
           Items::for_each(ctx, shape, storage.points, channel, [&](int i, int place, int64_t c) {
             const AggregatePoint& point = storage.points.point[place];
             const AggregateSample<acc_t>& sample = storage.points.sample[place][k];
@@ -71,7 +71,7 @@ MMDCN_BLOCK void aggregate_backward_block(const Ctx& ctx, const AggregateProblem
         MMDCN_UNROLL
         for (int i = 0; i < Items::kPerThread; ++i) {
           const int item = ctx.thread() + i * Ctx::kThreads;
-          storage.partial[item / kLanes][item % kLanes] = gradient[i];
+          storage.partial[item / kBlockChannels][item % kBlockChannels] = gradient[i];
         }
         ctx.sync();
         for (int place = ctx.thread(); place < kPoints; place += Ctx::kThreads) {

@@ -17,7 +17,7 @@ MMDCN_BLOCK void aggregate_forward_block(const Ctx& ctx, const AggregateProblem&
     ctx.sync();  // The previous points have been worked through.
     find_points(ctx, shape, first, storage);
     ctx.sync();
-    for (int64_t channel = 0; channel < shape.group_channels(); channel += kLanes) {
+    for (int64_t channel = 0; channel < shape.group_channels(); channel += kBlockChannels) {
       acc_t sum[Items::kPerThread] = {};
       for (int64_t round = 0; round < all_rounds; ++round) {
         if (channel == 0 || all_rounds > 1) {

@@ -14,7 +14,7 @@
 namespace mmdcn::cuda {
 
 constexpr int kPoints = 16;
-constexpr int kLanes = 16;  // channels that a block works on together, of each of its points
+constexpr int kBlockChannels = 16;  // that a block works on together, of each of its points
 constexpr int kTaps = 10;
 
 // An output pixel, numbered over the whole batch, and a group.
@@ -107,7 +107,7 @@ MMDCN_BLOCK void locate_samples(const Ctx& ctx, const AggregateProblem& problem,
 // exists; i < kPerThread. Consecutive threads have consecutive channels.
 template <typename Ctx>
 struct AggregateItems {
-  static constexpr int kItems = kPoints * kLanes;
+  static constexpr int kItems = kPoints * kBlockChannels;
   static constexpr int kPerThread = kItems / Ctx::kThreads;
   static_assert(kPerThread * Ctx::kThreads == kItems, "uneven");
 
@@ -118,8 +118,8 @@ struct AggregateItems {
     MMDCN_UNROLL
     for (int i = 0; i < kPerThread; ++i) {
       const int item = ctx.thread() + i * Ctx::kThreads;
-      const int place = item / kLanes;
-      const int64_t channel = first_channel + item % kLanes;
+      const int place = item / kBlockChannels;
+      const int64_t channel = first_channel + item % kBlockChannels;
       if (storage.point[place].exists && channel < shape.group_channels()) {
         visit(i, place, channel);
       }

@@ -99,8 +99,6 @@ void conv_nd_backward_weight(Precision precision, const ConvNdProblem<R>& proble
   template void conv_nd_backward_weight<R>(Precision, const ConvNdProblem<R>&, const void*,      \
                                            const void*, const void*, const void*, void*,         \
                                            const Stream&);
-MMDCN_INSTANTIATE(1)
-MMDCN_INSTANTIATE(2)
 MMDCN_INSTANTIATE(3)
 #undef MMDCN_INSTANTIATE
 

@@ -77,12 +77,9 @@ Tensor deform_conv_nd(const Tensor& input, const Tensor& offset, const Tensor& w
                       const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
                       const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                       const std::optional<Tensor>& mask) {
-  return with_rank(input, [&](auto rank) {
-    constexpr int R = decltype(rank)::value;
-    const auto shape =
-        deform_conv_nd_shape<R>(input, offset, weight, bias, stride, padding, dilation, mask);
-    return forward<R>(shape, input, offset, weight, bias, mask);
-  });
+  const auto shape = deform_conv_nd_shape<kConvNdRank>(input, offset, weight, bias, stride, padding,
+                                                       dilation, mask);
+  return forward(shape, input, offset, weight, bias, mask);
 }
 
 Gradients deform_conv_nd_backward(const Tensor& grad_output, const Tensor& input,
@@ -92,13 +89,10 @@ Gradients deform_conv_nd_backward(const Tensor& grad_output, const Tensor& input
                                   const std::vector<int64_t>& dilation,
                                   const std::optional<Tensor>& mask,
                                   const std::vector<bool>& output_mask) {
-  return with_rank(input, [&](auto rank) {
-    constexpr int R = decltype(rank)::value;
-    const auto shape = deform_conv_nd_shape<R>(input, offset, weight, std::nullopt, stride, padding,
-                                               dilation, mask);
-    check_grad_output(shape, grad_output, input, output_mask);
-    return backward<R>(shape, grad_output, input, offset, weight, mask, output_mask);
-  });
+  const auto shape = deform_conv_nd_shape<kConvNdRank>(input, offset, weight, std::nullopt, stride,
+                                                       padding, dilation, mask);
+  check_grad_output(shape, grad_output, input, output_mask);
+  return backward(shape, grad_output, input, offset, weight, mask, output_mask);
 }
 
 }  // namespace

@@ -1,0 +1,27 @@
+// Allocation of the CPU operators' scratch memory.
+#include "arena.h"
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <torch/csrc/stable/library.h>
+
+namespace mmdcn {
+
+void* allocate(int64_t bytes) {
+  constexpr int64_t line = 64, huge_page = 2 << 20;
+  const int64_t border = bytes < huge_page ? line : huge_page;
+  void* memory = std::aligned_alloc(border, (bytes + border - 1) / border * border);
+#ifdef MADV_HUGEPAGE
+  if (border == huge_page && memory != nullptr) {
+    // Refused where the system has none: the pages are then small.
+    madvise(memory, bytes, MADV_HUGEPAGE);
+  }
+#endif
+  STD_TORCH_CHECK(memory != nullptr || bytes == 0, "mmdcn: out of memory for ", bytes,
+                  " bytes of scratch space");
+  return memory;
+}
+
+}  // namespace mmdcn

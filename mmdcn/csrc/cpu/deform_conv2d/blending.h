@@ -1,0 +1,238 @@
+// Blending of the forward pass: rows of sampled channels from the corners' rows, in pieces that are
+// done between the steps of a multiplication.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+
+#include "corners.h"
+#include "rows.h"
+
+namespace mmdcn {
+namespace MMDCN_CPU_CAPABILITY {
+namespace {
+
+using ForwardTile = Tile<kForwardTile>;
+template <typename A>
+using ForwardSamples = Samples<A, kForwardTile>;
+
+// column[c] = Σ_q weight[q] corner[q][c] for a register of channels.
+template <typename S, typename A, typename L>
+inline void blend_register(const S* const (&corner)[4], const A (&weight)[4], int64_t c,
+                           L* column) {
+  store_register(column + c, weight[0] * load_register(corner[0] + c) +
+                                 weight[1] * load_register(corner[1] + c) +
+                                 weight[2] * load_register(corner[2] + c) +
+                                 weight[3] * load_register(corner[3] + c));
+}
+
+// The same for `count` channels.
+template <typename S, typename A, typename L>
+inline void blend(const S* const (&corner)[4], const A (&weight)[4], int64_t count, L* column) {
+  int64_t c = 0;
+  for (; c + kLanes<A> <= count; c += kLanes<A>) blend_register(corner, weight, c, column);
+  for (; c < count; ++c) {
+    store(column + c, weight[0] * load(corner[0] + c) + weight[1] * load(corner[1] + c) +
+                          weight[2] * load(corner[2] + c) + weight[3] * load(corner[3] + c));
+  }
+}
+
+// The samples of a tile for one tap and offset group, ready to be blended.
+template <typename A>
+struct Blends {
+  CornerAddresses<kForwardTile> at;  // at.missing: the column is there already
+  A weight[4][kForwardTile];
+};
+
+// Rows of an image that will be needed soon and lie in a far cache.
+struct Ahead {
+  const std::byte* row = nullptr;
+  int64_t rows = 0, stride = 0, bytes = 0;  // stride: from row to row
+
+  template <typename E>
+  static Ahead of(const E* first, int64_t rows, int64_t stride, int64_t count) {
+    constexpr int64_t size = sizeof(E);
+    return {reinterpret_cast<const std::byte*>(first), rows, stride * size, count * size};
+  }
+};
+
+// Blends the columns of some taps piece by piece: for each pixel of the tile a row, of the channels
+// of all offset groups for each tap.
+template <typename S, typename A, typename L>
+class Blending {
+ public:
+  static constexpr bool kAny = true;
+  // Channels of a piece: enough that it is worth pushing the multiplication's sums out of their
+  // registers, where these are few.
+  static constexpr int64_t kPiece = 256 / sizeof(A);
+  static constexpr int64_t kNever = INT64_C(1) << 62;
+
+  int64_t wait = kNever;
+
+  // `blends` has those of each tap and offset group. The work is to be spread over so many steps of
+  // a multiplication, which reads, one after the other, so many bytes from `stream` on: these and
+  // what is needed next are asked for from the caches along the way.
+  void start(const DeformConv2dShape& shape, const Blends<A>* blends, int64_t taps, int64_t pixels,
+             L* columns, int64_t stride, int64_t tap_stride, int64_t steps, const std::byte* stream,
+             int64_t stream_bytes, const Ahead& ahead) {
+    blends_ = blends;
+    end_ = blends + taps * shape.deform_groups;
+    deform_groups_ = shape.deform_groups;
+    group_channels_ = shape.deform_group_channels();
+    pixels_ = pixels;
+    tap_columns_ = column_ = columns;
+    stride_ = stride;
+    tap_stride_ = tap_stride;
+    d_ = i_ = c_ = 0;
+    const int64_t pieces = (end_ - blends_) * pixels * ((group_channels_ + kPiece - 1) / kPiece);
+    pace_ = std::max<int64_t>(steps / pieces, 1);
+    wait = pace_;
+    stream_ = stream;
+    stream_piece_ = stream_bytes / pieces;
+    ahead_ = ahead;
+    const int64_t samples = (end_ - blends_) * pixels;
+    ahead_rows_ = (ahead.rows + samples - 1) / samples;
+    prefetch();
+  }
+
+  __attribute__((always_inline)) void work() {
+    wait = pace_;
+    for (int64_t b = 0; b < stream_piece_; b += 64) __builtin_prefetch(stream_ + b, 0, 2);
+    stream_ += stream_piece_;
+    const Blends<A>& blends = *blends_;
+    const int64_t i = i_, c = c_, channels = group_channels_;
+    L* const column = column_ + c;
+    if (!blends.at.missing[i]) {
+      const S* corner[4];
+      A weight[4];
+      for (int q = 0; q < 4; ++q) {
+        corner[q] = reinterpret_cast<const S*>(blends.at.corner[q][i]) + c;
+        weight[q] = blends.weight[q][i];
+      }
+      if (channels >= kPiece) {
+#pragma GCC unroll 8
+        for (int64_t k = 0; k < kPiece; k += kLanes<A>) blend_register(corner, weight, k, column);
+      } else {
+        blend(corner, weight, channels, column);
+      }
+    }
+    if (c + kPiece < channels) {
+      // The last piece is a whole one too: it begins earlier, and does some channels again.
+      c_ = std::min(c + kPiece, channels - kPiece);
+    } else {
+      c_ = 0;
+      reach_ahead();
+      column_ += stride_;
+      i_ = i + 1;
+      if (i_ == pixels_) {
+        i_ = 0;
+        if (++blends_ == end_) {
+          wait = kNever;
+          return;
+        }
+        if (++d_ == deform_groups_) {
+          d_ = 0;
+          tap_columns_ += tap_stride_;
+        }
+        column_ = tap_columns_ + d_ * group_channels_;
+      }
+    }
+    prefetch();
+  }
+
+  void finish() {
+    while (blends_ != end_) work();
+  }
+
+ private:
+  // Asks for what the next piece will read, which then has time to come from a far cache.
+  __attribute__((always_inline)) void prefetch() {
+    constexpr int64_t line = 64 / sizeof(S);
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      const S* corner = reinterpret_cast<const S*>(blends_->at.corner[q][i_]) + c_;
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < kPiece; k += line) __builtin_prefetch(corner + k);
+    }
+  }
+
+  // Asks for rows that are needed after all of this.
+  __attribute__((always_inline)) void reach_ahead() {
+    if (ahead_.rows <= 0) return;
+    for (int64_t r = 0; r < ahead_rows_; ++r) {
+      for (int64_t b = 0; b < ahead_.bytes; b += 64) __builtin_prefetch(ahead_.row + b, 0, 2);
+      ahead_.row += ahead_.stride;
+    }
+    ahead_.rows -= ahead_rows_;
+  }
+
+  const Blends<A>* blends_ = nullptr;
+  const Blends<A>* end_ = nullptr;
+  int64_t deform_groups_, group_channels_, pixels_;
+  L* tap_columns_;  // of the tap at work
+  L* column_;       // of the pixel and offset group at work
+  int64_t stride_, tap_stride_, pace_;
+  const std::byte* stream_;
+  int64_t stream_piece_;
+  Ahead ahead_;
+  int64_t ahead_rows_;  // for each sample
+  int64_t d_, i_, c_;   // the next piece: offset group, pixel, channel in the group
+};
+
+// A sample that needs pixels beyond the window: those come from `planes`, where the offset group's
+// channels begin. `strays` has room for the channels of four corners.
+template <typename T, typename A, typename L>
+__attribute__((noinline)) void blend_stray(const DeformConv2dShape& shape,
+                                           const ForwardSamples<A>& samples, int64_t i,
+                                           const Rows<A>& rows, int64_t channel, const T* planes,
+                                           A* strays, L* column) {
+  const int64_t count = shape.deform_group_channels(), plane = shape.height * shape.width;
+  Corners<A, 2> corners;
+  if (!corners_of(shape, samples, i, corners)) return fill_zero(column, count);
+  const A* corner[4];
+  A weight[4];
+  for (int q = 0; q < 4; ++q) {
+    const int64_t y = samples.low_y[i] + (q >> 1), x = samples.low_x[i] + (q & 1);
+    weight[q] = samples.modulation[i] * corners.weight[q];
+    A* stray = strays + q * count;
+    corner[q] = stray;
+    if (corners.position[q] < 0) {
+      fill_zero(stray, count);
+    } else if (rows.has(y, x)) {
+      corner[q] = rows.row(y) + (x - rows.left) * rows.pixel_stride + channel;
+    } else {
+      const T* source = planes + corners.position[q];
+      for (int64_t c = 0; c < count; ++c) stray[c] = load(source + c * plane);
+    }
+  }
+  blend(corner, weight, count, column);
+}
+
+// Makes the samples of one tap ready. `zeros` are the channels of corners that do not exist.
+template <typename T, typename S, typename A, typename L>
+inline void prepare_blends(const DeformConv2dShape& shape, const ForwardTile& tile,
+                           const SamplingRows<A>& sampling, int64_t tap, const Rows<S>& rows,
+                           const T* planes, ForwardSamples<A>& samples,
+                           std::remove_const_t<S>* zeros, A* strays, Blends<A>* blends, L* columns,
+                           int64_t stride) {
+  const int64_t channels = shape.deform_group_channels();
+  for (int64_t d = 0; d < shape.deform_groups; ++d, ++blends) {
+    locate_samples(shape, tile, sampling, d, tap, samples);
+    const bool missing =
+        set_corners<S>(shape, rows, d * channels, samples, tile.count, zeros, 0, blends->at);
+    set_weights(samples, tile.count, blends->weight);
+    // Only from a window can anything be missing.
+    if constexpr (std::is_same_v<S, A>) {
+      for (int64_t i = 0; missing && i < tile.count; ++i) {
+        if (!blends->at.missing[i]) continue;
+        blend_stray(shape, samples, i, rows, d * channels,
+                    planes + d * channels * shape.height * shape.width, strays,
+                    columns + i * stride + d * channels);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace MMDCN_CPU_CAPABILITY
+}  // namespace mmdcn

@@ -1,0 +1,33 @@
+// Rows of channels in scratch memory: how far apart they lie, and how they are filled and copied.
+#pragma once
+
+#include "../simd.h"
+
+namespace mmdcn {
+namespace {
+
+// Rows of channels lie this far apart in scratch memory: an odd number of cache lines, so that the
+// rows of a register block do not compete for the same cache set.
+template <typename E>
+inline int64_t row_stride(int64_t channels) {
+  const int64_t line = 64 / static_cast<int64_t>(sizeof(E));
+  return ((channels + line - 1) / line | 1) * line;
+}
+
+template <typename E>
+inline void fill_zero(E* target, int64_t count) {
+  std::memset(target, 0, count * sizeof(E));
+}
+
+// Copies a row, converting; one of the two is of the accumulator's type A.
+template <typename A, typename S, typename T>
+inline void copy_row(const S* source, int64_t count, T* target) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= count; i += kLanes<A>) {
+    store_register(target + i, load_register(source + i));
+  }
+  for (; i < count; ++i) store(target + i, load(source + i));
+}
+
+}  // namespace
+}  // namespace mmdcn
