@@ -1,4 +1,4 @@
-"""The CUDA source of convolution over three dimensions, run on the host: kernels and registration."""
+"""The CUDA source of three-dimensional convolution, run on the host: kernels and registration."""
 
 import subprocess
 
