@@ -327,7 +327,8 @@ def deterministically(function: Callable) -> Callable:
 
 
 def benchmark_row(stage: str, batch: int, dtype: torch.dtype, channels_last: bool) -> dict:
-    from mmdcn.benchmark import cases, implementations, memory, timing
+    from mmdcn import timing
+    from mmdcn.benchmark import cases, implementations, memory
 
     layout = "channels_last" if channels_last else "nchw"
     shape = next(case for case in cases.SHAPES["r50"] if case.name == stage)

@@ -25,10 +25,10 @@ from mmengine.registry import init_default_scope
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdcn import plugin
+from mmdcn import plugin, timing
 from mmdcn.engine.amp import CPUAmpOptimWrapper
 
-from . import BenchmarkError, memory, timing
+from . import BenchmarkError, memory
 from .machine import machine, versions
 from .progress import track
 

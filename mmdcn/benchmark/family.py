@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmdcn import timing
 from mmdcn.ops import dcnv3, dcnv4, deform_conv1d, deform_conv3d, deform_roi_pool, reference
 
-from . import BenchmarkError, memory, timing
+from . import BenchmarkError, memory
 from .implementations import Bound, first_line
 from .machine import machine, versions
 from .operators import DIRECTIONS, TOLERANCE, distance, set_up

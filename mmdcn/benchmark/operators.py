@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from mmdcn import timing
 from mmdcn.ops import reference
 
-from . import BenchmarkError, memory, timing
+from . import BenchmarkError, memory
 from .cases import DTYPES, Case, make_tensors
 from .implementations import (
     PEERS,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from .timing import median
+from mmdcn.timing import median
 
 NOTHING = "—"
 DIRECTIONS = {"forward": "Forward", "forward_backward": "Forward + backward"}
