@@ -7,7 +7,6 @@
 :mod:`~.operators`       all of that for the operator
 :mod:`~.family`          the same for the other operators, beside what they replace
 :mod:`~.detectors`       whole detectors, in training and at inference
-:mod:`~.machine`         what it was measured on, and with
 :mod:`~.tables`          all that as Markdown
 :mod:`~.report`          the published page, its picture, and README's table
 :mod:`~.cli`             the arguments of `tools/benchmark.py`

@@ -27,9 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmdcn import plugin, timing
 from mmdcn.engine.amp import CPUAmpOptimWrapper
+from mmdcn.machine import machine, versions
 
 from . import BenchmarkError, memory
-from .machine import machine, versions
 from .progress import track
 
 KERNELS = ("mmdcn", "mmcv")

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdcn import timing
+from mmdcn import files, timing
 from mmdcn.engine.network import ExportError, Network, build, find_images, load_images
 from mmdcn.engine.preflight import ConfigError
+from mmdcn.errors import first_line
 
 __all__ = ["ExportError", "Network", "Verified", "build", "export", "find_images", "load_images"]
 
@@ -85,22 +86,16 @@ def export(
         ) from error
     if path.is_dir():
         raise ConfigError(f"cannot write {path}: expected the name of a file, got a folder")
-    temporary = path.with_name(f".{path.name}.new")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
+        with files.once_complete(path) as temporary:
+            temporary.touch()  # Fails before anything is computed, where it cannot be written.
+            report("writing the network, which may take minutes")
+            _write(network, images[0], temporary)
+            _refuse_other_operators(onnx.load(temporary))
+            report("comparing onnxruntime with PyTorch")
+            return _verify(network, images, str(temporary), seconds)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error}") from error
-    try:
-        report("writing the network, which may take minutes")
-        _write(network, images[0], temporary)
-        _refuse_other_operators(onnx.load(temporary))
-        report("comparing onnxruntime with PyTorch")
-        verified = _verify(network, images, str(temporary), seconds)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return verified
 
 
 def _write(network: Network, example: tuple[Tensor, ...], path: Path) -> None:
@@ -126,7 +121,7 @@ def _write(network: Network, example: tuple[Tensor, ...], path: Path) -> None:
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(
                 f"{_node_of(error)} has no counterpart among ONNX's standard operators: "
-                f"{_first_line(_innermost(error))}"
+                f"{first_line(_innermost(error))}"
             ) from error
     onnx_program.save(path, external_data=False)
 
@@ -147,15 +142,11 @@ def _refuse_other_operators(model) -> None:
             )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _reason(error: BaseException) -> str:
     """The error's first line, or which sizes the network's code turns into constants."""
     fixed = re.findall(r"\['(\w+)'\]\.size\(\)\[(\d)\] as dynamic .* a constant", str(error))
     if not fixed:
-        return _first_line(error)
+        return first_line(error)
     sizes = " and ".join(f"{name}.shape[{dimension}]" for name, dimension in fixed)
     return f"its code makes a constant of {sizes}, which must stay open"
 
