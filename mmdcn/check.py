@@ -3,13 +3,13 @@
 What to paste into a bug report. Exits with 1 where something does not work.
 """
 
-import importlib.metadata
 import platform
 import sys
 
 import torch
 
 import mmdcn
+from mmdcn.machine import installed
 from mmdcn.ops import _library, deform_conv2d, reference
 
 # Package names of the toolbox and of its maintained fork, and of the peers.
@@ -20,17 +20,12 @@ PACKAGES = (
 
 
 def _versions() -> dict[str, str]:
-    versions = {
+    own = {
         "mmdcn": f"{mmdcn.__version__} in {_library.FOLDER}",
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}",
     }
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    return own | installed(PACKAGES)
 
 
 def _libraries() -> dict[str, str]:

@@ -7,13 +7,15 @@
   always ours, also after :func:`uninstall`;
 - ``mmcv.ops.deform_conv2d``, ``mmcv.ops.modulated_deform_conv2d`` and
   ``mmcv.ops.deform_roi_pool``, in every module that has imported them already and in every module
-  that will;
+  that will (:mod:`mmdcn.functions`);
 - the RoI pooling layers' names in ``mmcv.ops`` itself (:data:`ROI_LAYERS`), where mmdet's RoI
   extractors look up ``roi_layer=dict(type='DeformRoIPoolPack')``;
 - the constructor of mmdet's ``BasicBlock``, so that ResNet-18 and ResNet-34 take ``dcn=``
   (:mod:`mmdcn.models.basic_block`);
 - mmengine's loading of checkpoints, so that it reads plain data only
-  (:mod:`mmdcn.engine.checkpoint`).
+  (:mod:`mmdcn.engine.checkpoint`);
+- torch's registration of modules in other modules, so that checkpoints load in which offset
+  branches have their former names (:mod:`mmdcn.engine.old_keys`).
 
 It also tells mmengine how to count our operator's operations (:mod:`mmdcn.engine.complexity`).
 
@@ -42,11 +44,11 @@ from typing import Any
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS, MODELS, Registry
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
 
-from mmdcn import layers, models, ops
-from mmdcn.engine import checkpoint, complexity
+from mmdcn import layers, models
+from mmdcn.engine import checkpoint, complexity, old_keys
 from mmdcn.engine.sampling_hook import SamplingVisualizationHook
+from mmdcn.functions import deform_conv2d, deform_roi_pool, modulated_deform_conv2d
 from mmdcn.models import basic_block
 
 try:
@@ -65,140 +67,6 @@ except (ImportError, AssertionError) as error:  # mmcv asserts that its library 
         "`pip install --no-build-isolation mmcv` in the version that your mmdet asks for, or let "
         "`make` in mmdcn's source folder set up an environment."
     )
-
-# ---------------------------------------------------------------------- functions, as mmcv has them
-
-
-def deform_conv2d(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
-    groups: int = 1,
-    deform_groups: int = 1,
-    bias: bool = False,
-    im2col_step: int = 32,
-) -> Tensor:
-    """:func:`mmdcn.ops.deform_conv2d` without a mask, by the arguments of ``mmcv.ops``.
-
-    As with mmcv, everything is computed in the dtype of `offset`. `im2col_step` is ignored.
-
-    Raises:
-        ValueError: if `groups` or `deform_groups` contradict the shapes, or `bias` is not False;
-            also where :func:`mmdcn.ops.deform_conv2d` does.
-    """
-    if bias is not False:
-        raise ValueError(
-            f"bias: expected False, as mmcv's function adds none, got {bias!r}; "
-            "mmdcn.ops.deform_conv2d takes a bias tensor"
-        )
-    _check_groups(input, offset, weight, groups, deform_groups)
-    return ops.deform_conv2d(
-        input.type_as(offset), offset, weight.type_as(offset), None, stride, padding, dilation
-    )
-
-
-def modulated_deform_conv2d(
-    input: Tensor,
-    offset: Tensor,
-    mask: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
-    groups: int = 1,
-    deform_groups: int = 1,
-) -> Tensor:
-    """:func:`mmdcn.ops.deform_conv2d` with a mask, by the arguments of ``mmcv.ops``.
-
-    As with mmcv, everything is computed in the dtype of `offset`, and `offset` and `mask` may be
-    higher and wider than the output. mmcv's kernels then take each image's values from the start
-    of its memory, as if laid out for the output's size; models trained on that need the same
-    (mmdet's DyHead uses one level's offsets on the next, smaller level).
-
-    Raises:
-        ValueError: if `groups` or `deform_groups` contradict the shapes; also where
-            :func:`mmdcn.ops.deform_conv2d` does.
-    """
-    _check_groups(input, offset, weight, groups, deform_groups)
-    offset, mask = _fit_to_output(input, offset, mask, weight, stride, padding, dilation)
-    return ops.deform_conv2d(
-        input.type_as(offset),
-        offset,
-        weight.type_as(offset),
-        None if bias is None else bias.type_as(offset),
-        stride,
-        padding,
-        dilation,
-        mask.type_as(offset),
-    )
-
-
-def deform_roi_pool(
-    input: Tensor,
-    rois: Tensor,
-    offset: Tensor | None,
-    output_size: int | tuple[int, int],
-    spatial_scale: float = 1.0,
-    sampling_ratio: int = 0,
-    gamma: float = 0.1,
-) -> Tensor:
-    """:func:`mmdcn.ops.deform_roi_pool`, whose arguments are those of ``mmcv.ops``."""
-    return ops.deform_roi_pool(
-        input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma
-    )
-
-
-def _check_groups(
-    input: Tensor, offset: Tensor, weight: Tensor, groups: int, deform_groups: int
-) -> None:
-    """The operator derives the two numbers from the shapes; what is said must agree."""
-    if not input.dim() == offset.dim() == weight.dim() == 4:
-        return  # The operator's own checks say what is wrong.
-    if input.shape[1] != groups * weight.shape[1]:
-        raise ValueError(
-            f"groups: expected channels of input / weight.shape[1] = {input.shape[1]} / "
-            f"{weight.shape[1]}, got {groups}"
-        )
-    taps = weight.shape[2] * weight.shape[3]
-    if offset.shape[1] != 2 * taps * deform_groups:
-        raise ValueError(
-            f"deform_groups: expected offset.shape[1] / (2 * kernel height * kernel width) = "
-            f"{offset.shape[1]} / {2 * taps}, got {deform_groups}"
-        )
-
-
-def _fit_to_output(
-    input: Tensor,
-    offset: Tensor,
-    mask: Tensor,
-    weight: Tensor,
-    stride: int | tuple[int, int],
-    padding: int | tuple[int, int],
-    dilation: int | tuple[int, int],
-) -> tuple[Tensor, Tensor]:
-    """`offset` and `mask` as mmcv's kernels read them where both are larger than the output."""
-    if not input.dim() == offset.dim() == mask.dim() == weight.dim() == 4:
-        return offset, mask
-    # A step of 0 is for the operator to refuse.
-    out_h, out_w = (
-        (size + 2 * pad - dil * (kernel - 1) - 1) // max(step, 1) + 1
-        for size, pad, dil, kernel, step in zip(
-            input.shape[2:], _pair(padding), _pair(dilation), weight.shape[2:], _pair(stride)
-        )
-    )
-    height, width = offset.shape[2:]
-    larger = (height, width) != (out_h, out_w) and height >= out_h and width >= out_w
-    if not larger or mask.shape[2:] != offset.shape[2:] or min(out_h, out_w) < 1:
-        return offset, mask
-    return tuple(
-        values.flatten(1)[:, : values.shape[1] * out_h * out_w].unflatten(1, (-1, out_h, out_w))
-        for values in (offset, mask)
-    )
-
 
 # ------------------------------------------------------------------------- layers, as mmcv has them
 
@@ -311,6 +179,7 @@ def install() -> None:
     basic_block.install()
     checkpoint.install()
     complexity.install()
+    old_keys.install()
     logging.getLogger("mmdcn").addHandler(_TO_MMENGINE)
 
     if _MMCV_PROBLEM is not None:
@@ -346,6 +215,7 @@ def uninstall() -> None:
             vars(_mmcv_ops)[name] = getattr(_mmcv_roi_pool, name)
     basic_block.uninstall()
     checkpoint.uninstall()
+    old_keys.uninstall()
     logging.getLogger("mmdcn").removeHandler(_TO_MMENGINE)
     _replaced_layers = None
 
@@ -380,6 +250,7 @@ class Report:
         functions: for each function taken over, the module attributes that hold our stand-in.
         basic_block_takes_dcn: whether mmdet's ResNet-18 and ResNet-34 take ``dcn=``.
         safe_checkpoints: whether mmengine loads checkpoints as plain data.
+        old_keys: whether checkpoints load in which offset branches have their former names.
         mmcv_problem: why mmcv.ops does not load and how to mend it, or None.
     """
 
@@ -388,6 +259,7 @@ class Report:
     functions: dict[str, list[str]]
     basic_block_takes_dcn: bool
     safe_checkpoints: bool
+    old_keys: bool
     mmcv_problem: str | None
 
     def __str__(self) -> str:
@@ -401,6 +273,8 @@ class Report:
         lines.append(f"mmdet's ResNet-18 and ResNet-34 {takes} dcn.")
         loads = "as plain data only" if self.safe_checkpoints else "as mmengine does by itself"
         lines.append(f"Checkpoints load {loads}.")
+        load = "load" if self.old_keys else "do not load"
+        lines.append(f"Former names of offset branches in them {load}.")
         if self.mmcv_problem is not None:
             lines.append(self.mmcv_problem)
         return "\n".join(lines)
@@ -421,6 +295,7 @@ def report() -> Report:
         },
         basic_block_takes_dcn=basic_block.installed(),
         safe_checkpoints=checkpoint.installed(),
+        old_keys=old_keys.installed(),
         mmcv_problem=_MMCV_PROBLEM,
     )
 

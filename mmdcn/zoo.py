@@ -16,9 +16,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-import mmcv
 import mmdet
-import mmengine
 import torch
 from mmcv.ops import MaskedConv2d
 from mmdet.models.roi_heads.roi_extractors.base_roi_extractor import BaseRoIExtractor
@@ -33,9 +31,11 @@ from mmengine.runner import load_checkpoint, save_checkpoint
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import mmdcn
 from mmdcn import plugin
+from mmdcn.errors import named_first_line
 from mmdcn.files import write
+from mmdcn.machine import versions
+from mmdcn.markdown import table as markdown_table
 
 FOLDER = Path(mmdet.__file__).parent / ".mim" / "configs"
 IMAGE_SIZE = (128, 160)  # height and width in pixels
@@ -126,8 +126,7 @@ def find(pattern: str = "*/**/*.py", passed_over: dict[str, str] | None = None) 
 
 
 def _reason(error: Exception) -> str:
-    text = f"{type(error).__name__}: {error}".splitlines()[0].replace(f"{FOLDER}/", "")
-    return " ".join(text.split())
+    return " ".join(named_first_line(error).replace(f"{FOLDER}/", "").split())
 
 
 def _offline(node: Any) -> Any:
@@ -398,17 +397,17 @@ def sweep(found: Iterable[Found], results: Path) -> Iterator[tuple[Found, Checke
     """
     known = json.loads(results.read_text()) if results.exists() else {}
     for config in found:
-        key = f"{config.key} {versions()}"
+        key = f"{config.key} {_versions()}"
         if key not in known or known[key]["problem"]:
             known[key] = asdict(check(config))
             write(results, json.dumps(known, indent=1))
         yield config, Checked(**known[key])
 
 
-def versions() -> str:
+def _versions() -> str:
     """Of everything that the results depend on."""
-    modules = (mmdcn, mmdet, mmcv, mmengine, torch)
-    return ", ".join(f"{module.__name__} {module.__version__}" for module in modules)
+    found = versions("mmdcn", "mmdet", "mmcv", "mmengine", "torch")
+    return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 def table(results: Sequence[tuple[Found, Checked]], passed_over: Mapping[str, str]) -> str:
@@ -438,31 +437,32 @@ def table(results: Sequence[tuple[Found, Checked]], passed_over: Mapping[str, st
         "* do not predict on a CPU, whosever layers they have, as mmcv's MaskedConv2d does not run "
         "there.",
         "",
-        f"With {versions()}.",
+        f"With {_versions()}.",
         "",
-        "| config | deformable modules | forward | backward | difference |",
-        "|---|---|---:|---:|---:|",
     ]
+    rows = []
     for found, checked in results:
         modules = ", ".join(f"{name} ×{count}" for name, count in found.operators.items())
         difference = "–" if checked.difference is None else f"{checked.difference:.0e}"
-        outcome = f"{checked.forward} | {checked.backward} | {difference}"
+        outcome = [checked.forward, checked.backward]
         if checked.problem is not None:
-            outcome = f"{checked.problem} | | {difference}"
+            outcome = [checked.problem, ""]
         mark = "" if checked.predicted else " *"
-        lines.append(f"| {found.name}{mark} | {modules} | {outcome} |")
+        rows.append([f"{found.name}{mark}", modules, *outcome, difference])
+    header = ["config", "deformable modules", "forward", "backward", "difference"]
+    lines += markdown_table(header, rows, left=2)
     if passed_over:
         lines += [
             "",
             f"Not built here, hence not looked into: {len(passed_over)} configs.",
             "",
-            "| reason | configs |",
-            "|---|---|",
         ]
+        rows = []
         for reason, count in Counter(passed_over.values()).most_common():
             folders = Counter(
                 name.partition("/")[0] for name, why in passed_over.items() if why == reason
             )
             names = ", ".join(f"{folder} ({n})" for folder, n in sorted(folders.items()))
-            lines.append(f"| {reason} | {count}: {names} |")
+            rows.append([reason, f"{count}: {names}"])
+        lines += markdown_table(["reason", "configs"], rows, left=2)
     return "\n".join(lines) + "\n"

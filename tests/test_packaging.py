@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,20 @@ def test_check_reports_versions_libraries_and_takeover():
     assert f"torch              {torch.__version__}" in done.stdout
     assert "CPU library        loaded" in done.stdout
     assert "DCNv2" in done.stdout
+
+
+def test_the_benchmark_is_used_by_tools_only():
+    imports = re.compile(
+        r"^\s*(from|import) mmdcn\.benchmark|^\s*from mmdcn import .*\bbenchmark", re.M
+    )
+    package = ROOT / "mmdcn"
+    assert imports.search((ROOT / "tools" / "benchmark.py").read_text())
+    users = [
+        path.relative_to(package)
+        for path in package.rglob("*.py")
+        if imports.search(path.read_text())
+    ]
+    assert users == []
 
 
 def test_import_without_compiled_library_names_the_fix(source, tmp_path):

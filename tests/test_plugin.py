@@ -513,12 +513,49 @@ def test_uninstall_leaves_what_somebody_else_registered():
         MODELS.register_module(name="DCN", module=mmcv.ops.DeformConv2dPack, force=True)
 
 
+def test_checkpoints_with_old_keys_load_while_it_is_installed():
+    def model() -> nn.Sequential:
+        return nn.Sequential(nn.ReLU(), layers.DeformConv2dPack(4, 4, 3))
+
+    source = model()
+    nn.init.normal_(source[1].conv_offset.weight)
+    old = {
+        key.replace("1.conv_offset", "1_offset"): value
+        for key, value in source.state_dict().items()
+    }
+    assert "1_offset.weight" in old
+    for _ in range(2):
+        plugin.install()
+        assert plugin.report().old_keys
+        taught = model()
+        taught.load_state_dict(dict(old), strict=True)
+        assert torch.equal(taught[1].conv_offset.weight, old["1_offset.weight"])
+
+        plugin.uninstall()
+        assert not plugin.report().old_keys
+        with pytest.raises(RuntimeError, match=r"Missing key.*1\.conv_offset\.weight"):
+            model().load_state_dict(dict(old))
+        taught.load_state_dict(dict(old), strict=True)
+
+
+def test_nothing_of_ours_is_called_for_every_module_once_it_is_uninstalled():
+    code = """
+import mmdcn
+from torch.nn.modules import module
+print(len(module._global_module_registration_hooks))
+mmdcn.plugin.uninstall()
+print(len(module._global_module_registration_hooks))
+"""
+    assert python("-c", code).stdout.splitlines()[-2:] == ["1", "0"]
+
+
 def test_report_reads_well():
     text = str(plugin.report())
     assert text.startswith("mmdcn's plugin is installed.")
     assert "  DCN: mmdcn.plugin.DeformConv2dPack" in text
     assert "mmcv.ops.modulated_deform_conv2d: replaced in\n" in text
     assert "Checkpoints load as plain data only." in text
+    assert "Former names of offset branches in them load." in text
     plugin.uninstall()
     text = str(plugin.report())
     assert text.startswith("mmdcn's plugin is not installed.")
@@ -526,6 +563,7 @@ def test_report_reads_well():
     assert "  DeformConv2d: nothing" in text
     assert "mmcv.ops.deform_conv2d: left alone" in text
     assert "Checkpoints load as mmengine does by itself." in text
+    assert "Former names of offset branches in them do not load." in text
 
 
 def test_other_ranks_are_silent():

@@ -86,7 +86,7 @@ def test_the_table_lists_failures_and_counts_the_rest():
     assert "(1 distinct models)" in text
     assert "| a/one.py | TOODHead ×1 | 3 | 2 | 2e-12 |" in text
     assert "| a/two.py * | DeformRoIPoolPack ×4 | 3 | 2 | – |" in text
-    assert "| b/three.py | DCN ×2 | KeyError: 'x' | | – |" in text
+    assert "| b/three.py | DCN ×2 | KeyError: 'x' |  | – |" in text
     assert "| ImportError: no transformers | 2: c (2) |" in text
     assert f"torch {torch.__version__}" in text
 

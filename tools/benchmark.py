@@ -5,7 +5,8 @@ import sys
 
 # The toolbox logs to what is standard output when it is imported; that is for the tables.
 with contextlib.redirect_stdout(sys.stderr):
-    from mmdcn.benchmark import cli, timing
+    from mmdcn import timing
+    from mmdcn.benchmark import cli
 
 if __name__ == "__main__":
     timing.keep_freed_memory()

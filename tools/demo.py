@@ -8,8 +8,6 @@ import argparse
 import copy
 import fcntl
 import json
-import os
-import platform
 import shutil
 import sys
 import time
@@ -18,9 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import cv2
-import mmcv
-import mmdet
-import mmengine
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -34,9 +29,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-import mmdcn
+from mmdcn import machine
 from mmdcn.datasets import warped_shapes
 from mmdcn.files import write, write_figure
+from mmdcn.markdown import table
 from mmdcn.visualization import (
     draw_instances,
     draw_sampling_points,
@@ -135,8 +131,8 @@ def main() -> None:
     deformable = {name: detectors[name] for name in detectors if name != "plain"}
     write_figure(args.work_dir / "sampling_points.png", sampling_figure(deformable, scenes))
     report = {"models": results, "data": asdict(parameters)}
-    write(args.work_dir / "report.json", json.dumps(report, indent=2).encode())
-    write(args.work_dir / "report.md", report_text(report).encode())
+    write(args.work_dir / "report.json", json.dumps(report, indent=2))
+    write(args.work_dir / "report.md", report_text(report))
     print_results(results)
     minutes = (time.monotonic() - start) / 60
     console.print(f"{minutes:.1f} minutes; see {args.work_dir / 'report.md'} and its pictures")
@@ -165,7 +161,7 @@ def train_and_test(cfg: Config, data_dir: Path, folder: Path) -> dict:
             console.print(f"{folder} was made with other settings: starting anew")
             discard(folder)
         folder.mkdir(parents=True)
-        write(folder / SETTINGS, json.dumps(settings, indent=2).encode())
+        write(folder / SETTINGS, json.dumps(settings, indent=2))
     result = read_json(folder / RESULT)
     if result is not None:
         console.print(f"{folder} is up to date")
@@ -193,10 +189,10 @@ def train_and_test(cfg: Config, data_dir: Path, folder: Path) -> dict:
         "batch_size": cfg.train_dataloader.batch_size,
         "seconds_per_iteration": round(float(np.median(iteration_times)), 4),
         "training_seconds": round(float(np.sum(iteration_times)), 1),
-        "machine": machine(),
+        "machine": machine_line(),
         "versions": versions(),
     }
-    write(folder / RESULT, json.dumps(result, indent=2).encode())
+    write(folder / RESULT, json.dumps(result, indent=2))
     return result
 
 
@@ -209,19 +205,14 @@ def set_iterations(cfg: Config, iterations: int) -> None:
         scheduler.end = max(scheduler.begin + 1, round(scheduler.end * factor))
 
 
-def machine() -> str:
+def machine_line() -> str:
     """Processor and number of threads."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = lines[0].partition(": ")[2] if lines else model
-    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    facts = machine.machine(torch.device("cpu"))
+    return f"{facts['cpu']}, {facts['cores']} cores, {torch.get_num_threads()} threads"
 
 
 def versions() -> dict[str, str]:
-    modules = (torch, mmengine, mmcv, mmdet, mmdcn)
-    return {"python": platform.python_version()} | {m.__name__: m.__version__ for m in modules}
+    return machine.versions("python", "torch", "mmengine", "mmcv", "mmdet", "mmdcn")
 
 
 # Pictures
@@ -321,11 +312,10 @@ def report_text(report: dict) -> str:
     any_model = next(iter(models.values()))
     data = report["data"]
     versions = ", ".join(f"{name} {version}" for name, version in any_model["versions"].items())
-    rows = [f"| {' | '.join(row)} |" for row in table_rows(models)]
-    rows.insert(1, "|---" + "|---:" * (len(table_rows(models)[0]) - 1) + "|")
+    header, *rows = table_rows(models)
     return f"""# Faster R-CNN on warped shapes: plain, DCN and DCNv2
 
-{chr(10).join(rows)}
+{chr(10).join(table(header, rows))}
 
 Tested on {data["val_images"]} images that no model has seen, by mmdet's CocoMetric. Each model
 trained from scratch on {data["train_images"]} images with the same schedule and the same seed
@@ -363,10 +353,10 @@ def table_rows(models: dict[str, dict]) -> list[list[str]]:
 
 def print_results(models: dict[str, dict]) -> None:
     header, *rows = table_rows(models)
-    table = Table(*header)
+    printed = Table(*header)
     for row in rows:
-        table.add_row(*row)
-    console.print(table)
+        printed.add_row(*row)
+    console.print(printed)
 
 
 # Files

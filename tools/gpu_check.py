@@ -7,12 +7,10 @@ run once with each kind of kernels, as MMDCN_CUDA_KERNELS chooses them.
 
 import argparse
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 import math
 import os
-import platform
 import random
 import re
 import shutil
@@ -26,6 +24,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from mmdcn import machine
+from mmdcn.errors import named_first_line
+from mmdcn.files import write
+from mmdcn.markdown import table
 
 # What a section's name ends with where it runs with the kernels for tensor cores, and otherwise.
 TENSOR_CORE = "_tensor_core"
@@ -85,32 +88,17 @@ def coordinate_dtype(dtype: torch.dtype) -> torch.dtype:
 # --------------------------------------------------------------- sections, each in its own process
 
 
-def installed_version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def environment(_: Path) -> dict:
-    import mmdcn
     from mmdcn.ops import _library
 
     properties = torch.cuda.get_device_properties(0)
     result = {
-        "device": properties.name,
-        "compute_capability": f"{properties.major}.{properties.minor}",
+        **machine.machine(torch.device("cuda")),
+        **machine.versions(),
         "multiprocessors": properties.multi_processor_count,
-        "memory_gib": round(properties.total_memory / 2**30, 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "torchvision": installed_version("torchvision"),
-        "mmdcn": mmdcn.__version__,
-        "mmdcn_folder": str(Path(mmdcn.__file__).parent),
-        "cuda_library_loaded": _library.cuda_is_loaded(),
         "shared_memory_kib": properties.shared_memory_per_block_optin // 1024,
+        "mmdcn_folder": str(_library.FOLDER),
+        "cuda_library_loaded": _library.cuda_is_loaded(),
     }
     smi = shutil.which("nvidia-smi")
     if smi:
@@ -327,7 +315,8 @@ def deterministically(function: Callable) -> Callable:
 
 
 def benchmark_row(stage: str, batch: int, dtype: torch.dtype, channels_last: bool) -> dict:
-    from mmdcn.benchmark import cases, implementations, memory, timing
+    from mmdcn import timing
+    from mmdcn.benchmark import cases, implementations, memory
 
     layout = "channels_last" if channels_last else "nchw"
     shape = next(case for case in cases.SHAPES["r50"] if case.name == stage)
@@ -364,7 +353,7 @@ def benchmark_row(stage: str, batch: int, dtype: torch.dtype, channels_last: boo
             bound.drop_gradients()
             row["forward_backward_peak_mb"][name] = memory.cuda_peak(bound.train) / 1e6
         except Exception as error:
-            row["errors"][name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            row["errors"][name] = named_first_line(error)
             if name == "mmdcn":
                 raise
             continue
@@ -411,17 +400,6 @@ def benchmark(scratch: Path) -> dict:
 # ---------------------------------------------------------------------- the report, in the parent
 
 
-def write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def table(header: list[str], rows: list[list]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
-
-
 def benchmark_table(rows: list[dict]) -> list[str]:
     def times(row: dict, key: str) -> list[str]:
         ours, dense, torchvision = (
@@ -452,6 +430,7 @@ def benchmark_table(rows: list[dict]) -> list[str]:
             + [peaks(row)]
             for row in rows
         ],
+        left=4,
     )
 
 
@@ -486,14 +465,14 @@ def kernels_table(simple: list[dict], tensor_core: list[dict]) -> list[str]:
         training = "forward_backward_ms"
         line.append(ratio(ms(row, training, "mmdcn, deterministic"), ms(row, training)))
         lines.append(line)
-    return table(header, lines)
+    return table(header, lines, left=4)
 
 
 def markdown(report: dict) -> str:
     sections = report["sections"]
     lines = ["# mmdcn on a GPU", ""]
     facts = sections.get("environment", {}).get("result", {})
-    lines += table(["", ""], [[key, value] for key, value in facts.items()])
+    lines += table(["", ""], facts.items(), left=2)
     lines += ["", "## Checks", ""]
     rows = []
     for name, section in sections.items():
@@ -507,7 +486,7 @@ def markdown(report: dict) -> str:
         ]
         seconds = f"{section['seconds']:.0f} s"
         rows.append([name, section["status"], seconds, "; ".join(said)[:1500]])
-    lines += table(["section", "status", "time", ""], rows)
+    lines += table(["section", "status", "time", ""], rows, left=4)
 
     for suffix in ("", TENSOR_CORE):
         agreement_rows = rows_of(sections, f"agreement{suffix}")
@@ -522,6 +501,7 @@ def markdown(report: dict) -> str:
                 + [f"{row['against_cpu']:.1e}", row["bound"]]
                 for row in agreement_rows
             ],
+            left=2,
         )
     tensor_core_rows = rows_of(sections, f"benchmark{TENSOR_CORE}")
     if tensor_core_rows:

@@ -3,20 +3,18 @@
 ======================== ==========================================================================
 :mod:`~.cases`           the problems: named sets of shapes, and their tensors
 :mod:`~.implementations` what computes them: ours, and the peers that happen to be installed
-:mod:`~.timing`          times of several calls, taken in turns
 :mod:`~.memory`          the memory that one call takes beyond what goes in and comes out
 :mod:`~.operators`       all of that for the operator
 :mod:`~.family`          the same for the other operators, beside what they replace
 :mod:`~.detectors`       whole detectors, in training and at inference
-:mod:`~.machine`         what it was measured on, and with
 :mod:`~.tables`          all that as Markdown
 :mod:`~.report`          the published page, its picture, and README's table
 :mod:`~.cli`             the arguments of `tools/benchmark.py`
 ======================== ==========================================================================
 
 Machines are noisy, so no figure stands alone: each is a median, beside those of the peers that were
-measured in turns with it, in the same process. Nothing but torch is needed; a peer that is not
-installed is left out and named.
+measured in turns with it, in the same process (:mod:`mmdcn.timing`). Nothing but torch is needed; a
+peer that is not installed is left out and named.
 """
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
-from . import BenchmarkError, cases, family, operators, report, tables, timing
+from mmdcn import timing
+
+from . import BenchmarkError, cases, family, operators, report, tables
 from .implementations import PEERS
 
 

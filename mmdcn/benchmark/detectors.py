@@ -25,11 +25,11 @@ from mmengine.registry import init_default_scope
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdcn import plugin
+from mmdcn import plugin, timing
 from mmdcn.engine.amp import CPUAmpOptimWrapper
+from mmdcn.machine import machine, versions
 
-from . import BenchmarkError, memory, timing
-from .machine import machine, versions
+from . import BenchmarkError, memory
 from .progress import track
 
 KERNELS = ("mmdcn", "mmcv")

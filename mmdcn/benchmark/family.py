@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmdcn import timing
+from mmdcn.errors import named_first_line
+from mmdcn.machine import machine, versions
 from mmdcn.ops import dcnv3, dcnv4, deform_conv1d, deform_conv3d, deform_roi_pool, reference
 
-from . import BenchmarkError, memory, timing
-from .implementations import Bound, first_line
-from .machine import machine, versions
+from . import BenchmarkError, memory
+from .implementations import Bound
 from .operators import DIRECTIONS, TOLERANCE, distance, set_up
 from .progress import track
 
@@ -116,7 +118,7 @@ def _roi_pooling(
     try:
         from mmcv.ops import roi_align
     except ImportError as error:
-        raise BenchmarkError(f"RoI Align needs mmcv: {first_line(error)}") from error
+        raise BenchmarkError(f"RoI Align needs mmcv: {named_first_line(error)}") from error
     normal = _random(device)
     generator = torch.Generator().manual_seed(1)
     x, offset = normal(2, channels, *size), offset_std / 20 * normal(rois, 2, 7, 7)

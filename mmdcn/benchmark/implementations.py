@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmdcn.errors import named_first_line
 from mmdcn.ops import deform_conv2d
 
 from .cases import DTYPES, LAYOUTS, Case
@@ -287,13 +288,8 @@ def _import_problem(package: str, module: str) -> str | None:
         importlib.import_module(module)
     # Whatever a broken installation raises: mmcv asserts, torchvision's raises RuntimeError.
     except Exception as error:
-        return f"{module} does not load ({first_line(error)})"
+        return f"{module} does not load ({named_first_line(error)})"
     return None
-
-
-def first_line(error: Exception) -> str:
-    """What an exception is and says, on one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 PEERS: dict[str, type[Implementation]] = {

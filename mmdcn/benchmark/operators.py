@@ -6,9 +6,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from mmdcn import timing
+from mmdcn.errors import named_first_line
+from mmdcn.machine import machine, versions
 from mmdcn.ops import reference
 
-from . import BenchmarkError, memory, timing
+from . import BenchmarkError, memory
 from .cases import DTYPES, Case, make_tensors
 from .implementations import (
     PEERS,
@@ -19,9 +22,7 @@ from .implementations import (
     MmdcnFloat32,
     MmdcnOneThread,
     OnnxRuntime,
-    first_line,
 )
-from .machine import machine, versions
 from .progress import track
 
 DIRECTIONS = ("forward", "forward_backward")
@@ -174,7 +175,7 @@ def _bind_checked(
                 if isinstance(implementation, Mmdcn):
                     raise
                 bound.pop(implementation, None)
-                reason = first_line(error)
+                reason = named_first_line(error)
         if reason is not None:
             entry["cannot"][implementation.name] = reason
     for implementation in bound:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mmdcn.files import write
+from mmdcn.markdown import table
 
 from . import BenchmarkError
 from .cases import SHAPES
@@ -19,7 +20,6 @@ from .tables import (
     environment_line,
     ratio,
     run_lines,
-    table,
     times,
 )
 

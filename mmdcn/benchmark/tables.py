@@ -1,17 +1,12 @@
 """What was measured, as Markdown tables."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
-from .timing import median
+from mmdcn.markdown import table
+from mmdcn.timing import median
 
 NOTHING = "—"
 DIRECTIONS = {"forward": "Forward", "forward_backward": "Forward + backward"}
-
-
-def table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
-    """Lines of a Markdown table."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def text(run: dict) -> str:

@@ -30,6 +30,8 @@ from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
+from mmdcn.errors import named_first_line
+
 __all__ = ["UnsafeCheckpointError", "install", "installed", "load", "uninstall"]
 
 
@@ -163,7 +165,7 @@ def _plain_data_only(source: object) -> Iterator[None]:
     except Exception as error:
         raise UnsafeCheckpointError(
             f"checkpoint {source} could not be read and nothing of it was executed: it is damaged "
-            f"or not a PyTorch checkpoint ({type(error).__name__}: {_first_line(error)})."
+            f"or not a PyTorch checkpoint ({named_first_line(error)})."
         ) from error
     finally:
         torch.serialization.clear_safe_globals()
@@ -173,10 +175,6 @@ def _plain_data_only(source: object) -> Iterator[None]:
 def _name(entry: Any) -> str:
     """The name under which torch looks up an entry of its list of safe globals."""
     return entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _explain(source: object, message: str) -> str:

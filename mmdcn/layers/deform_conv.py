@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.modules.utils import _ntuple
 
 from mmdcn.ops import deform_conv1d, deform_conv2d, deform_conv3d
@@ -208,7 +207,7 @@ class _OffsetBranch:
     that its output has the size of the layer's output.
     """
 
-    _version = 2  # Of the keys in state dicts, as mmcv counts; see _accept_old_keys_in_parent.
+    _version = 2  # Of the keys in state dicts, as mmcv counts; see accept_old_keys_in_parent.
 
     def _add_offset_branch(self, channels_per_tap: int) -> None:
         self.conv_offset = self._conv(
@@ -226,12 +225,13 @@ class _OffsetBranch:
         nn.init.zeros_(self.conv_offset.bias)
 
 
-def _accept_old_keys_in_parent(parent: nn.Module, name: str, layer: nn.Module) -> None:
+def accept_old_keys_in_parent(parent: nn.Module, name: str, layer: nn.Module) -> None:
     """Let checkpoints load in which the offset branch is beside its layer, not inside.
 
     Before version 2, ``layer2.0.conv2.conv_offset.weight`` was ``layer2.0.conv2_offset.weight``.
     Only the parent's part of a state dict holds that key: a layer is shown what begins with its
-    own name.
+    own name. So torch has to call this wherever a module becomes part of another, which the
+    plugin sees to (:mod:`mmdcn.engine.old_keys`).
     """
     if isinstance(layer, _OffsetBranch):
         parent.register_load_state_dict_pre_hook(functools.partial(_rename_old_keys, name))
@@ -247,9 +247,6 @@ def _rename_old_keys(
         new_key = f"{prefix}{name}.conv_offset.{parameter}"
         if old_key in state_dict and new_key not in state_dict:
             state_dict[new_key] = state_dict.pop(old_key)
-
-
-register_module_module_registration_hook(_accept_old_keys_in_parent)
 
 
 class _DeformConv(_DeformConvBase):

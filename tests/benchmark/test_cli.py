@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mmdcn.benchmark import cli, operators, timing
+from mmdcn import timing
+from mmdcn.benchmark import cli, operators
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("mmdet")
 
-from mmdcn import plugin
-from mmdcn.benchmark import BenchmarkError, detectors, timing
+from mmdcn import plugin, timing
+from mmdcn.benchmark import BenchmarkError, detectors
 from mmdcn.layers import ModulatedDeformConv2d
 from tests import small_detector
 from tests.kernel_calls import KernelCalls

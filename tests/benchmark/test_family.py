@@ -7,7 +7,8 @@ import pytest
 
 pytest.importorskip("mmcv")
 
-from mmdcn.benchmark import BenchmarkError, cli, family, timing
+from mmdcn import timing
+from mmdcn.benchmark import BenchmarkError, cli, family
 
 QUICK = timing.Budget(seconds=0.001, fewest=2, most=3)
 # Smaller ones of each kind, by operator.

@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("mmcv")
 
-from mmdcn import plugin
-from mmdcn.benchmark import BenchmarkError, cases, implementations, operators, tables, timing
+from mmdcn import plugin, timing
+from mmdcn.benchmark import BenchmarkError, cases, implementations, operators, tables
 from mmdcn.benchmark.implementations import Dense, Mmcv, Mmdcn, OnnxRuntime
 from tests.kernel_calls import KernelCalls
 

@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,6 +72,33 @@ def test_a_section_that_breaks_takes_no_other_with_it(gpu_check, tmp_path, monke
     assert "not done after 2 seconds" in report["hangs"]["error"]
     assert report["hangs"]["result"] == {"rows": [1]}  # what it knew when it was stopped
     assert "dies, hangs, finds did not pass" in capsys.readouterr().err
+
+
+def test_the_environment_is_what_a_benchmark_says_of_it_and_more(gpu_check, tmp_path, monkeypatch):
+    """With the properties of a GPU that is not there."""
+    properties = SimpleNamespace(
+        name="Some GPU",
+        total_memory=80 * 2**30,
+        major=9,
+        minor=0,
+        multi_processor_count=132,
+        shared_memory_per_block_optin=227 * 1024,
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(gpu_check.machine._library, "cuda_is_loaded", lambda: False)
+    with pytest.raises(AssertionError, match="CUDA library was not loaded"):
+        gpu_check.environment(tmp_path)
+    answers = iter([False, True])  # As there are no kernels here to ask for their name.
+    monkeypatch.setattr(gpu_check.machine._library, "cuda_is_loaded", lambda: next(answers))
+    found = gpu_check.environment(tmp_path)
+    assert (found["gpu"], found["gpu_memory_gib"], found["compute_capability"]) == (
+        *("Some GPU", 80.0, "9.0"),
+    )
+    assert (found["multiprocessors"], found["shared_memory_kib"]) == (132, 227)
+    assert found["torch"] == torch.__version__
+    assert found["cuda_library_loaded"]
+    report = gpu_check.markdown({"sections": {"environment": {**PASSED, "result": found}}})
+    assert "| gpu | Some GPU |" in report
 
 
 def test_only_some_sections(gpu_check, tmp_path, monkeypatch, capsys):

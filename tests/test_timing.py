@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mmdcn.benchmark import timing
-from mmdcn.benchmark.timing import Budget, Call
+from mmdcn import timing
+from mmdcn.timing import Budget, Call
 
 CPU = torch.device("cpu")
 
@@ -92,7 +92,7 @@ def test_each_call_runs_on_its_own_number_of_threads():
 def test_freed_memory_is_kept():
     code = """if True:
         import resource, torch
-        from mmdcn.benchmark import timing
+        from mmdcn import timing
         def pages_of_one_more():
             # Each somewhat smaller, so that it fits where the one before was, whatever small things
             # have been put there since.

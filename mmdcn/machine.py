@@ -1,8 +1,9 @@
-"""What a benchmark was run on, and with which versions."""
+"""The machine that this runs on, and the versions of what is installed."""
 
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -39,8 +40,8 @@ def machine(device: torch.device) -> dict:
     return facts
 
 
-def versions() -> dict[str, str]:
-    """Of everything that was installed and could matter."""
+def versions(*names: str) -> dict[str, str]:
+    """Of everything that is installed and could matter, or of what is named, in that order."""
     found = {
         "mmdcn": mmdcn.__version__,
         "mmdcn CPU kernels": torch.ops.mmdcn.cpu_capability(),
@@ -53,11 +54,19 @@ def versions() -> dict[str, str]:
     if torch.version.cuda:
         found |= {"CUDA": torch.version.cuda, "cuDNN": str(torch.backends.cudnn.version())}
     for name, packages in PACKAGES.items():
-        for package in packages:
-            try:
-                found[name] = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                continue
+        for version in installed(packages).values():
+            found[name] = version
+    return {name: found[name] for name in names if name in found} if names else found
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
     return found
 
 

@@ -1,0 +1,11 @@
+"""What exceptions say, on one line each."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def named_first_line(error: BaseException) -> str:
+    """The type of an exception, and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
