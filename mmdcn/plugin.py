@@ -296,6 +296,12 @@ def install() -> None:
 
     Logs one line. Where mmcv.ops does not load, registers the layers all the same, and the line
     says how to mend mmcv.
+
+    Example:
+        >>> uninstall()
+        >>> install()
+        >>> report().installed
+        True
     """
     global _replaced_layers
     if _replaced_layers is not None:
@@ -327,6 +333,12 @@ def uninstall() -> None:
     """Give back everything that :func:`install` took over; do nothing where that is done already.
 
     Layers that were built meanwhile from ``'DCN'`` keep running on our operator.
+
+    Example:
+        >>> uninstall()
+        >>> report().installed
+        False
+        >>> install()
     """
     global _replaced_layers
     if _replaced_layers is None:
@@ -407,7 +419,15 @@ class Report:
 
 
 def report() -> Report:
-    """Say what is taken over; the result prints well."""
+    """Say what is taken over; the result prints well.
+
+    Example:
+        >>> print(report())  # doctest: +ELLIPSIS
+        mmdcn's plugin is installed.
+        Configs build:
+          DCN: mmdcn.plugin.DeformConv2dPack
+          ...
+    """
     built = {name: MODELS.module_dict.get(name) for name in LAYERS}
     return Report(
         installed=_replaced_layers is not None,

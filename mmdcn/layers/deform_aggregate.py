@@ -193,6 +193,11 @@ class DCNv3(_DeformAggregateBase):
 
     Raises:
         ValueError: if an argument is out of range, or does not divide the channels.
+
+    Example:
+        >>> layer = DCNv3(16, 32, kernel_size=3, padding=1, deform_groups=4)
+        >>> layer(torch.randn(1, 16, 8, 8)).shape
+        torch.Size([1, 32, 8, 8])
     """
 
     def __init__(
@@ -248,6 +253,11 @@ class DCNv4(_DeformAggregateBase):
         without_pointwise: whether both projections are left out; Co is C then.
 
     The other arguments and the errors are those of :class:`DCNv3`.
+
+    Example:
+        >>> layer = DCNv4(16, 32, kernel_size=3, stride=2, padding=1, deform_groups=4)
+        >>> layer(torch.randn(1, 16, 8, 8)).shape
+        torch.Size([1, 32, 4, 4])
     """
 
     def __init__(

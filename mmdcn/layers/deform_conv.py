@@ -403,6 +403,11 @@ class DeformConv2d(_DeformConv, _Over2d):
 
     Raises:
         ValueError: if an argument is out of range, or does not divide the channels.
+
+    Example:
+        >>> layer = DeformConv2d(8, 16, kernel_size=3, padding=1)
+        >>> layer(torch.randn(1, 8, 32, 32), torch.randn(1, 2 * 9, 32, 32)).shape
+        torch.Size([1, 16, 32, 32])
     """
 
 
@@ -411,6 +416,11 @@ class DeformConv2dPack(_DeformConvPack, DeformConv2d):
 
     The offset branch starts at zero, so that a fresh layer equals the plain convolution of the
     same weight. Arguments and errors are those of :class:`DeformConv2d`.
+
+    Example:
+        >>> layer = DeformConv2dPack(8, 16, kernel_size=3, padding=1)
+        >>> layer(torch.randn(1, 8, 32, 32)).shape
+        torch.Size([1, 16, 32, 32])
     """
 
 
@@ -418,6 +428,12 @@ class ModulatedDeformConv2d(_ModulatedDeformConv, _Over2d):
     """Modulated deformable convolution (v2, arXiv 1811.11168, eq. 1): each sample is scaled.
 
     Arguments and errors are those of :class:`DeformConv2d`; ``bias`` defaults to True.
+
+    Example:
+        >>> layer = ModulatedDeformConv2d(8, 16, kernel_size=3, padding=1)
+        >>> offset, mask = torch.randn(1, 2 * 9, 32, 32), torch.rand(1, 9, 32, 32)
+        >>> layer(torch.randn(1, 8, 32, 32), offset, mask).shape
+        torch.Size([1, 16, 32, 32])
     """
 
 
@@ -431,6 +447,11 @@ class ModulatedDeformConv2dPack(_ModulatedDeformConvPack, ModulatedDeformConv2d)
     Args:
         modulation_scale: what the sigmoid of the branch is multiplied by, hence the largest
             modulation. 1 is the paper's layer; 2 suits weights of a plain convolution.
+
+    Example:
+        >>> layer = ModulatedDeformConv2dPack(8, 16, kernel_size=3, padding=1, modulation_scale=2)
+        >>> layer(torch.randn(1, 8, 32, 32)).shape
+        torch.Size([1, 16, 32, 32])
     """
 
 
@@ -439,19 +460,40 @@ class DeformConv1d(_DeformConv, _Over1d):
 
     Arguments and errors are those of :class:`DeformConv2d`, without the last two; `kernel_size`,
     `stride`, `padding` and `dilation` are one number, or a tuple of one.
+
+    Example:
+        >>> layer = DeformConv1d(8, 16, kernel_size=3, padding=1)
+        >>> layer(torch.randn(2, 8, 50), torch.randn(2, 3, 50)).shape
+        torch.Size([2, 16, 50])
     """
 
 
 class DeformConv1dPack(_DeformConvPack, DeformConv1d):
-    """:class:`DeformConv2dPack` over one dimension."""
+    """:class:`DeformConv2dPack` over one dimension.
+
+    Example:
+        >>> DeformConv1dPack(8, 16, kernel_size=3, padding=1)(torch.randn(2, 8, 50)).shape
+        torch.Size([2, 16, 50])
+    """
 
 
 class ModulatedDeformConv1d(_ModulatedDeformConv, _Over1d):
-    """:class:`ModulatedDeformConv2d` over one dimension: see :class:`DeformConv1d`."""
+    """:class:`ModulatedDeformConv2d` over one dimension: see :class:`DeformConv1d`.
+
+    Example:
+        >>> layer = ModulatedDeformConv1d(8, 16, kernel_size=3, padding=1)
+        >>> layer(torch.randn(2, 8, 50), torch.randn(2, 3, 50), torch.rand(2, 3, 50)).shape
+        torch.Size([2, 16, 50])
+    """
 
 
 class ModulatedDeformConv1dPack(_ModulatedDeformConvPack, ModulatedDeformConv1d):
-    """:class:`ModulatedDeformConv2dPack` over one dimension."""
+    """:class:`ModulatedDeformConv2dPack` over one dimension.
+
+    Example:
+        >>> ModulatedDeformConv1dPack(8, 16, kernel_size=3, padding=1)(torch.randn(2, 8, 50)).shape
+        torch.Size([2, 16, 50])
+    """
 
 
 class DeformConv3d(_DeformConv, _Over3d):
@@ -459,16 +501,39 @@ class DeformConv3d(_DeformConv, _Over3d):
 
     Arguments and errors are those of :class:`DeformConv2d`, without the last two; `kernel_size`,
     `stride`, `padding` and `dilation` are one number, or three for depth, height and width.
+
+    Example:
+        >>> layer = DeformConv3d(4, 8, kernel_size=3, padding=1)
+        >>> layer(torch.randn(1, 4, 5, 6, 7), torch.randn(1, 3 * 27, 5, 6, 7)).shape
+        torch.Size([1, 8, 5, 6, 7])
     """
 
 
 class DeformConv3dPack(_DeformConvPack, DeformConv3d):
-    """:class:`DeformConv2dPack` over three dimensions."""
+    """:class:`DeformConv2dPack` over three dimensions.
+
+    Example:
+        >>> DeformConv3dPack(4, 8, kernel_size=3, padding=1)(torch.randn(1, 4, 5, 6, 7)).shape
+        torch.Size([1, 8, 5, 6, 7])
+    """
 
 
 class ModulatedDeformConv3d(_ModulatedDeformConv, _Over3d):
-    """:class:`ModulatedDeformConv2d` over three dimensions: see :class:`DeformConv3d`."""
+    """:class:`ModulatedDeformConv2d` over three dimensions: see :class:`DeformConv3d`.
+
+    Example:
+        >>> layer = ModulatedDeformConv3d(4, 8, kernel_size=3, padding=1)
+        >>> offset, mask = torch.randn(1, 3 * 27, 5, 6, 7), torch.rand(1, 27, 5, 6, 7)
+        >>> layer(torch.randn(1, 4, 5, 6, 7), offset, mask).shape
+        torch.Size([1, 8, 5, 6, 7])
+    """
 
 
 class ModulatedDeformConv3dPack(_ModulatedDeformConvPack, ModulatedDeformConv3d):
-    """:class:`ModulatedDeformConv2dPack` over three dimensions."""
+    """:class:`ModulatedDeformConv2dPack` over three dimensions.
+
+    Example:
+        >>> layer = ModulatedDeformConv3dPack(4, 8, kernel_size=3, padding=1)
+        >>> layer(torch.randn(1, 4, 5, 6, 7)).shape
+        torch.Size([1, 8, 5, 6, 7])
+    """

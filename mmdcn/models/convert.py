@@ -64,6 +64,11 @@ def convert_to_deformable(model: nn.Module, dcn: Mapping[str, Any], select: Sele
             several patterns does), or something that is not a plain 2-D convolution padded with
             zeros on both sides alike, or one that carries hooks; `dcn` names no layer that can be
             used, or sets what the convolution says. The model is then as it was.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+        >>> type(convert_to_deformable(model, dict(type='DCNv2'), '1')[1]).__name__
+        'ModulatedDeformConv2dPack'
     """
     if is_model_wrapper(model):
         raise ValueError(
@@ -132,6 +137,12 @@ def build_deformable(
 
     Raises:
         TypeError, ValueError: as :func:`convert_to_deformable`.
+
+    Example:
+        >>> convert = dict(dcn=dict(type='DCN'), select='layer4.*.conv2')
+        >>> backbone = build_deformable('mmdet.ResNet', convert, depth=50, base_channels=8)
+        >>> type(backbone.layer4[0].conv2).__name__
+        'DeformConv2dPack'
     """
     built = MODELS.build(dict(type=model_type, **model))
     for arguments in [convert] if isinstance(convert, Mapping) else convert:
