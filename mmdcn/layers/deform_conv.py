@@ -82,7 +82,7 @@ def _check_pair(name: str, value: int | tuple[int, int], minimum: int) -> tuple[
 class _DeformConvBase(nn.Module):
     """The arguments, parameters and description that all layers have in common."""
 
-    #: Dimensions of an image, and the operator and the ordinary convolution over so many.
+    #: The number of spatial dimensions, and the operator and the plain convolution over as many.
     rank: int
     _function: Callable[..., Tensor]
     _conv: type[nn.Module]
@@ -148,7 +148,7 @@ class _Over3d(_DeformConvBase):
 
 
 class _Over2d(_DeformConvBase):
-    """With what old configs say, which are of two dimensions only."""
+    """Two dimensions, with the arguments of old configs, which name layers for images only."""
 
     rank, _function, _conv = 2, staticmethod(deform_conv2d), nn.Conv2d
 
@@ -191,7 +191,7 @@ class _Over2d(_DeformConvBase):
 
 
 def _predict(branch: nn.Module, x: Tensor) -> Tensor:
-    """The output of an offset branch, in the precision of its weights also under autocast.
+    """The output of an offset branch, in the precision of its weights even under autocast.
 
     In bfloat16, an offset of 8 pixels would be off by up to 1/32 of a pixel.
     """
@@ -202,13 +202,13 @@ def _predict(branch: nn.Module, x: Tensor) -> Tensor:
 
 
 class _OffsetBranch:
-    """Mixed into a deformable layer: the ordinary convolution that predicts what it needs.
+    """The convolution that predicts offsets and modulation, as a mix-in of a deformable layer.
 
     The branch sees the layer's input and has its kernel size, stride, padding and dilation, so
     that its output has the size of the layer's output.
     """
 
-    _version = 2  # Of the keys in state dicts, as mmcv counts; see _accept_old_keys_in_parent.
+    _version = 2  # mmcv's count for the keys in state dicts; see _accept_old_keys_in_parent.
 
     def _add_offset_branch(self, channels_per_tap: int) -> None:
         self.conv_offset = self._conv(
@@ -253,10 +253,10 @@ register_module_module_registration_hook(_accept_old_keys_in_parent)
 
 
 class _DeformConv(_DeformConvBase):
-    """What v1 is over any number of dimensions."""
+    """Deformable convolution v1 over any number of dimensions."""
 
     def reset_parameters(self) -> None:
-        """He's uniform initialisation for the weight (arXiv 1502.01852), zero for the bias."""
+        """Draw the weight by He's uniform initialisation (arXiv 1502.01852), and zero the bias."""
         nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -266,18 +266,18 @@ class _DeformConv(_DeformConvBase):
 
         Args:
             x: input of shape (N, C, H, W), or (N, C, L), or (N, C, D, H, W).
-            offset: in pixels, of shape (N, rank * deform_groups * taps, Ho, Wo), or so: for each
-                offset group and each tap, in row-major order, one number for each dimension, in
-                the order of the input's: y then x, or z, y and x.
+            offset: in pixels, of shape (N, rank * deform_groups * taps, Ho, Wo), with the output's
+                dimensions after the channels: for each offset group and each tap, in row-major
+                order, one number for each dimension, in the input's order: y then x, or z, y, x.
 
         Returns:
-            Tensor of shape (N, Co, Ho, Wo), or so.
+            Tensor of shape (N, Co, Ho, Wo), with as many dimensions as `x`.
         """
         return self._deform_conv(x, offset, None)
 
 
 class _DeformConvPack(_OffsetBranch):
-    """Mixed into v1, to predict its offsets."""
+    """The offset branch of v1, as a mix-in."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -289,12 +289,12 @@ class _DeformConvPack(_OffsetBranch):
         self.init_offset()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo), or so."""
+        """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo), in 1-D and 3-D accordingly."""
         return self._deform_conv(x, _predict(self.conv_offset, x), None)
 
 
 class _ModulatedDeformConv(_DeformConvBase):
-    """What v2 is over any number of dimensions."""
+    """Deformable convolution v2 over any number of dimensions."""
 
     def __init__(
         self,
@@ -323,7 +323,7 @@ class _ModulatedDeformConv(_DeformConvBase):
         )
 
     def reset_parameters(self) -> None:
-        """Uniform in ±1 / sqrt(C * taps) for the weight, zero for the bias."""
+        """Draw the weight uniformly from ±1 / sqrt(C * taps), and zero the bias."""
         bound = 1 / math.sqrt(self.in_channels * math.prod(self.kernel_size))
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
@@ -337,20 +337,20 @@ class _ModulatedDeformConv(_DeformConvBase):
         """Convolve `x` at the offset sampling points, each scaled by its modulation.
 
         Args:
-            x, offset: as of v1.
-            mask: modulation of shape (N, deform_groups * taps, Ho, Wo), or so, in [0, 1] as a
-                rule.
+            x, offset: see v1.
+            mask: modulation of shape (N, deform_groups * taps, Ho, Wo), with the dimensions of the
+                output after the channels, usually in [0, 1].
 
         Returns:
-            Tensor of shape (N, Co, Ho, Wo), or so.
+            Tensor of shape (N, Co, Ho, Wo), with as many dimensions as `x`.
         """
         return self._deform_conv(x, offset, mask)
 
 
 class _ModulatedDeformConvPack(_OffsetBranch):
-    """Mixed into v2, to predict its offsets and modulation."""
+    """The branch of v2 for offsets and modulation, as a mix-in."""
 
-    modulation_scale = 1.0  # Of layers that were pickled before there was another.
+    modulation_scale = 1.0  # Layers that were pickled before the argument existed have none.
 
     def __init__(self, *args: Any, modulation_scale: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -372,7 +372,7 @@ class _ModulatedDeformConvPack(_OffsetBranch):
         self.init_offset()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo), or so."""
+        """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo), in 1-D and 3-D accordingly."""
         # All offsets come first, then the modulation of every tap.
         samples = self.deform_groups * math.prod(self.kernel_size)
         offset, mask = _predict(self.conv_offset, x).split([self.rank * samples, samples], dim=1)

@@ -153,7 +153,7 @@ class DeformRoIPoolPack(DeformRoIPool):
         self.init_offset()
 
     def _pool_twice(self, input: Tensor, rois: Tensor) -> tuple[Tensor, Tensor]:
-        """What the branches see, of shape (R, Co * kh * kw), and the RoIs pooled at offsets."""
+        """The branches' input, of shape (R, Co * kh * kw), and the RoIs pooled at offsets."""
         regular = super().forward(input, rois)
         if regular.shape[1] != self.output_channels:
             raise ValueError(

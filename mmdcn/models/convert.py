@@ -94,7 +94,7 @@ def convert_to_deformable(model: nn.Module, dcn: Mapping[str, Any], select: Sele
         )
     layers = {conv: _deformable(layer_class, dcn, name, conv) for name, conv in chosen.items()}
 
-    # In every place where they are: mmdet's heads share convolutions between levels.
+    # A convolution can be in several places: mmdet's heads share some between levels.
     replacements = [
         (parent, name, child, layers[child])
         for parent in model.modules()
@@ -136,7 +136,7 @@ def build_deformable(
         The model, of the class that `model_type` names.
 
     Raises:
-        TypeError, ValueError: as :func:`convert_to_deformable`.
+        TypeError, ValueError: see :func:`convert_to_deformable`.
 
     Example:
         >>> convert = dict(dcn=dict(type='DCN'), select='layer4.*.conv2')
@@ -167,7 +167,7 @@ class _InitWeights:
         self.replacements = replacements
 
     def __call__(self) -> None:
-        # Not by setattr: the parents would once more register what they do for a new child.
+        # setattr would make the parents register once more what they do for a new child.
         for parent, name, conv, layer in self.replacements:
             conv.weight, conv.bias = layer.weight, layer.bias
             parent._modules[name] = conv
@@ -276,7 +276,7 @@ def _deformable(
     if issubclass(layer_class, ModulatedDeformConv2dPack):
         arguments.setdefault("modulation_scale", 2.0)
     try:
-        # Without memory or random numbers: its parameters are the convolution's.
+        # The meta device takes no memory or random numbers: the parameters are the convolution's.
         with torch.device("meta"):
             layer = layer_class(
                 conv.in_channels,

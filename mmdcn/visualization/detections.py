@@ -10,7 +10,7 @@ from mmdet.structures import DetDataSample
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.structures import InstanceData
 
-ZOOMED_SIZE = 480  # pixels: small images are enlarged, so that labels fit beside the objects
+ZOOMED_SIZE = 480  # pixels; small images are enlarged to it, so that labels fit beside the objects
 
 
 def draw_instances(

@@ -1,4 +1,4 @@
-"""What the deformable layers of a detector sample in an image, as a figure and as a page."""
+"""The samples that a detector's deformable layers take of an image, as a figure and as a page."""
 
 import base64
 import json
@@ -61,7 +61,7 @@ def sample_image(model: nn.Module, path: str) -> SampledImage:
 
     Args:
         model: as made by ``mmdet.apis.init_detector``.
-        path: of the image file.
+        path: path of the image file.
 
     Raises:
         ValueError: the file is not an image, or the model ran no deformable layer with an offset
@@ -218,7 +218,7 @@ def sampling_page(sampled: SampledImage, layers: Sequence[str], start: Point) ->
         "start": start,
     }
     template = files(__package__).joinpath("sampling_page.html").read_text(encoding="utf-8")
-    # In a script element, only its end would end the data.
+    # In a script element nothing but its end tag could end the data.
     return template.replace("{{data}}", json.dumps(data).replace("</", "<\\/"))
 
 
@@ -228,7 +228,7 @@ def _data_url(image: np.ndarray) -> str:
 
 
 def _layer_data(name: str, sampling: Sampling, index: int = 0) -> dict:
-    """For each output position, all samples of one after the other, y before x."""
+    """A layer's samples for the page: those of each output position in turn, y before x."""
     locations = sampling.locations[index].permute(3, 4, 0, 1, 2).cpu().numpy()
     groups, taps = locations.shape[2:4]
     modulation = None

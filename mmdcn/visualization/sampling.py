@@ -1,4 +1,4 @@
-"""Where deformable layers sample, as points on the image."""
+"""The points at which deformable layers sample, on the image."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,12 +16,12 @@ from mmdcn.layers import DeformConv2dPack, ModulatedDeformConv2dPack
 
 Size = int | tuple[int, int]
 
-COLOR_MAP = "plasma"  # of the modulation, from 0 to 1
+COLOR_MAP = "plasma"  # for the modulation, from 0 to 1
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What one deformable layer sampled in one forward pass.
+    """The samples that one deformable layer took in one forward pass.
 
     Args:
         locations: (N, G, K, 2, Ho, Wo), see :func:`sampling_locations`.
@@ -68,7 +68,7 @@ class SamplingPoints:
 
 @dataclass(frozen=True)
 class StackedPoints:
-    """What one output position of the last of several layers samples through all of them.
+    """The points that one output position of the last of several layers samples through them all.
 
     A point that a layer samples is an output position of the layer before, which samples points
     of its own: K^n for n layers of K taps, as in the papers' figures.
@@ -93,7 +93,7 @@ class StackedPoints:
 def sampling_locations(
     offset: Tensor, kernel_size: Size, stride: Size = 1, padding: Size = 0, dilation: Size = 1
 ) -> Tensor:
-    """Where a deformable convolution samples its input: p0 + pn + Δpn (arXiv 1703.06211, eq. 2).
+    """The points where a deformable convolution samples: p0 + pn + Δpn (arXiv 1703.06211, eq. 2).
 
     Args:
         offset: (N, 2 * G * K, Ho, Wo) with G offset groups and K = kh * kw taps; per group and tap
@@ -139,7 +139,7 @@ def record_sampling(model: nn.Module) -> Iterator[dict[str, Sampling]]:
     """Record what the deformable layers of a model sample while the context lasts.
 
     Yields:
-        From each layer's name to its latest forward pass, in the order of execution.
+        A map from each layer's name to its latest forward pass, in the order of execution.
 
     Example:
         >>> model = nn.Sequential(DeformConv2dPack(3, 8, kernel_size=3, padding=1))
@@ -181,10 +181,10 @@ def points_in_image(
     padded convolutions and poolings of odd kernel size are centred, the ResNets' for one.
 
     Args:
-        sampling: of one layer.
+        sampling: the samples of one layer.
         xy: (x, y) in continuous image coordinates, pixel i covers [i, i + 1].
         image_size: height and width of the network's input, padding included.
-        index: of the image in the batch.
+        index: number of the image in the batch.
 
     Example:
         >>> model = nn.Sequential(DeformConv2dPack(3, 8, kernel_size=3, padding=1))
@@ -218,7 +218,7 @@ def stacked_points(
     the input of their layer contribute nothing, and are left out.
 
     Args:
-        samplings: of the layers, the last one first, as :func:`record_sampling` gives them.
+        samplings: those of the layers, the last one first, as :func:`record_sampling` gives them.
         xy, image_size, index: as in :func:`points_in_image`.
 
     Raises:
@@ -264,7 +264,7 @@ def _nearest_positions(
 
 
 def _to_image(sampling: Sampling, locations: Tensor, image_size: tuple[int, int]) -> np.ndarray:
-    """From (G, K, 2, n), y and x in pixels of the layer's input, to (n, G, K, 2), x and y."""
+    """Locations (G, K, 2, n), y and x in the input, as (n, G, K, 2), x and y in the image."""
     stride = np.array(image_size) / sampling.input_size
     return (locations.cpu().double().permute(3, 0, 1, 2).numpy() * stride + 0.5)[..., ::-1]
 
@@ -318,7 +318,7 @@ def draw_stacked_points(axes: Axes, stacked: StackedPoints) -> ScalarMappable:
         (9, 2)
     """
     points, modulation = stacked.points[-1], stacked.modulation[-1]
-    order = np.argsort(modulation)  # The strongest on top.
+    order = np.argsort(modulation)  # The strongest are drawn last, on top.
     dots = axes.scatter(
         *points[order].T,
         s=max(16, 120 / len(points) ** 0.5),
