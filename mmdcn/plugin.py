@@ -54,7 +54,7 @@ try:
     from mmcv.ops import deform_conv as _mmcv_v1
     from mmcv.ops import modulated_deform_conv as _mmcv_v2
 
-    # Not from mmcv.ops: there, the module's name is the function's.
+    # mmcv.ops itself would give the function, which has the module's name.
     _mmcv_roi_pool = importlib.import_module("mmcv.ops.deform_roi_pool")
     _MMCV_PROBLEM = None
 except (ImportError, AssertionError) as error:  # mmcv asserts that its library has all functions.
@@ -155,9 +155,9 @@ def deform_roi_pool(
 def _check_groups(
     input: Tensor, offset: Tensor, weight: Tensor, groups: int, deform_groups: int
 ) -> None:
-    """The operator derives the two numbers from the shapes; what is said must agree."""
+    """Check both numbers against the shapes, from which the operator derives them."""
     if not input.dim() == offset.dim() == weight.dim() == 4:
-        return  # The operator's own checks say what is wrong.
+        return  # because the operator's own checks say what is wrong
     if input.shape[1] != groups * weight.shape[1]:
         raise ValueError(
             f"groups: expected channels of input / weight.shape[1] = {input.shape[1]} / "
@@ -183,7 +183,7 @@ def _fit_to_output(
     """`offset` and `mask` as mmcv's kernels read them where both are larger than the output."""
     if not input.dim() == offset.dim() == mask.dim() == weight.dim() == 4:
         return offset, mask
-    # A step of 0 is for the operator to refuse.
+    # The operator refuses a step of 0, with a better message.
     out_h, out_w = (
         (size + 2 * pad - dil * (kernel - 1) - 1) // max(step, 1) + 1
         for size, pad, dil, kernel, step in zip(
@@ -206,7 +206,7 @@ def _fit_to_output(
 def _for_toolbox(layer: type[nn.Module], *bases: type[nn.Module]) -> type[nn.Module]:
     """`layer`, whose instances are at the same time instances of mmcv's layer of the same name.
 
-    And of the `bases`, which take the place of mmcv's in ``mmcv.ops``.
+    They are instances of the `bases` as well, which take the place of mmcv's in ``mmcv.ops``.
     """
     mmcv_layer = getattr(_mmcv_ops, layer.__name__, None)
     if mmcv_layer is None:
@@ -229,14 +229,14 @@ DeformRoIPool = _for_toolbox(layers.DeformRoIPool)
 DeformRoIPoolPack = _for_toolbox(layers.DeformRoIPoolPack, DeformRoIPool)
 ModulatedDeformRoIPoolPack = _for_toolbox(layers.ModulatedDeformRoIPoolPack, DeformRoIPool)
 
-#: What the names in ``mmcv.ops`` are.
+#: The layers that stand in ``mmcv.ops`` under these names.
 ROI_LAYERS = {
     "DeformRoIPool": DeformRoIPool,
     "DeformRoIPoolPack": DeformRoIPoolPack,
     "ModulatedDeformRoIPoolPack": ModulatedDeformRoIPoolPack,
 }
 
-#: What each ``type`` of a config builds.
+#: The layer that each ``type`` of a config builds.
 LAYERS = {
     "DCN": DeformConv2dPack,
     "DCNv2": ModulatedDeformConv2dPack,
@@ -288,7 +288,7 @@ if _mmcv_ops is not None:
         ),
     )
 
-_replaced_layers: dict[str, Any] | None = None  # What LAYERS' names built; None: not installed.
+_replaced_layers: dict[str, Any] | None = None  # the layers that we replaced; None: not installed
 
 
 def install() -> None:
@@ -345,16 +345,16 @@ def uninstall() -> None:
         return
     for name, replaced in _replaced_layers.items():
         if MODELS.module_dict.get(name) is not LAYERS[name]:
-            continue  # Registered anew by somebody else, meanwhile.
+            continue  # because somebody else has registered it anew
         if replaced is None:
             del MODELS.module_dict[name]
         else:
             MODELS.register_module(name=name, module=replaced, force=True)
     for theirs, ours, autograd_function in _FUNCTIONS:
         _rebind(ours, theirs)
-        del autograd_function.apply  # The inherited one shows again.
+        del autograd_function.apply  # so that the inherited one shows again
     for name, layer in ROI_LAYERS.items() if _mmcv_ops is not None else ():
-        if vars(_mmcv_ops)[name] is layer:  # Else replaced by somebody else, meanwhile.
+        if vars(_mmcv_ops)[name] is layer:  # or else somebody replaced it
             vars(_mmcv_ops)[name] = getattr(_mmcv_roi_pool, name)
     basic_block.uninstall()
     checkpoint.uninstall()
@@ -375,7 +375,7 @@ def _places(function: Callable[..., Tensor]) -> Iterator[tuple[str, str]]:
 
 def _rebind(old: Callable[..., Tensor], new: Callable[..., Tensor]) -> None:
     for module_name, name in list(_places(old)):
-        # Into the dictionary, as lazily loading modules customise attribute access.
+        # The dictionary is written to, as lazily loading modules customise attribute access.
         vars(sys.modules[module_name])[name] = new
 
 
@@ -384,7 +384,7 @@ def _rebind(old: Callable[..., Tensor], new: Callable[..., Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Report:
-    """What of the toolbox runs on mmdcn at present.
+    """The parts of the toolbox that run on mmdcn at present.
 
     Attributes:
         installed: whether :func:`install` is in force.

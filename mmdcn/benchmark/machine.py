@@ -1,4 +1,4 @@
-"""What a benchmark was run on, and with which versions."""
+"""The machine that a benchmark was run on, and the versions that it was run with."""
 
 import importlib.metadata
 import os
@@ -10,7 +10,7 @@ import torch
 import mmdcn
 from mmdcn.ops import _library
 
-# By import name, the packages that may provide it.
+# The packages that may provide each import name.
 PACKAGES = {
     "mmengine": ("mmengine", "onedl-mmengine"),
     "mmcv": ("mmcv", "onedl-mmcv"),
@@ -40,7 +40,7 @@ def machine(device: torch.device) -> dict:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that was installed and could matter."""
+    """The versions of everything that was installed and could matter."""
     found = {
         "mmdcn": mmdcn.__version__,
         "mmdcn CPU kernels": torch.ops.mmdcn.cpu_capability(),
@@ -62,7 +62,7 @@ def versions() -> dict[str, str]:
 
 
 def _cores() -> int:
-    """Those that this process may use, where the system tells."""
+    """The number of cores that this process may use, where the system tells."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,1 +1,1 @@
-"""The shared parts of the command-line tools: safe checkpoints, checks before training, launching."""
+"""Shared parts of the command-line tools: safe checkpoints, checks before training, launching."""
