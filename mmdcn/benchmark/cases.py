@@ -57,7 +57,7 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """FLOPs of one forward pass, two for each multiplication; a backward pass has twice these."""
+        """FLOPs of one forward pass, two for each multiplication; a backward pass has double."""
         height, width = self.out_size
         per_output = 2 * self.channels // self.groups * self.taps
         return self.batch * self.out_channels * height * width * per_output
