@@ -1,6 +1,6 @@
-"""``python -m mmdcn.check``: what is installed, what loaded, and whether it computes.
+"""The report of ``python -m mmdcn.check``: what is installed and loaded, and if it computes.
 
-What to paste into a bug report. Exits with 1 where something does not work.
+Its output belongs in a bug report. The exit status is 1 where something does not work.
 """
 
 import platform
@@ -43,7 +43,7 @@ def _libraries() -> dict[str, str]:
 
 
 def _largest_error(device: torch.device, dtype: torch.dtype) -> float:
-    """Of the output and all gradients of one call, against the reference in float64."""
+    """The error of the output and all gradients of one call, against the reference in float64."""
     generator = torch.Generator().manual_seed(0)
     shapes = {
         "input": (2, 8, 12, 11),
@@ -53,7 +53,7 @@ def _largest_error(device: torch.device, dtype: torch.dtype) -> float:
         "mask": (2, 9, 12, 11),
     }
     values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    # Multiples of 1/8, so that no dtype moves a sample across a pixel's border.
+    # The offsets are multiples of 1/8, so that no dtype moves a sample across a pixel's border.
     values["offset"] = (values["offset"] * 8).round() / 8
     grad_output = torch.randn(2, 4, 12, 11, generator=generator).to(dtype)
 

@@ -11,7 +11,7 @@ import torch
 import mmdcn
 from mmdcn.ops import _library
 
-# By import name, the packages that may provide it.
+# The packages that may provide each import name.
 PACKAGES = {
     "mmengine": ("mmengine", "onedl-mmengine"),
     "mmcv": ("mmcv", "onedl-mmcv"),
@@ -41,7 +41,7 @@ def machine(device: torch.device) -> dict:
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Of everything that is installed and could matter, or of what is named, in that order."""
+    """The versions of everything that is installed and could matter, or of what is named."""
     found = {
         "mmdcn": mmdcn.__version__,
         "mmdcn CPU kernels": torch.ops.mmdcn.cpu_capability(),
@@ -71,7 +71,7 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
 
 
 def _cores() -> int:
-    """Those that this process may use, where the system tells."""
+    """The number of cores that this process may use, where the system tells."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -56,7 +56,7 @@ try:
     from mmcv.ops import deform_conv as _mmcv_v1
     from mmcv.ops import modulated_deform_conv as _mmcv_v2
 
-    # Not from mmcv.ops: there, the module's name is the function's.
+    # mmcv.ops itself would give the function, which has the module's name.
     _mmcv_roi_pool = importlib.import_module("mmcv.ops.deform_roi_pool")
     _MMCV_PROBLEM = None
 except (ImportError, AssertionError) as error:  # mmcv asserts that its library has all functions.
@@ -74,7 +74,7 @@ except (ImportError, AssertionError) as error:  # mmcv asserts that its library 
 def _for_toolbox(layer: type[nn.Module], *bases: type[nn.Module]) -> type[nn.Module]:
     """`layer`, whose instances are at the same time instances of mmcv's layer of the same name.
 
-    And of the `bases`, which take the place of mmcv's in ``mmcv.ops``.
+    They are instances of the `bases` as well, which take the place of mmcv's in ``mmcv.ops``.
     """
     mmcv_layer = getattr(_mmcv_ops, layer.__name__, None)
     if mmcv_layer is None:
@@ -97,14 +97,14 @@ DeformRoIPool = _for_toolbox(layers.DeformRoIPool)
 DeformRoIPoolPack = _for_toolbox(layers.DeformRoIPoolPack, DeformRoIPool)
 ModulatedDeformRoIPoolPack = _for_toolbox(layers.ModulatedDeformRoIPoolPack, DeformRoIPool)
 
-#: What the names in ``mmcv.ops`` are.
+#: The layers that stand in ``mmcv.ops`` under these names.
 ROI_LAYERS = {
     "DeformRoIPool": DeformRoIPool,
     "DeformRoIPoolPack": DeformRoIPoolPack,
     "ModulatedDeformRoIPoolPack": ModulatedDeformRoIPoolPack,
 }
 
-#: What each ``type`` of a config builds.
+#: The layer that each ``type`` of a config builds.
 LAYERS = {
     "DCN": DeformConv2dPack,
     "DCNv2": ModulatedDeformConv2dPack,
@@ -156,7 +156,7 @@ if _mmcv_ops is not None:
         ),
     )
 
-_replaced_layers: dict[str, Any] | None = None  # What LAYERS' names built; None: not installed.
+_replaced_layers: dict[str, Any] | None = None  # the layers that we replaced; None: not installed
 
 
 def install() -> None:
@@ -164,6 +164,12 @@ def install() -> None:
 
     Logs one line. Where mmcv.ops does not load, registers the layers all the same, and the line
     says how to mend mmcv.
+
+    Example:
+        >>> uninstall()
+        >>> install()
+        >>> report().installed
+        True
     """
     global _replaced_layers
     if _replaced_layers is not None:
@@ -196,22 +202,28 @@ def uninstall() -> None:
     """Give back everything that :func:`install` took over; do nothing where that is done already.
 
     Layers that were built meanwhile from ``'DCN'`` keep running on our operator.
+
+    Example:
+        >>> uninstall()
+        >>> report().installed
+        False
+        >>> install()
     """
     global _replaced_layers
     if _replaced_layers is None:
         return
     for name, replaced in _replaced_layers.items():
         if MODELS.module_dict.get(name) is not LAYERS[name]:
-            continue  # Registered anew by somebody else, meanwhile.
+            continue  # because somebody else has registered it anew
         if replaced is None:
             del MODELS.module_dict[name]
         else:
             MODELS.register_module(name=name, module=replaced, force=True)
     for theirs, ours, autograd_function in _FUNCTIONS:
         _rebind(ours, theirs)
-        del autograd_function.apply  # The inherited one shows again.
+        del autograd_function.apply  # so that the inherited one shows again
     for name, layer in ROI_LAYERS.items() if _mmcv_ops is not None else ():
-        if vars(_mmcv_ops)[name] is layer:  # Else replaced by somebody else, meanwhile.
+        if vars(_mmcv_ops)[name] is layer:  # or else somebody replaced it
             vars(_mmcv_ops)[name] = getattr(_mmcv_roi_pool, name)
     basic_block.uninstall()
     checkpoint.uninstall()
@@ -233,7 +245,7 @@ def _places(function: Callable[..., Tensor]) -> Iterator[tuple[str, str]]:
 
 def _rebind(old: Callable[..., Tensor], new: Callable[..., Tensor]) -> None:
     for module_name, name in list(_places(old)):
-        # Into the dictionary, as lazily loading modules customise attribute access.
+        # The dictionary is written to, as lazily loading modules customise attribute access.
         vars(sys.modules[module_name])[name] = new
 
 
@@ -242,7 +254,7 @@ def _rebind(old: Callable[..., Tensor], new: Callable[..., Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Report:
-    """What of the toolbox runs on mmdcn at present.
+    """The parts of the toolbox that run on mmdcn at present.
 
     Attributes:
         installed: whether :func:`install` is in force.
@@ -281,7 +293,15 @@ class Report:
 
 
 def report() -> Report:
-    """Say what is taken over; the result prints well."""
+    """Say what is taken over; the result prints well.
+
+    Example:
+        >>> print(report())  # doctest: +ELLIPSIS
+        mmdcn's plugin is installed.
+        Configs build:
+          DCN: mmdcn.plugin.DeformConv2dPack
+          ...
+    """
     built = {name: MODELS.module_dict.get(name) for name in LAYERS}
     return Report(
         installed=_replaced_layers is not None,

@@ -18,7 +18,7 @@ LONG_SECONDS = 0.5
 HEAD_START_CYCLES = 4_000_000
 
 
-# Of glibc's mallopt().
+# parameters of glibc's mallopt()
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
@@ -36,7 +36,7 @@ def keep_freed_memory() -> None:
 
 @dataclass(frozen=True)
 class Budget:
-    """How many samples each call gets.
+    """The number of samples that each call gets.
 
     Attributes:
         seconds: of samples, after which a call has enough of them,
@@ -62,7 +62,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Call:
-    """What is timed.
+    """A function that is timed.
 
     Attributes:
         function: takes no arguments.

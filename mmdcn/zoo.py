@@ -72,7 +72,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Checked:
-    """What came of checking a config.
+    """The result of checking a config.
 
     Args:
         forward: calls of our operator in one training step.
@@ -118,7 +118,7 @@ def find(pattern: str = "*/**/*.py", passed_over: dict[str, str] | None = None) 
             found = Found(name, _offline(model), {})
             if found.key not in operators:
                 operators[found.key] = _operators_of(found.model)
-        except Exception as error:  # Whatever is missing.
+        except Exception as error:  # The error depends on what is missing.
             passed_over[name] = _reason(error)
             continue
         if operators[found.key]:
@@ -130,11 +130,11 @@ def _reason(error: Exception) -> str:
 
 
 def _offline(node: Any) -> Any:
-    """Without what initialises or is loaded from the network, or makes images large."""
+    """The settings without what initialises or is downloaded, or makes images large."""
     if isinstance(node, dict):
         left_out = ("init_cfg", "pretrained", "teacher_ckpt", "batch_augments")
         node = ConfigDict({k: _offline(v) for k, v in node.items() if k not in left_out})
-        if "teacher_config" in node:  # A path, relative to the folder that holds configs/.
+        if "teacher_config" in node:  # The path is relative to the folder that holds configs/.
             node.teacher_config = _offline(Config.fromfile(FOLDER.parent / node.teacher_config))
         return node
     if isinstance(node, Config):
@@ -146,7 +146,7 @@ def _operators_of(settings: ConfigDict) -> dict[str, int]:
     try:
         with torch.device("meta"):
             return operators(_build(settings))
-    except (NotImplementedError, RuntimeError):  # Some read values while they are built.
+    except (NotImplementedError, RuntimeError):  # Some modules read values while they are built.
         return operators(_build(settings))
 
 
@@ -229,7 +229,7 @@ def _outputs_of_mmcv(
     try:
         return _outputs(model, size)
     except (RuntimeError, NotImplementedError) as error:
-        if "implement" in str(error):  # As mmcv says of a device without a kernel.
+        if "implement" in str(error):  # mmcv says this of a device without a kernel.
             return None
         raise
 
@@ -260,7 +260,7 @@ def _build(settings: ConfigDict) -> nn.Module:
 def _outputs(model: nn.Module, size: tuple[int, int]) -> list[Tensor]:
     """Features of backbone and neck, and what dense heads and deformable RoI pooling make of them.
 
-    In float64, as far as the heads let it be.
+    They are in float64, as far as the heads allow it.
     """
     outputs = []
     for part in _parts(model):
@@ -277,7 +277,7 @@ def _outputs(model: nn.Module, size: tuple[int, int]) -> list[Tensor]:
             for extractor in part.modules():
                 if isinstance(extractor, BaseRoIExtractor) and operators(extractor):
                     boxes = samples[0].gt_instances.bboxes.double()
-                    rois = nn.functional.pad(boxes, (1, 0))  # All in the first image.
+                    rois = nn.functional.pad(boxes, (1, 0))  # All RoIs lie in the first image.
                     outputs.append(extractor(features[: extractor.num_inputs], rois))
     return outputs
 
@@ -302,7 +302,7 @@ def _head_outputs(
 
 
 def _is_masked(model: nn.Module) -> bool:
-    """Whether it predicts by mmcv's MaskedConv2d, which has no kernel on a CPU."""
+    """Whether the model predicts by mmcv's MaskedConv2d, which has no kernel on a CPU."""
     return any(isinstance(module, MaskedConv2d) for module in model.modules())
 
 
@@ -341,7 +341,7 @@ def _difference(mine: Tensor, expected: Tensor) -> float:
 def _train_and_predict(
     model: nn.Module, size: tuple[int, int], difference: float | None
 ) -> Checked:
-    for progress in ("epoch", "iter"):  # Some losses depend on it.
+    for progress in ("epoch", "iter"):  # Some losses depend on this value.
         MessageHub.get_current_instance().update_info(progress, 0)
     model.train()
     with _Calls() as calls:
@@ -414,7 +414,7 @@ def table(results: Sequence[tuple[Found, Checked]], passed_over: Mapping[str, st
     """The page of the documentation, in Markdown.
 
     Args:
-        results: of :func:`sweep`.
+        results: those of :func:`sweep`.
         passed_over: as :func:`find` fills it.
     """
     passed = sum(checked.problem is None for _, checked in results)

@@ -1,9 +1,9 @@
-"""Measure mmdcn against its peers on this machine, and write tables of it."""
+"""Benchmark of mmdcn against its peers on this machine, written as tables."""
 
 import contextlib
 import sys
 
-# The toolbox logs to what is standard output when it is imported; that is for the tables.
+# The toolbox logs to the standard output of its import, but that is for the tables.
 with contextlib.redirect_stdout(sys.stderr):
     from mmdcn import timing
     from mmdcn.benchmark import cli

@@ -1,4 +1,4 @@
-"""Check every config that mmdet ships with a deformable operator; write what came of it."""
+"""A check of every config that mmdet ships with a deformable operator, and its report."""
 
 import argparse
 import sys

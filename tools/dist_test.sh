@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Evaluate on several GPUs, or on the CPU with as many processes:
+# Evaluation on several GPUs, or on the CPU with as many processes:
 #   tools/dist_test.sh CONFIG CHECKPOINT GPUS [options of tools/test.py]
 # Several machines: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each.
 set -euo pipefail

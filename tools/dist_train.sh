@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on several GPUs, or on the CPU with as many processes:
+# Training on several GPUs, or on the CPU with as many processes:
 #   tools/dist_train.sh CONFIG GPUS [options of tools/train.py]
 # Several machines: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each.
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""Export a detector's network to ONNX, and compare it with PyTorch in onnxruntime.
+"""Export of a detector's network to ONNX, and its comparison with PyTorch in onnxruntime.
 
 The file holds backbone, neck and heads, up to the heads' raw outputs, in standard operators of
 ONNX. Batch and image size stay open.

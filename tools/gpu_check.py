@@ -58,7 +58,7 @@ TOLERANCE = {
     torch.float16: 2e-3,
     torch.bfloat16: 1.6e-2,
 }
-# Of float32 where it is multiplied in TF32, which has 11 bits.
+# The error of float32 where it is multiplied in TF32, which has 11 bits.
 TF32_TOLERANCE = 1e-3
 
 # The 3 x 3 convolutions of R-50 at 800 x 1333.
@@ -121,7 +121,7 @@ def draw_call(seed: int, dtype: torch.dtype, largest: int = 20) -> tuple[dict, d
     """Arguments of one random call: tensors on the CPU, and stride, padding, dilation."""
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    if on_tensor_cores() and seed % 4:  # mostly what these kernels take
+    if on_tensor_cores() and seed % 4:  # as these kernels take most such calls
         channels, groups, deform_groups = draw.choice(
             [(32, 1, 1), (64, 1, 1), (160, 1, 1), (64, 2, 1), (64, 1, 2), (128, 2, 4), (128, 4, 2)]
         )

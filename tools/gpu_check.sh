@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks and times mmdcn's CUDA operators on a GPU machine that has torch, without network and
+# Check and timing of mmdcn's CUDA operators on a GPU machine that has torch, without network and
 # without changing anything in its environment.
 #
 #   tools/gpu_check.sh [WHEEL] [--out FOLDER] [--sections NAMES]

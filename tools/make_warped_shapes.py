@@ -1,4 +1,4 @@
-"""Make the warped-shapes data set: textured, warped shapes in COCO format, from a seed."""
+"""Generator of the warped-shapes data set: textured, warped shapes in COCO format, from a seed."""
 
 import argparse
 import signal
@@ -46,7 +46,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = vars(parse_args())
     out_dir, overwrite = args.pop("out_dir"), args.pop("overwrite")
-    # A polite end: the half-made data are removed on the way out.
+    # An exit by SystemExit removes the half-made data on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         parameters = Parameters(**args | {"strengths": tuple(args["strengths"])})

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on a Slurm cluster:
+# Training on a Slurm cluster:
 #   [GPUS=8] [GPUS_PER_NODE=8] [CPUS_PER_TASK=5] [SRUN_ARGS="..."] \
 #   tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR [options of tools/train.py]
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""Evaluate a trained detector: metrics of the config's test set, predictions, pictures."""
+"""Evaluation of a trained detector: metrics of the config's test set, predictions, pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train a detector from a config of mmdet's, or one of this project's."""
+"""Training of a detector from a config of mmdet's, or one of this project's."""
 
 from __future__ import annotations
 

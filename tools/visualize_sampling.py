@@ -1,4 +1,4 @@
-"""Show where a detector's deformable layers sample an image: a picture, and a page to explore."""
+"""Views of what a detector's deformable layers sample: a picture, and a page to explore."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def parse_args() -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="override settings of the config",
     )
-    # What only training and testing ask for.
+    # Only training and testing ask for these.
     parser.set_defaults(launcher="none", work_dir=None, local_rank=0)
     args = parser.parse_args()
     if args.layers is not None and len(args.layers) > 3:

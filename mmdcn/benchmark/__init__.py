@@ -1,4 +1,4 @@
-"""What `tools/benchmark.py` and `tools/gpu_check.py` measure with.
+"""The measuring behind `tools/benchmark.py` and `tools/gpu_check.py`.
 
 ======================== ==========================================================================
 :mod:`~.cases`           the problems: named sets of shapes, and their tensors

@@ -57,13 +57,13 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Of one forward pass, two for each multiplication; a backward pass has twice as many."""
+        """FLOPs of one forward pass, two for each multiplication; a backward pass has double."""
         height, width = self.out_size
         per_output = 2 * self.channels // self.groups * self.taps
         return self.batch * self.out_channels * height * width * per_output
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of each tensor that goes in, and of the output."""
+        """The shape of each tensor that goes in, and of the output."""
         points = self.deform_groups * self.taps
         weight = (self.out_channels, self.channels // self.groups, self.kernel, self.kernel)
         shapes = {
@@ -98,7 +98,7 @@ class Case:
         return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
 
     def describe(self) -> dict:
-        """For JSON."""
+        """The case as it is written in JSON."""
         return {**asdict(self), "label": self.label, "flops": self.flops}
 
 

@@ -44,7 +44,7 @@ TOLERANCE_AMP = 1e-1
 
 @dataclass
 class Settings:
-    """What :func:`run` measures, and for how long. `size` is width and height."""
+    """The settings of :func:`run`: what it measures, how long; `size` is width and height."""
 
     configs: list[Path]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -117,7 +117,7 @@ class Detector:
         return timing.Call(function, prepare=lambda: self.prepare(phase))
 
     def count_flops(self) -> tuple[int, bool]:
-        """Of the prediction for one image; and whether any of them are ours."""
+        """FLOPs of the prediction for one image, and whether any of them are ours."""
         ours = torch.ops.mmdcn.deform_conv2d
         counter = FlopCounterMode(display=False)
         self.prepare("inference")
@@ -127,7 +127,7 @@ class Detector:
         return sum(counts.values()) // self.settings.batch, ours in counts
 
     def deformable_outputs(self) -> dict[str, torch.Tensor]:
-        """What each deformable layer gives in one prediction, by name."""
+        """The output of each deformable layer in one prediction, by name."""
         outputs, hooks = {}, []
         for name, module in self.model.named_modules():
             if isinstance(module, (DeformConv2d, ModulatedDeformConv2d)):
@@ -147,7 +147,7 @@ class Detector:
         outputs[name] = output.detach().float()
 
     def extra_bytes(self, phase: str) -> int:
-        """What an iteration takes at its peak beside weights, buffers and the optimizer's state."""
+        """Bytes that an iteration takes at its peak beside weights, buffers and optimizer state."""
         self.prepare(phase)
         step = self.call(phase).function
         step()
@@ -186,7 +186,7 @@ def _build(config: Config, settings: Settings) -> nn.Module:
 
 
 def _forget_pretrained(options: Config) -> None:
-    """No weights are downloaded."""
+    """Remove what would download weights."""
     if options.get("pretrained") is not None:
         options.pretrained = None
     for key, value in options.items():
@@ -228,7 +228,7 @@ def _inputs(config: Config, settings: Settings) -> dict:
 
 @contextlib.contextmanager
 def _toolbox_quiet() -> Iterator[None]:
-    """The toolbox tells of every weight and every change of kernels; here it does not."""
+    """Keep the toolbox from logging every weight and every change of kernels."""
     installed = plugin.report().installed
     logger = MMLogger.get_current_instance()
     level = logger.level
@@ -308,12 +308,12 @@ def _detectors_of(path: Path, settings: Settings) -> Iterator[tuple[Detector, di
 
 
 def _check_layers(ours: Detector, theirs: Detector) -> None:
-    """What disagrees is not timed."""
+    """Refuse to time kernels that disagree."""
     outputs, expected = ours.deformable_outputs(), theirs.deformable_outputs()
     bound = TOLERANCE_AMP if ours.settings.amp else TOLERANCE
     for name, output in outputs.items():
         distance = float((output - expected[name]).norm() / expected[name].norm())
-        # Not `>`: it may be NaN.
+        # `>` would not do, as the distance may be NaN.
         if not distance <= bound:
             raise BenchmarkError(
                 f"{ours.name}: expected the same output of {name} by mmdcn's and mmcv's kernels, "

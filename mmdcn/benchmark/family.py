@@ -1,4 +1,4 @@
-"""The other operators, over one and three dimensions, of DCNv3 and DCNv4, and RoI pooling.
+"""The other operators: over one and three dimensions, of DCNv3 and DCNv4, and RoI pooling.
 
 Each has a yardstick: what it replaces, where torch or mmcv computes that on any device, or else its
 equation in plain PyTorch.
@@ -171,7 +171,7 @@ OPERATORS = list(dict.fromkeys(problem.operator for problem in PROBLEMS))
 
 @dataclass
 class Settings:
-    """What :func:`run` measures, and for how long."""
+    """The settings of :func:`run`: what it measures, and for how long."""
 
     operators: list[str] = field(default_factory=lambda: list(OPERATORS))
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -219,11 +219,11 @@ def run(settings: Settings, result: dict) -> None:
 
 
 def _check(problem: Problem, calls: dict[str, Bound]) -> None:
-    """The time of a wrong result means nothing."""
+    """Refuse wrong results, whose time means nothing."""
     ours, other = (calls[name] for name in problem.same)
     found, expected = ([b.train().detach(), *b.gradients().values()] for b in (ours, other))
     for value, right in zip(found, expected, strict=True):
-        # Not `>`: the distance may be NaN.
+        # `>` would not do, as the distance may be NaN.
         if not (apart := distance(value, right)) <= TOLERANCE["float32"]:
             raise BenchmarkError(
                 f"{problem.operator} computes another result than {problem.same[1]} for "

@@ -1,4 +1,4 @@
-"""Ours, and the peers that it is measured against, behind one face.
+"""Our operator, and the peers that it is measured against, behind one interface.
 
 An implementation binds a case's tensors, and gives back a function that computes the output from
 them, without arguments. Peers are imported when they are asked for, and those that are missing say
@@ -64,7 +64,7 @@ class Bound:
 
 
 class Implementation:
-    """What computes cases.
+    """Something that computes cases.
 
     Attributes:
         name: its column in tables.
@@ -109,7 +109,7 @@ def _leaves(
 
 
 class _TorchImplementation(Implementation):
-    """One that is a function of torch tensors."""
+    """An implementation that is a function of torch tensors."""
 
     takes = ("input", "offset", "weight", "mask")
     wide_offsets = False
@@ -124,7 +124,7 @@ class _TorchImplementation(Implementation):
 
 
 class Mmdcn(_TorchImplementation):
-    """Ours."""
+    """Our operator."""
 
     name = "mmdcn"
     wide_offsets = True
@@ -134,7 +134,7 @@ class Mmdcn(_TorchImplementation):
 
 
 class MmdcnFloat32(Mmdcn):
-    """Ours on the same problem in float32, beside those of lower precision."""
+    """Our operator on the same problem in float32, beside those of lower precision."""
 
     name = "mmdcn float32"
 
@@ -146,7 +146,7 @@ class MmdcnFloat32(Mmdcn):
 
 
 class MmdcnOneThread(Mmdcn):
-    """Ours on one thread."""
+    """Our operator on one thread."""
 
     name = "mmdcn, 1 thread"
     threads = 1
@@ -240,7 +240,7 @@ class OnnxRuntime(Implementation):
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.session_threads or torch.get_num_threads()
-        # Else its idle threads spin, and everybody else's times double.
+        # Otherwise its idle threads spin, and everybody else's times double.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.enable_cpu_mem_arena = self.keep_memory
         options.enable_mem_pattern = self.keep_memory

@@ -61,12 +61,12 @@ def _status(field: str) -> int:
 
 
 def can_measure(device: torch.device) -> bool:
-    """Whether this system tells what is asked for."""
+    """Whether this system can measure memory."""
     return device.type == "cuda" or _CLEAR.exists()
 
 
 def extra_bytes(bound: Bound, direction: str, device: torch.device) -> int:
-    """What one call takes at its peak, less its output and gradients."""
+    """The memory of one call at its peak, less its output and gradients."""
     step = bound.infer if direction == "forward" else bound.train
     kept = []
 
@@ -105,7 +105,7 @@ def measure_apart(module: str, order: dict) -> list[dict[str, int | str]]:
 
 
 def answer(measure: Callable[[dict], Iterator[dict[str, int | str]]]) -> None:
-    """Be the process of :func:`measure_apart`: give what `measure` finds, as it finds it."""
+    """Run the process of :func:`measure_apart`: give what `measure` finds, as it finds it."""
     order = json.load(sys.stdin)
     torch.set_num_threads(order["threads"])
     result = Path(order["result"])

@@ -34,7 +34,7 @@ TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1
 
 @dataclass
 class Settings:
-    """What :func:`run` measures, and for how long.
+    """The settings of :func:`run`: what it measures, and for how long.
 
     All cases are gone through `passes` times, with a part of the budget each time: a disturbance of
     some seconds then reaches few of a call's samples, and its tensors lie elsewhere each time.
@@ -106,7 +106,7 @@ def set_up(device: torch.device, threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     if device.type == "cuda":
-        # Dense convolution at its best, and in the same arithmetic as ours.
+        # Dense convolution runs at its best, and in the same arithmetic as ours.
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -208,7 +208,7 @@ class _Checker:
         self.outputs: list[Tensor] = []
 
     def expected_outputs(self, case: Case, tensors: dict[str, Tensor]) -> list[Tensor]:
-        # The same problem in another dtype or layout follows, usually.
+        # Usually the same problem follows in another dtype or layout.
         key = replace(case, dtype="float32", layout="nchw")
         if key != self.key:
             self.key = key
@@ -239,7 +239,7 @@ class _Checker:
         if name != "mmdcn":
             compared += [(key, found[key], ours[key], "ours") for key in found if key in ours]
         for what, value, expected, whose in compared:
-            # Not `>`: the distance may be NaN.
+            # `>` would not do, as the distance may be NaN.
             if not (apart := distance(value, expected)) <= TOLERANCE[case.dtype]:
                 raise BenchmarkError(
                     f"{name} computes a wrong {what} for {case.label}, {case.version}, "
@@ -250,7 +250,7 @@ class _Checker:
 
 
 def distance(value: Tensor, expected: Tensor) -> float:
-    """Of two results, relative to the size of what is expected."""
+    """The distance of two results, relative to the size of what is expected."""
     value, expected = value.double(), expected.double()
     return float((value - expected).norm() / expected.norm().clamp(min=1e-30))
 

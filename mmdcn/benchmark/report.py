@@ -120,7 +120,7 @@ def _environments(runs: list[dict]) -> list[str]:
 
 
 def readme_rows(runs: list[dict]) -> list[tuple[str, dict[str, dict[str, float]]]]:
-    """What README shows: a label, and for each direction how many times as long as plain it takes.
+    """README's rows: a label, and for each direction how many times as long as plain it takes.
 
     The rows are the modulated convolutions in float32 and NCHW of the first run that has the shapes
     called `design`, and the last deformable detector of the first run of detectors.
@@ -237,7 +237,7 @@ def figure(runs: list[dict]) -> bytes | None:
                 for place, (_, ratios) in enumerate(rows)
                 if name in ratios[direction]
             ]
-            # From plain convolution's 1 upwards, or downwards where it is faster.
+            # The bars start at plain convolution's 1, and go down where ours is faster.
             places, heights = zip(*((place, value - 1) for place, value in shown))
             ax.bar(places, heights, width, bottom=1, color=SHOWN[name], label=name)
             for place, value in shown:
@@ -265,6 +265,6 @@ def figure(runs: list[dict]) -> bytes | None:
         fontsize=10,
     )
     buffer = io.BytesIO()
-    # Without the version of matplotlib, so that the same figures give the same file.
+    # The version of matplotlib is left out, so that the same figures give the same file.
     picture.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""What was measured, as Markdown tables."""
+"""Results of measurements, as Markdown tables."""
 
 from collections.abc import Callable
 

@@ -3,7 +3,7 @@
 Images of textured shapes and glyphs on cluttered backgrounds, every instance bent by a random
 affine, projective or elastic warp of a set strength. Colour and texture are drawn without regard to
 the class.
-Needs NumPy, OpenCV, shapely and rich; neither PyTorch nor the detection toolbox.
+The module needs NumPy, OpenCV, shapely and rich, but neither PyTorch nor the detection toolbox.
 """
 
 import json
@@ -54,9 +54,9 @@ TEMPLATES = {
 }
 CLASSES = tuple(TEMPLATES)
 
-# Of an instance's area, at least this much lies inside the image.
+# At least this share of an instance's area lies inside the image.
 MIN_VISIBLE = 0.75
-# Pixels between two instances: they never overlap, so every polygon is all of its instance.
+# Pixels between two instances. As these never overlap, every polygon is all of its instance.
 MIN_GAP = 2.0
 # Distance in RGB from an instance's main colour to the mean of the background under it.
 MIN_CONTRAST = 90.0
@@ -86,7 +86,7 @@ class Parameters:
         min_size: longest side of an unwarped instance's box, as a fraction of the image size;
             a warped instance has the area of the unwarped one.
         max_size: likewise, the upper bound.
-        strength: of the warps in ``train`` and ``val``; 0 leaves the shapes undistorted.
+        strength: strength of the warps in ``train`` and ``val``; 0 leaves the shapes undistorted.
         strengths: one more set for each, the scenes of ``val`` at this strength: the same
             backgrounds and the same shapes in the same sizes, each in the first of its places
             that is free for the shape it now has.
@@ -144,10 +144,10 @@ class Split:
     """One set of images.
 
     Args:
-        name: of its image folder and its annotation file.
+        name: the name of its image folder and its annotation file.
         stream: sets with the same stream show the same scenes.
         num_images: how many.
-        strength: of the warps.
+        strength: strength of the warps.
     """
 
     name: str
@@ -162,7 +162,7 @@ class Instance:
 
     Args:
         label: index into ``CLASSES``.
-        kind: of the warp, one of ``warps.KINDS``.
+        kind: the kind of the warp, one of ``warps.KINDS``.
         warp: from the template to the warped template.
         origin: (2,), the point of the warped template that lands on ``position``.
         scale: pixels per unit of the warped template.
@@ -381,7 +381,7 @@ def _write_split(data_dir: Path, split: Split, parameters: Parameters, progress:
             for instance in instances:
                 annotations.append({"id": len(annotations) + 1, "image_id": index + 1} | instance)
     finally:
-        pool.shutdown(cancel_futures=True)  # when interrupted, do not draw the rest first
+        pool.shutdown(cancel_futures=True)  # because an interruption should not wait
     coco = {
         "info": {"description": f"Warped shapes, {split.name}, strength {split.strength:g}"},
         "categories": [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)],
@@ -409,7 +409,7 @@ def _place(
     image_size = parameters.image_size
     label = int(rng.integers(len(CLASSES)))
     kind = KINDS[rng.integers(len(KINDS))]
-    # Uniform in the logarithm: as many small instances as large ones.
+    # The size is uniform in the logarithm, so that small instances are as many as large ones.
     size = np.exp(rng.uniform(*np.log([parameters.min_size, parameters.max_size]))) * image_size
     positions = rng.uniform(0, image_size, (PLACEMENT_TRIES, 2))
     warp = draw_warp(rng, kind, strength)

@@ -1,1 +1,1 @@
-"""What the command-line tools share: safe checkpoints, checks before training, launching."""
+"""Shared parts of the command-line tools: safe checkpoints, checks before training, launching."""

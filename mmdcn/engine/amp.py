@@ -70,7 +70,7 @@ def _mmcv_functions() -> set[type[Function]]:
 def _compute_in_float32(function: type[Function]) -> None:
     """Give an autograd function bfloat16 on the CPU: it computes in float32, and rounds its result.
 
-    Without bfloat16 inputs it is what it was before.
+    Without bfloat16 inputs the function does what it did before.
     """
     forward, backward = function.forward, function.backward
     if hasattr(forward, "__wrapped__"):

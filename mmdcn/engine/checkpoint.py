@@ -45,7 +45,7 @@ class UnsafeCheckpointError(pickle.UnpicklingError):
 
 
 class _PlainDtype:
-    """What ``numpy.dtype`` becomes: numbers, booleans and text, never objects or records."""
+    """The stand-in for ``numpy.dtype``: numbers, booleans and text, never objects or records."""
 
     def __init__(self, code: str, align: bool = False, copy: bool = False):
         if not (isinstance(code, str) and re.fullmatch(r"[biufc]\d{1,2}|[SU]\d{1,6}", code)):
@@ -60,7 +60,7 @@ class _PlainDtype:
 
 
 class _PlainArray(np.ndarray):
-    """What ``numpy.ndarray`` becomes. Pickled again, it is an ordinary array."""
+    """The stand-in for ``numpy.ndarray``. Pickled again, it is an ordinary array."""
 
     def __new__(cls) -> _PlainArray:
         return super().__new__(cls, (0,))
@@ -76,7 +76,7 @@ class _PlainArray(np.ndarray):
 
 
 def _reconstruct_array(_type: Any, _shape: tuple, _typecode: bytes) -> _PlainArray:
-    """What numpy's ``_reconstruct`` becomes: the empty array whose state follows in the file."""
+    """The stand-in for numpy's ``_reconstruct``: an empty array; its state follows in the file."""
     return _PlainArray()
 
 
@@ -87,12 +87,12 @@ def _numpy_scalar(dtype: _PlainDtype, data: bytes) -> np.generic:
 
 
 def _empty_bytes() -> bytes:
-    """What ``bytes`` becomes: how pickle writes the content of an empty array."""
+    """The stand-in for ``bytes``: pickle writes the content of an empty array as a call of it."""
     return b""
 
 
 class _PlainHistory(HistoryBuffer):
-    """What ``HistoryBuffer`` becomes while it is read; an ordinary one once its state is there.
+    """The stand-in for ``HistoryBuffer`` while it is read; with its state it is an ordinary one.
 
     Its own ``__setstate__`` would take functions out of the file into the class, for every buffer
     of the process. Only the two arrays are taken here; the functions are those of the class.
@@ -111,7 +111,7 @@ _ONE_CYCLE = "OneCycleParamScheduler"
 _NDARRAY = "ndarray"
 
 _MEMBERS = {
-    # References that `_PlainHistory` drops anyway.
+    # `_PlainHistory` drops these references anyway.
     (_PlainHistory, "min"): None,
     (_PlainHistory, "max"): None,
     (_PlainHistory, "current"): None,
@@ -122,7 +122,7 @@ _MEMBERS = {
 
 
 def _member(owner: Any, name: str) -> Callable | None:
-    """What ``getattr`` becomes: a table of the members that mmengine refers to."""
+    """The stand-in for ``getattr``: a table of the members that mmengine refers to."""
     try:
         return _MEMBERS[owner, name]
     except (KeyError, TypeError):
@@ -161,7 +161,7 @@ def _plain_data_only(source: object) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         raise UnsafeCheckpointError(_explain(source, str(error))) from None
     except OSError:
-        raise  # a missing or unreadable file says so itself
+        raise  # the error for a missing or unreadable file is clear already
     except Exception as error:
         raise UnsafeCheckpointError(
             f"checkpoint {source} could not be read and nothing of it was executed: it is damaged "
@@ -186,7 +186,7 @@ def _explain(source: object, message: str) -> str:
             "its state_dict alone from a process that you trust, or, if this is a class of yours, "
             "allow it with torch.serialization.add_safe_globals."
         )
-    # torch wraps its reason in advice that would execute the file: leave that out.
+    # torch wraps its reason in advice that would execute the file; the message leaves that out.
     reason = message.split("WeightsUnpickler error:")[-1].split("Check the documentation")[0]
     return (
         f"checkpoint {source} was refused and nothing of it was executed: it is damaged, not a "

@@ -33,7 +33,7 @@ def _group(operator: Operator) -> str:
 
 
 def _multiply_adds_of(operator: Operator) -> Callable[[list[Any], list[Any]], Counter[str]]:
-    """As mmengine counts a convolution: a multiplication and its addition are one operation."""
+    """A count like mmengine's of a convolution: a multiply and its addition are one operation."""
 
     def count(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
         named = dict(zip(operator.arguments, map(_shape_or_value, inputs)))

@@ -41,7 +41,7 @@ class Verified:
             in PyTorch, or to 1 where that is smaller.
         output: the name of the output that has it.
         milliseconds: median time for one image, by the name of what computed it.
-        shape: of that image.
+        shape: the shape of that image.
     """
 
     largest_error: float
@@ -109,7 +109,7 @@ def _write(network: Network, example: tuple[Tensor, ...], path: Path) -> None:
         except Exception as error:
             where = _module_of(error, network)
             raise ExportError(f"{where} cannot be exported: {_reason(error)}") from error
-        network(*example)  # Names the outputs.
+        network(*example)  # This call names the outputs.
         try:
             onnx_program = torch.onnx.export(
                 program,
@@ -158,7 +158,7 @@ def _innermost(error: BaseException) -> BaseException:
 
 
 def _values(error: BaseException, name: str) -> Iterator[Any]:
-    """What a local variable of this name was in each call that the error went through.
+    """The values of a local variable of this name in the calls that the error went through.
 
     The exporters' messages do not always say where in the network they stopped.
     """
@@ -199,7 +199,7 @@ def _verify(
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Its idle threads would slow PyTorch's.
+    # onnxruntime's idle threads would slow PyTorch's.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
@@ -223,7 +223,7 @@ def _verify(
                     f"{tuple(actual.shape)} in onnxruntime, for images of {tuple(inputs[0].shape)}"
                 )
             error = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1.0))
-            # Not `>`: it may be NaN.
+            # `>` would not do, as the error may be NaN.
             if not error <= TOLERANCE:
                 raise ExportError(
                     f"{name}: expected onnxruntime's result within {TOLERANCE} of PyTorch's, got "

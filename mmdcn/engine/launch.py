@@ -1,4 +1,4 @@
-"""What the tools that read a config have in common: arguments, config, runner, errors."""
+"""The common parts of the tools that read a config: arguments, config, runner, errors."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def _missing_types(node: Any, where: str) -> Problems:
     scoped = isinstance(name, str) and "." in name
     scope = name.partition(".")[0] if scoped else name and node.get("_scope_", "mmdet")
     if scope in (None, "mmdet", "mmengine", "mmcv", "mmdcn"):
-        # What another project's module is made of resolves in that project's registries.
+        # The parts of another project's module resolve in that project's registries.
         for key, child in _children(node):
             yield from _missing_types(child, _join(where, key))
     key = re.sub(r"\[\d+\]$", "", where.rpartition(".")[-1])
@@ -123,7 +123,7 @@ def _missing_types(node: Any, where: str) -> Problems:
 
     from mmdet.registry import MODELS
 
-    # As the toolbox's own builders do: a scope in the name wins over the default scope.
+    # A scope in the name wins over the default scope, as in the toolbox's own builders.
     with MODELS.switch_scope_and_registry(None) as registry:
         if registry.get(name) is not None:
             return
@@ -146,7 +146,7 @@ def _pretrained(node: Any, where: str) -> Iterator[tuple[str, str]]:
 
 
 def _class_counts(node: Any, where: str) -> Iterator[tuple[str, int]]:
-    """`num_classes` of every box and mask head."""
+    """The place and value of `num_classes` in every box and mask head."""
     if isinstance(node, Mapping) and re.search(r"(bbox|mask)_head(\[\d+\])?$", where):
         count = node.get("num_classes")
         if isinstance(count, int):
@@ -249,7 +249,7 @@ def _annotation_problems(
         )
         return
     if list(classes) != [name for name in categories if name in set(classes)]:
-        # Trains and evaluates correctly, but labels count in the file's order.
+        # Such a model trains and evaluates correctly, but labels count in the file's order.
         warnings.warn(
             f"{place} are not in the order of {ann_file!r}: pictures and per-class results will "
             "carry the wrong names.",
@@ -263,8 +263,8 @@ def _annotation_problems(
 def _read_coco(path: str) -> tuple[list[str], list[str]]:
     """Category names and the first image file names of a COCO file, in the file's order.
 
-    Annotation files reach gigabytes, and the toolbox will parse this one soon enough: look for the
-    two lists only.
+    Annotation files reach gigabytes, and the toolbox will parse this one soon enough: only the two
+    lists are looked for.
 
     Raises:
         ValueError: the file is not JSON, cut short, or has no such lists.

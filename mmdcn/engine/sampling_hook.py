@@ -17,7 +17,7 @@ __all__ = ["SamplingVisualizationHook"]
 
 
 class SamplingVisualizationHook(Hook):
-    """Every so often, draws where deformable layers sampled the first image of the batch.
+    """A hook that at intervals draws where deformable layers sampled the batch's first image.
 
     The picture goes to the runner's visualizer under the name ``sampling_points``, hence to all of
     its backends: files, TensorBoard and so on. It shows the very image that the network was given,
@@ -117,7 +117,7 @@ class SamplingVisualizationHook(Hook):
 
 
 def _denormalize(image: Tensor, preprocessor: nn.Module) -> np.ndarray:
-    """From the network's input (3, H, W) to (H, W, 3) uint8, RGB."""
+    """The network's input (3, H, W) as an image, (H, W, 3) uint8, RGB."""
     image = image.detach().float()
     if getattr(preprocessor, "_enable_normalize", False):
         image = image * preprocessor.std + preprocessor.mean

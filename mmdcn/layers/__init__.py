@@ -1,4 +1,4 @@
-"""Deformable layers: what configs name, and plain PyTorch modules otherwise."""
+"""Deformable layers: plain PyTorch modules, which configs can name."""
 
 from mmdcn.layers.deform_aggregate import DCNv3, DCNv4
 from mmdcn.layers.deform_conv import (

@@ -85,7 +85,7 @@ class _DeformAggregateBase(nn.Module):
         """A depth-wise convolution whose output has the height and width of the layer's."""
         kernel = self.kernel_size if kernel_size is None else kernel_size
         kernel = _check_pair("dw_kernel_size", kernel, 1)
-        # As much more padding on each side as the kernel is larger.
+        # The padding grows with the kernel, so that the output keeps its size.
         larger = tuple(
             dil * (k - own) for dil, k, own in zip(self.dilation, kernel, self.kernel_size)
         )
@@ -103,7 +103,7 @@ class _DeformAggregateBase(nn.Module):
 
     @property
     def _geometry(self) -> tuple:
-        """What follows the tensors in the functions' arguments."""
+        """The arguments that follow the tensors in calls of the functions."""
         return (
             self.kernel_size,
             self.stride,
@@ -115,7 +115,7 @@ class _DeformAggregateBase(nn.Module):
         )
 
     def _at_middles(self, x: Tensor) -> Tensor:
-        """`x`, (N, H, W, C), at the middle of the kernel at each output position, or next to it."""
+        """`x`, (N, H, W, C), at or next to the kernel's middle, for each output position."""
         for d in range(2):
             length, reach = x.shape[1 + d], self.dilation[d] * (self.kernel_size[d] - 1)
             out_length = (length + 2 * self.padding[d] - reach - 1) // self.stride[d] + 1
@@ -186,13 +186,18 @@ class DCNv3(_DeformAggregateBase):
         deform_groups: number of groups, each of which samples and modulates by itself; divides C.
         bias: whether the output projection has a bias.
         offset_scale: what the kernel and its offsets are multiplied by.
-        dw_kernel_size: of the depth-wise convolution; kernel_size where it is None.
+        dw_kernel_size: kernel size of the depth-wise convolution; None takes `kernel_size`.
         center_feature_scale: whether to blend in the projected input at the middle of the kernel,
             by a sigmoid for each group.
         remove_center: whether the kernel's middle tap is left out.
 
     Raises:
         ValueError: if an argument is out of range, or does not divide the channels.
+
+    Example:
+        >>> layer = DCNv3(16, 32, kernel_size=3, padding=1, deform_groups=4)
+        >>> layer(torch.randn(1, 16, 8, 8)).shape
+        torch.Size([1, 32, 8, 8])
     """
 
     def __init__(
@@ -243,11 +248,16 @@ class DCNv4(_DeformAggregateBase):
     after it has nothing to normalise.)
 
     Args:
-        dw_kernel_size: of a depth-wise convolution before that linear layer; None leaves it out.
-            The layer then sees the input in the middle of the kernel.
+        dw_kernel_size: kernel size of a depth-wise convolution before that linear layer. None
+            leaves it out; the linear layer then sees the input in the middle of the kernel.
         without_pointwise: whether both projections are left out; Co is C then.
 
     The other arguments and the errors are those of :class:`DCNv3`.
+
+    Example:
+        >>> layer = DCNv4(16, 32, kernel_size=3, stride=2, padding=1, deform_groups=4)
+        >>> layer(torch.randn(1, 16, 8, 8)).shape
+        torch.Size([1, 32, 4, 4])
     """
 
     def __init__(
@@ -268,7 +278,7 @@ class DCNv4(_DeformAggregateBase):
         self.without_pointwise = without_pointwise
         if dw_kernel_size is not None:
             self.offset_mask_dw = self._depthwise(dw_kernel_size)
-        # A multiple of 8 channels, as in the authors' checkpoints.
+        # The authors' checkpoints have a multiple of 8 channels.
         self.offset_mask = nn.Linear(in_channels, (3 * self.deform_groups * self.taps + 7) // 8 * 8)
         if not without_pointwise:
             self.value_proj = self._projection(in_channels)

@@ -81,7 +81,7 @@ def _check_pair(name: str, value: int | tuple[int, int], minimum: int) -> tuple[
 class _DeformConvBase(nn.Module):
     """The arguments, parameters and description that all layers have in common."""
 
-    #: Dimensions of an image, and the operator and the ordinary convolution over so many.
+    #: The number of spatial dimensions, and the operator and the plain convolution over as many.
     rank: int
     _function: Callable[..., Tensor]
     _conv: type[nn.Module]
@@ -147,7 +147,7 @@ class _Over3d(_DeformConvBase):
 
 
 class _Over2d(_DeformConvBase):
-    """With what old configs say, which are of two dimensions only."""
+    """Two dimensions, with the arguments of old configs, which name layers for images only."""
 
     rank, _function, _conv = 2, staticmethod(deform_conv2d), nn.Conv2d
 
@@ -190,7 +190,7 @@ class _Over2d(_DeformConvBase):
 
 
 def _predict(branch: nn.Module, x: Tensor) -> Tensor:
-    """The output of an offset branch, in the precision of its weights also under autocast.
+    """The output of an offset branch, in the precision of its weights even under autocast.
 
     In bfloat16, an offset of 8 pixels would be off by up to 1/32 of a pixel.
     """
@@ -201,13 +201,13 @@ def _predict(branch: nn.Module, x: Tensor) -> Tensor:
 
 
 class _OffsetBranch:
-    """Mixed into a deformable layer: the ordinary convolution that predicts what it needs.
+    """The convolution that predicts offsets and modulation, as a mix-in of a deformable layer.
 
     The branch sees the layer's input and has its kernel size, stride, padding and dilation, so
     that its output has the size of the layer's output.
     """
 
-    _version = 2  # Of the keys in state dicts, as mmcv counts; see accept_old_keys_in_parent.
+    _version = 2  # mmcv's count for the keys in state dicts; see accept_old_keys_in_parent.
 
     def _add_offset_branch(self, channels_per_tap: int) -> None:
         self.conv_offset = self._conv(
@@ -250,10 +250,10 @@ def _rename_old_keys(
 
 
 class _DeformConv(_DeformConvBase):
-    """What v1 is over any number of dimensions."""
+    """Deformable convolution v1 over any number of dimensions."""
 
     def reset_parameters(self) -> None:
-        """He's uniform initialisation for the weight (arXiv 1502.01852), zero for the bias."""
+        """Draw the weight by He's uniform initialisation (arXiv 1502.01852), and zero the bias."""
         nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -263,18 +263,18 @@ class _DeformConv(_DeformConvBase):
 
         Args:
             x: input of shape (N, C, H, W), or (N, C, L), or (N, C, D, H, W).
-            offset: in pixels, of shape (N, rank * deform_groups * taps, Ho, Wo), or so: for each
-                offset group and each tap, in row-major order, one number for each dimension, in
-                the order of the input's: y then x, or z, y and x.
+            offset: in pixels, of shape (N, rank * deform_groups * taps, Ho, Wo), with the output's
+                dimensions after the channels: for each offset group and each tap, in row-major
+                order, one number for each dimension, in the input's order: y then x, or z, y, x.
 
         Returns:
-            Tensor of shape (N, Co, Ho, Wo), or so.
+            Tensor of shape (N, Co, Ho, Wo), with as many dimensions as `x`.
         """
         return self._deform_conv(x, offset, None)
 
 
 class _DeformConvPack(_OffsetBranch):
-    """Mixed into v1, to predict its offsets."""
+    """The offset branch of v1, as a mix-in."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -286,12 +286,12 @@ class _DeformConvPack(_OffsetBranch):
         self.init_offset()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo), or so."""
+        """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo), in 1-D and 3-D accordingly."""
         return self._deform_conv(x, _predict(self.conv_offset, x), None)
 
 
 class _ModulatedDeformConv(_DeformConvBase):
-    """What v2 is over any number of dimensions."""
+    """Deformable convolution v2 over any number of dimensions."""
 
     def __init__(
         self,
@@ -320,7 +320,7 @@ class _ModulatedDeformConv(_DeformConvBase):
         )
 
     def reset_parameters(self) -> None:
-        """Uniform in ±1 / sqrt(C * taps) for the weight, zero for the bias."""
+        """Draw the weight uniformly from ±1 / sqrt(C * taps), and zero the bias."""
         bound = 1 / math.sqrt(self.in_channels * math.prod(self.kernel_size))
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
@@ -334,20 +334,20 @@ class _ModulatedDeformConv(_DeformConvBase):
         """Convolve `x` at the offset sampling points, each scaled by its modulation.
 
         Args:
-            x, offset: as of v1.
-            mask: modulation of shape (N, deform_groups * taps, Ho, Wo), or so, in [0, 1] as a
-                rule.
+            x, offset: see v1.
+            mask: modulation of shape (N, deform_groups * taps, Ho, Wo), with the dimensions of the
+                output after the channels, usually in [0, 1].
 
         Returns:
-            Tensor of shape (N, Co, Ho, Wo), or so.
+            Tensor of shape (N, Co, Ho, Wo), with as many dimensions as `x`.
         """
         return self._deform_conv(x, offset, mask)
 
 
 class _ModulatedDeformConvPack(_OffsetBranch):
-    """Mixed into v2, to predict its offsets and modulation."""
+    """The branch of v2 for offsets and modulation, as a mix-in."""
 
-    modulation_scale = 1.0  # Of layers that were pickled before there was another.
+    modulation_scale = 1.0  # Layers that were pickled before the argument existed have none.
 
     def __init__(self, *args: Any, modulation_scale: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -369,7 +369,7 @@ class _ModulatedDeformConvPack(_OffsetBranch):
         self.init_offset()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo), or so."""
+        """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo), in 1-D and 3-D accordingly."""
         # All offsets come first, then the modulation of every tap.
         samples = self.deform_groups * math.prod(self.kernel_size)
         offset, mask = _predict(self.conv_offset, x).split([self.rank * samples, samples], dim=1)
@@ -400,6 +400,11 @@ class DeformConv2d(_DeformConv, _Over2d):
 
     Raises:
         ValueError: if an argument is out of range, or does not divide the channels.
+
+    Example:
+        >>> layer = DeformConv2d(8, 16, kernel_size=3, padding=1)
+        >>> layer(torch.randn(1, 8, 32, 32), torch.randn(1, 2 * 9, 32, 32)).shape
+        torch.Size([1, 16, 32, 32])
     """
 
 
@@ -408,6 +413,11 @@ class DeformConv2dPack(_DeformConvPack, DeformConv2d):
 
     The offset branch starts at zero, so that a fresh layer equals the plain convolution of the
     same weight. Arguments and errors are those of :class:`DeformConv2d`.
+
+    Example:
+        >>> layer = DeformConv2dPack(8, 16, kernel_size=3, padding=1)
+        >>> layer(torch.randn(1, 8, 32, 32)).shape
+        torch.Size([1, 16, 32, 32])
     """
 
 
@@ -415,6 +425,12 @@ class ModulatedDeformConv2d(_ModulatedDeformConv, _Over2d):
     """Modulated deformable convolution (v2, arXiv 1811.11168, eq. 1): each sample is scaled.
 
     Arguments and errors are those of :class:`DeformConv2d`; ``bias`` defaults to True.
+
+    Example:
+        >>> layer = ModulatedDeformConv2d(8, 16, kernel_size=3, padding=1)
+        >>> offset, mask = torch.randn(1, 2 * 9, 32, 32), torch.rand(1, 9, 32, 32)
+        >>> layer(torch.randn(1, 8, 32, 32), offset, mask).shape
+        torch.Size([1, 16, 32, 32])
     """
 
 
@@ -428,6 +444,11 @@ class ModulatedDeformConv2dPack(_ModulatedDeformConvPack, ModulatedDeformConv2d)
     Args:
         modulation_scale: what the sigmoid of the branch is multiplied by, hence the largest
             modulation. 1 is the paper's layer; 2 suits weights of a plain convolution.
+
+    Example:
+        >>> layer = ModulatedDeformConv2dPack(8, 16, kernel_size=3, padding=1, modulation_scale=2)
+        >>> layer(torch.randn(1, 8, 32, 32)).shape
+        torch.Size([1, 16, 32, 32])
     """
 
 
@@ -436,19 +457,40 @@ class DeformConv1d(_DeformConv, _Over1d):
 
     Arguments and errors are those of :class:`DeformConv2d`, without the last two; `kernel_size`,
     `stride`, `padding` and `dilation` are one number, or a tuple of one.
+
+    Example:
+        >>> layer = DeformConv1d(8, 16, kernel_size=3, padding=1)
+        >>> layer(torch.randn(2, 8, 50), torch.randn(2, 3, 50)).shape
+        torch.Size([2, 16, 50])
     """
 
 
 class DeformConv1dPack(_DeformConvPack, DeformConv1d):
-    """:class:`DeformConv2dPack` over one dimension."""
+    """:class:`DeformConv2dPack` over one dimension.
+
+    Example:
+        >>> DeformConv1dPack(8, 16, kernel_size=3, padding=1)(torch.randn(2, 8, 50)).shape
+        torch.Size([2, 16, 50])
+    """
 
 
 class ModulatedDeformConv1d(_ModulatedDeformConv, _Over1d):
-    """:class:`ModulatedDeformConv2d` over one dimension: see :class:`DeformConv1d`."""
+    """:class:`ModulatedDeformConv2d` over one dimension: see :class:`DeformConv1d`.
+
+    Example:
+        >>> layer = ModulatedDeformConv1d(8, 16, kernel_size=3, padding=1)
+        >>> layer(torch.randn(2, 8, 50), torch.randn(2, 3, 50), torch.rand(2, 3, 50)).shape
+        torch.Size([2, 16, 50])
+    """
 
 
 class ModulatedDeformConv1dPack(_ModulatedDeformConvPack, ModulatedDeformConv1d):
-    """:class:`ModulatedDeformConv2dPack` over one dimension."""
+    """:class:`ModulatedDeformConv2dPack` over one dimension.
+
+    Example:
+        >>> ModulatedDeformConv1dPack(8, 16, kernel_size=3, padding=1)(torch.randn(2, 8, 50)).shape
+        torch.Size([2, 16, 50])
+    """
 
 
 class DeformConv3d(_DeformConv, _Over3d):
@@ -456,16 +498,39 @@ class DeformConv3d(_DeformConv, _Over3d):
 
     Arguments and errors are those of :class:`DeformConv2d`, without the last two; `kernel_size`,
     `stride`, `padding` and `dilation` are one number, or three for depth, height and width.
+
+    Example:
+        >>> layer = DeformConv3d(4, 8, kernel_size=3, padding=1)
+        >>> layer(torch.randn(1, 4, 5, 6, 7), torch.randn(1, 3 * 27, 5, 6, 7)).shape
+        torch.Size([1, 8, 5, 6, 7])
     """
 
 
 class DeformConv3dPack(_DeformConvPack, DeformConv3d):
-    """:class:`DeformConv2dPack` over three dimensions."""
+    """:class:`DeformConv2dPack` over three dimensions.
+
+    Example:
+        >>> DeformConv3dPack(4, 8, kernel_size=3, padding=1)(torch.randn(1, 4, 5, 6, 7)).shape
+        torch.Size([1, 8, 5, 6, 7])
+    """
 
 
 class ModulatedDeformConv3d(_ModulatedDeformConv, _Over3d):
-    """:class:`ModulatedDeformConv2d` over three dimensions: see :class:`DeformConv3d`."""
+    """:class:`ModulatedDeformConv2d` over three dimensions: see :class:`DeformConv3d`.
+
+    Example:
+        >>> layer = ModulatedDeformConv3d(4, 8, kernel_size=3, padding=1)
+        >>> offset, mask = torch.randn(1, 3 * 27, 5, 6, 7), torch.rand(1, 27, 5, 6, 7)
+        >>> layer(torch.randn(1, 4, 5, 6, 7), offset, mask).shape
+        torch.Size([1, 8, 5, 6, 7])
+    """
 
 
 class ModulatedDeformConv3dPack(_ModulatedDeformConvPack, ModulatedDeformConv3d):
-    """:class:`ModulatedDeformConv2dPack` over three dimensions."""
+    """:class:`ModulatedDeformConv2dPack` over three dimensions.
+
+    Example:
+        >>> layer = ModulatedDeformConv3dPack(4, 8, kernel_size=3, padding=1)
+        >>> layer(torch.randn(1, 4, 5, 6, 7)).shape
+        torch.Size([1, 8, 5, 6, 7])
+    """

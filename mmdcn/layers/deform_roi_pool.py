@@ -33,6 +33,12 @@ class DeformRoIPool(nn.Module):
 
     Raises:
         ValueError: if an argument is out of range.
+
+    Example:
+        >>> rois = torch.tensor([[0, 4.0, 4.0, 28.0, 20.0]])
+        >>> layer = DeformRoIPool(7, spatial_scale=0.5)
+        >>> layer(torch.randn(1, 8, 16, 16), rois, torch.randn(1, 2, 7, 7)).shape
+        torch.Size([1, 8, 7, 7])
     """
 
     def __init__(
@@ -97,6 +103,12 @@ class DeformRoIPoolPack(DeformRoIPool):
         deform_fc_channels: width of the fully connected layers.
 
     The other arguments and errors are those of :class:`DeformRoIPool`.
+
+    Example:
+        >>> rois = torch.tensor([[0, 4.0, 4.0, 28.0, 20.0]])
+        >>> layer = DeformRoIPoolPack(7, output_channels=8, deform_fc_channels=64)
+        >>> layer(torch.randn(1, 8, 16, 16), rois).shape
+        torch.Size([1, 8, 7, 7])
     """
 
     def __init__(
@@ -141,7 +153,7 @@ class DeformRoIPoolPack(DeformRoIPool):
         self.init_offset()
 
     def _pool_twice(self, input: Tensor, rois: Tensor) -> tuple[Tensor, Tensor]:
-        """What the branches see, of shape (R, Co * kh * kw), and the RoIs pooled at offsets."""
+        """The branches' input, of shape (R, Co * kh * kw), and the RoIs pooled at offsets."""
         regular = super().forward(input, rois)
         if regular.shape[1] != self.output_channels:
             raise ValueError(
@@ -162,6 +174,12 @@ class ModulatedDeformRoIPoolPack(DeformRoIPoolPack):
 
     A second branch predicts the modulation, a sigmoid; it starts at zero, so that a fresh layer
     equals half RoI Align. Arguments and errors are those of :class:`DeformRoIPoolPack`.
+
+    Example:
+        >>> rois = torch.tensor([[0, 4.0, 4.0, 28.0, 20.0]])
+        >>> layer = ModulatedDeformRoIPoolPack(7, output_channels=8, deform_fc_channels=64)
+        >>> layer(torch.randn(1, 8, 16, 16), rois).shape
+        torch.Size([1, 8, 7, 7])
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""What extends the toolbox's own models: deformable layers where it offers none."""
+"""Extensions of the toolbox's own models: deformable layers where it offers none."""
 
 from mmdcn.models.convert import build_deformable, convert_to_deformable
 

@@ -51,7 +51,7 @@ def _is_extended(block: type) -> bool:
 
 
 def _extend(resnet: ModuleType) -> None:
-    # Its constructor, not the class: mmdet asks `block is BasicBlock`, and others derive from it.
+    # Replaced is the constructor, as mmdet asks `block is BasicBlock`, and others derive from it.
     block = resnet.BasicBlock
     if not _is_extended(block):
         block.__init__ = _taking_dcn(block.__init__)

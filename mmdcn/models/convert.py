@@ -64,6 +64,11 @@ def convert_to_deformable(model: nn.Module, dcn: Mapping[str, Any], select: Sele
             several patterns does), or something that is not a plain 2-D convolution padded with
             zeros on both sides alike, or one that carries hooks; `dcn` names no layer that can be
             used, or sets what the convolution says. The model is then as it was.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+        >>> type(convert_to_deformable(model, dict(type='DCNv2'), '1')[1]).__name__
+        'ModulatedDeformConv2dPack'
     """
     if is_model_wrapper(model):
         raise ValueError(
@@ -89,7 +94,7 @@ def convert_to_deformable(model: nn.Module, dcn: Mapping[str, Any], select: Sele
         )
     layers = {conv: _deformable(layer_class, dcn, name, conv) for name, conv in chosen.items()}
 
-    # In every place where they are: mmdet's heads share convolutions between levels.
+    # A convolution can be in several places: mmdet's heads share some between levels.
     replacements = [
         (parent, name, child, layers[child])
         for parent in model.modules()
@@ -131,7 +136,13 @@ def build_deformable(
         The model, of the class that `model_type` names.
 
     Raises:
-        TypeError, ValueError: as :func:`convert_to_deformable`.
+        TypeError, ValueError: see :func:`convert_to_deformable`.
+
+    Example:
+        >>> convert = dict(dcn=dict(type='DCN'), select='layer4.*.conv2')
+        >>> backbone = build_deformable('mmdet.ResNet', convert, depth=50, base_channels=8)
+        >>> type(backbone.layer4[0].conv2).__name__
+        'DeformConv2dPack'
     """
     built = MODELS.build(dict(type=model_type, **model))
     for arguments in [convert] if isinstance(convert, Mapping) else convert:
@@ -156,7 +167,7 @@ class _InitWeights:
         self.replacements = replacements
 
     def __call__(self) -> None:
-        # Not by setattr: the parents would once more register what they do for a new child.
+        # setattr would make the parents register once more what they do for a new child.
         for parent, name, conv, layer in self.replacements:
             conv.weight, conv.bias = layer.weight, layer.bias
             parent._modules[name] = conv
@@ -265,7 +276,7 @@ def _deformable(
     if issubclass(layer_class, ModulatedDeformConv2dPack):
         arguments.setdefault("modulation_scale", 2.0)
     try:
-        # Without memory or random numbers: its parameters are the convolution's.
+        # The meta device takes no memory or random numbers: the parameters are the convolution's.
         with torch.device("meta"):
             layer = layer_class(
                 conv.in_channels,

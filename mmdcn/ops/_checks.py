@@ -1,4 +1,4 @@
-"""Checks of arguments: what every operator's public function begins with.
+"""Checks of arguments, with which every operator's public function begins.
 
 They raise TypeError or ValueError that names the argument, what was expected and what came.
 """
@@ -10,16 +10,16 @@ from torch import Tensor
 
 FEATURE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 HALF_DTYPES = (torch.float16, torch.bfloat16)
-LONGEST_SIDE = 2**30  # the kernels count rows and columns in 32 bits
+LONGEST_SIDE = 2**30  # because the kernels count rows and columns in 32 bits
 
 
 def names(dtypes: tuple[torch.dtype, ...]) -> str:
-    """'float32 or float64', for example."""
+    """The names of the dtypes as words: "float32 or float64", for example."""
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def listed(words: tuple[str, ...]) -> str:
-    """'height and width', for example."""
+    """The words as a list: "height and width", for example."""
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
@@ -34,7 +34,7 @@ def coordinate_dtype(features: torch.dtype) -> torch.dtype:
 def check_tensors(
     dimensions: dict[str, int], optional: tuple[str, ...] = (), **arguments: Tensor | None
 ) -> None:
-    """Each argument is a tensor of so many dimensions; those in `optional` may be None."""
+    """Check that each argument is a tensor of its number of dimensions, or None if `optional`."""
     for name, argument in arguments.items():
         if argument is None and name in optional:
             continue
@@ -52,9 +52,10 @@ def check_tensors(
 def check_types(
     input: Tensor, features: dict[str, Tensor | None], coordinates: dict[str, Tensor | None]
 ) -> None:
-    """The input has a kernel; features have its dtype, coordinates one that goes with it.
+    """Check that the kernels take the input's dtype, and that the other dtypes go with it.
 
-    Beside half-precision features, coordinates may be float32 too. All are on one device.
+    Features have the dtype of the input, and so have coordinates, which may be float32 as well
+    beside half-precision features. All tensors are on one device.
     """
     if input.dtype not in FEATURE_DTYPES:
         raise TypeError(
@@ -79,7 +80,7 @@ def check_types(
 
 
 def check_sides(input: Tensor, size: tuple[int, ...], sides: tuple[str, ...]) -> None:
-    """An input of channels whose sides are short enough for the kernels to count."""
+    """Check that the sides of the input are short enough for the kernels to count."""
     if any(length >= LONGEST_SIDE for length in size):
         raise ValueError(
             f"input: expected a {' and a '.join(sides)} below 2**30, got {tuple(size)}"
@@ -87,7 +88,7 @@ def check_sides(input: Tensor, size: tuple[int, ...], sides: tuple[str, ...]) ->
 
 
 def check_channels(input: Tensor, channels: int) -> None:
-    """At least one channel."""
+    """Check that the input has at least one channel."""
     if channels < 1:
         raise ValueError(f"input: expected at least one channel, got shape {tuple(input.shape)}")
 
@@ -123,7 +124,7 @@ def output_size(
 
 
 def check_number(name: str, value: float) -> None:
-    """A finite number."""
+    """Check that the value is a finite number."""
     numbers = (int, float, torch.SymInt, torch.SymFloat)
     if not isinstance(value, numbers) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {value!r}")
@@ -132,12 +133,12 @@ def check_number(name: str, value: float) -> None:
 
 
 def is_whole(value: int) -> bool:
-    """Whether it is an int, which True and False are not."""
+    """Whether the value is an int; True and False do not count as ints here."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
 def flag(name: str, value: bool) -> bool:
-    """True or False, which may be written as 1 or 0."""
+    """The value as a bool, after a check that it is True, False, 1 or 0."""
     if not isinstance(value, (bool, int)) or value not in (0, 1):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
     return bool(value)

@@ -1,4 +1,4 @@
-"""Loads the compiled operators into ``torch.ops.mmdcn``."""
+"""The compiled libraries, and the loading of their operators into ``torch.ops.mmdcn``."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def _load(path: Path) -> None:
 
 
 def load() -> None:
-    """Registers the operators. Raises ImportError, naming the fix, where they were not built."""
+    """Register the operators, or raise an ImportError that names the fix if none were built."""
     if not CPU_LIBRARY.is_file():
         raise ImportError(
             f"mmdcn's operators are not compiled: {CPU_LIBRARY} is missing. "
@@ -41,7 +41,7 @@ def cuda_is_loaded() -> bool:
 
 
 def require_kernels_for(device: torch.device) -> None:
-    """Raises RuntimeError, naming the fix, where no compiled kernel serves the device."""
+    """Raise a RuntimeError that names the fix where no compiled kernel serves the device."""
     if device.type in ("cpu", "meta") or (device.type == "cuda" and cuda_is_loaded()):
         return
     if device.type != "cuda":

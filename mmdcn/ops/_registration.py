@@ -37,7 +37,7 @@ class Operator:
     backward_options: tuple[str, ...]
     gradients: tuple[str, ...]  # the tensors that the backward operator differentiates for
     reference: Callable[..., Tensor]
-    public: str  # the function, or functions, that errors name
+    public: str  # the public function or functions, as errors name them
     layouts: tuple[str, ...]  # the tensors whose layout their gradients have
     output: Callable[..., Tensor]
     multiply_adds: Callable[..., int]
@@ -67,15 +67,15 @@ def register(
     own_pass: str,
     layouts: tuple[str, ...] = (),
 ) -> Operator:
-    """Wires ``mmdcn::NAME`` and ``mmdcn::NAME_backward``.
+    """Wire ``mmdcn::NAME`` and ``mmdcn::NAME_backward`` into PyTorch.
 
     Args:
-        name: of the compiled operator.
+        name: the name of the compiled operator.
         reference: computes the same from the same arguments, by position, in plain PyTorch.
         public: the functions of mmdcn.ops that call it, as errors name them.
         output: an empty tensor as the operator returns it, from its arguments by name.
-        multiply_adds: of one call, from the arguments by name, shapes in place of tensors, and
-            from ``output``, the output's shape.
+        multiply_adds: counts those of one call, from the arguments by name, with shapes in place
+            of tensors, and from ``output``, the output's shape.
         own_pass: the tensor whose gradient takes as many multiply-adds as the forward pass by
             itself; those of all other tensors together take as many.
         layouts: the tensors whose gradients have their layout; others' gradients are contiguous.
@@ -118,9 +118,9 @@ def autocast_is_enabled(device_type: str) -> bool:
 
 
 def autocast_features(*tensors: Tensor | None) -> list[Tensor | None]:
-    """What autocast does to the features of a convolution: its dtype instead of float32.
+    """Cast the features of a convolution to autocast's dtype, as autocast does for torch's own.
 
-    Coordinates are left as they come: they stay in float32.
+    Coordinates are not cast: they stay in float32.
     """
     device_type = tensors[0].device.type
     if not autocast_is_enabled(device_type):
@@ -133,8 +133,8 @@ def autocast_features(*tensors: Tensor | None) -> list[Tensor | None]:
 def autocast_coordinates(input: Tensor, *coordinates: Tensor | None) -> list[Tensor | None]:
     """Coordinates in float32 beside float32 or half-precision features, where autocast is on.
 
-    For an operator that keeps its features' dtype under autocast: what a layer inside autocast
-    predicts from the features is in half precision, whatever they are.
+    An operator that keeps its features' dtype under autocast needs this: what a layer predicts
+    from the features inside autocast is in half precision, whatever the dtype of the features.
     """
     if not autocast_is_enabled(input.device.type):
         return list(coordinates)
@@ -146,9 +146,9 @@ def autocast_coordinates(input: Tensor, *coordinates: Tensor | None) -> list[Ten
 
 
 def is_transformed() -> bool:
-    """Whether derivatives or batches of a kind that the compiled operators cannot know are due.
+    """Whether a transformation is active that the compiled operators have no formula for.
 
-    They have formulas for reverse mode alone: in forward mode, tangents would be lost silently.
+    They have formulas for reverse mode only: in forward mode, tangents would be lost silently.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
@@ -178,7 +178,7 @@ def _refuse_tangents(overload: torch._ops.OpOverload, arguments: tuple) -> None:
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
-    """The layout of what an operator makes after this tensor's, as tensors.h has it."""
+    """The layout that an operator's result takes over from this tensor, as tensors.h defines it."""
     if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last):
         return torch.contiguous_format
     return torch.channels_last
@@ -214,10 +214,10 @@ def _register_fakes(operator: Operator) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Derivative:
-    """How to differentiate an operator for which kernels have no derivative of their own kind."""
+    """The backward pass of an operator, with the arguments that it needs."""
 
-    arguments: tuple[str, ...]  # of the operator, by position
-    saved: tuple[str, ...]  # those that `backward` is given, as far as they are tensors
+    arguments: tuple[str, ...]  # the names of the operator's arguments, by position
+    saved: tuple[str, ...]  # the arguments that `backward` is given, if they are tensors
     # backward(arguments by name, options, which arguments' gradients are wanted, grads of outputs)
     backward: Callable[[dict[str, Any], dict, dict[str, bool], tuple], dict[str, Tensor | None]]
 
@@ -225,7 +225,7 @@ class _Derivative:
 def _register_autograd(overload: torch._ops.OpOverload, derivative: _Derivative) -> None:
     """Reverse mode for an operator, and an error instead of lost tangents.
 
-    As torch.library.register_autograd does it, which has no place for that error.
+    This does what torch.library.register_autograd does, which has no place for that error.
     """
 
     class Differentiable(torch.autograd.Function):
@@ -292,7 +292,7 @@ def _first_order(operator: Operator) -> _Derivative:
 
 
 def _order_of_addition(operator: Operator, options: dict, wanted: dict[str, bool]) -> None:
-    """On CUDA: asks for a fixed order where torch does, or says that there is none."""
+    """On CUDA, request a fixed order of additions if torch wants one, or report its absence."""
     if "deterministic" in operator.backward_options:
         if torch.are_deterministic_algorithms_enabled():
             options["deterministic"] = True
@@ -301,10 +301,10 @@ def _order_of_addition(operator: Operator, options: dict, wanted: dict[str, bool
 
 
 def _alert_not_deterministic(public: str) -> None:
-    """What torch does for its own operators that add in no fixed order.
+    """Report that a gradient has no fixed order of additions, as torch's own operators do.
 
-    Raises RuntimeError under ``torch.use_deterministic_algorithms(True)``, or warns where that
-    asked for a warning only.
+    Under ``torch.use_deterministic_algorithms(True)`` this raises a RuntimeError, or warns where
+    ``warn_only=True`` was given.
     """
     if not torch.are_deterministic_algorithms_enabled():
         return
@@ -318,9 +318,9 @@ def _alert_not_deterministic(public: str) -> None:
 
 
 def _second_order(operator: Operator) -> _Derivative:
-    """The second derivative, by differentiating the reference twice: right, not fast.
+    """The second derivative, by differentiating the reference twice: it is exact, but slow.
 
-    What comes back is differentiable again, for derivatives of any order.
+    The result is differentiable again, for derivatives of any order.
     """
     differentiable = ("grad_output", *operator.gradients)
 
@@ -330,7 +330,7 @@ def _second_order(operator: Operator) -> _Derivative:
         if named["grad_output"].numel() == 0 or named["input"].numel() == 0:
             return {name: torch.zeros_like(named[name]) for name in present}
         with torch.enable_grad():
-            # A view stops what is differentiated here, and not what may be differentiated later.
+            # The views end the differentiation here, and leave later differentiation possible.
             variables = {
                 name: t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
                 for name, t in ((name, named[name]) for name in present)

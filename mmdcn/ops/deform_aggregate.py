@@ -141,7 +141,7 @@ _DIMENSIONS = dict.fromkeys(("input", "offset", "mask", "offset_mask"), 4)
 
 
 def _geometry(kernel_size, stride, padding, dilation, offset_scale, remove_center) -> tuple:
-    """The numbers as the compiled operator takes them."""
+    """The arguments for the geometry, in the form that the compiled operator takes."""
     kernel_size = pair("kernel_size", kernel_size, at_least=1)
     stride = pair("stride", stride, at_least=1)
     padding = pair("padding", padding, at_least=0)
@@ -174,7 +174,7 @@ def _check_input(
 def _check_points(
     name: str, tensor: Tensor, input: Tensor, out_size: tuple[int, int], channels: int, group: int
 ) -> None:
-    """That there are so many channels for each group, at every output position."""
+    """Check that the tensor has this many channels for each group, at every output position."""
     if tensor.shape[3] != channels * group:
         raise ValueError(
             f"{name}: expected {channels * group} channels in the last dimension, {channels} for "
@@ -192,10 +192,10 @@ def _check_points(
 
 
 def _multiply_adds(input, offset, mask, *, output, **_) -> int:
-    """Four for each sample in each channel: a corner's pixel times its weight and modulation.
+    """Multiplications of one call: for each sample and channel, four corners with their weights.
 
-    Nothing but the sampling is computed here, so that it counts, other than in a convolution, whose
-    product it is small beside.
+    The operator computes nothing but the sampling, which therefore counts. In a convolution it is
+    left out, because it is small beside the product.
     """
     return 4 * math.prod(output) * mask[-1]
 

@@ -21,7 +21,7 @@ from ._checks import (
 )
 from ._registration import autocast_features, is_transformed, memory_format, register
 
-_PLAIN = (Tensor, nn.Parameter)  # subclasses may stand for something else
+_PLAIN = (Tensor, nn.Parameter)  # because subclasses may stand for something else
 
 
 def deform_conv2d(
@@ -103,8 +103,8 @@ def deform_conv(
     padding = numbers("padding", padding, rank, 0)
     dilation = numbers("dilation", dilation, rank, 1)
     if _goes_straight(input, offset, weight, bias, mask):
-        # The operator refuses whatever does not fit together, and for small layers it counts that
-        # finding out what is at fault, and saying so, is left for when something is.
+        # The operator itself refuses arguments that do not fit together. The checks that find what
+        # is at fault run only after such a refusal, because their time counts for small layers.
         arguments = (input, offset, weight, bias, stride, padding, dilation, mask)
         try:
             if torch.is_grad_enabled():
@@ -128,7 +128,8 @@ def deform_conv(
     _library.require_kernels_for(input.device)
     wide = coordinate_dtype(input.dtype)
     mask = None if mask is None else mask.to(wide)
-    # Said only where it matters, for graphs that others translate, and to kernels that have TF32.
+    # The option is passed only where it matters: graphs that others translate stay free of it, and
+    # only some kernels have TF32.
     tf32 = {"allow_tf32": True} if rank < 3 and _multiplies_in_tf32(input) else {}
     return operator(input, offset.to(wide), weight, bias, stride, padding, dilation, mask, **tf32)
 
@@ -139,7 +140,7 @@ def _multiplies_in_tf32(input: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _cuda_multiplies_in_tf32(dtype: torch.dtype) -> bool:
-    """Whether CUDA may: torch's own setting for convolutions, where the kernels have TF32."""
+    """Whether CUDA may multiply in TF32: torch's setting for convolutions, if the kernels can."""
     return (
         dtype == torch.float32
         and torch.ops.mmdcn.cuda_kernels() == "tensor_core"
@@ -150,10 +151,10 @@ def _cuda_multiplies_in_tf32(dtype: torch.dtype) -> bool:
 def _goes_straight(
     input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
 ) -> bool:
-    """Whether the compiled operator's kernel is what a call reaches, with tensors as they are.
+    """Whether a call reaches the compiled operator's kernel directly, with its tensors unchanged.
 
-    Small layers wait for it, mostly for code that other work has driven from the caches: so it
-    calls what is quick to call.
+    The time of this check counts for small layers, and most of it goes to code that other work has
+    driven from the caches. It therefore makes only calls that are quick.
     """
     if not (
         type(input) in _PLAIN
@@ -179,7 +180,7 @@ def _goes_straight(
             and (mask is None or mask.is_cuda)
             and not _multiplies_in_tf32(input)
         )
-    # Tensors that are traced otherwise than by Dynamo are of a type of their own.
+    # Tracers other than Dynamo need no check: their tensors have a type of their own.
     return on_one_device and not (
         torch.compiler.is_dynamo_compiling()
         or is_transformed()
@@ -222,7 +223,7 @@ def _check_shapes(sides, input, offset, weight, bias, stride, padding, dilation,
 
 
 def _check_coordinates(sides, channels, kernel, positions, offset, mask) -> None:
-    """`positions` are the batch and the size of the output."""
+    """Check offset and mask; `positions` are the batch and the size of the output."""
     rank, taps = len(sides), math.prod(kernel)
     per_tap = offset.shape[1] // (rank * taps)
     if offset.shape[1] % (rank * taps) != 0 or per_tap < 1 or channels % per_tap != 0:
@@ -260,15 +261,15 @@ def _product(kernel: list[int]) -> str:
 def multiply_adds(input, offset, weight, bias, stride, padding, dilation, mask, output) -> int:
     """Multiplications, each with its addition, of one call with tensors of these shapes.
 
-    Those of equation (2), as for a dense convolution of the same shape. The interpolation, which
-    takes four for each sample and channel, is left out, as in the figures that are published.
+    They are those of equation (2), as for a dense convolution of the same shape. The interpolation
+    takes four more for each sample and channel; it is left out, as in published figures.
     """
     batch, out_channels, *size = output
     return batch * out_channels * math.prod(size) * math.prod(weight[1:])
 
 
 def empty_output(memory_format_of=lambda _: torch.contiguous_format):
-    """What makes an output, for a layout that follows from the input's."""
+    """A function that makes an empty output, for a layout that follows from the input's."""
 
     def output(input, offset, weight, **_):
         return torch.empty(

@@ -1,6 +1,6 @@
 """Deformable convolution, v1 and v2, over one and three dimensions.
 
-What the arguments mean and the checks are those of :mod:`mmdcn.ops.deform_conv`; the
+The meaning of the arguments and the checks are those of :mod:`mmdcn.ops.deform_conv`; the
 mathematics is in :mod:`mmdcn.ops.reference`; the kernels are in ``csrc/``, for any rank. A sequence
 is an image of height one, and has the kernels that are tuned for images.
 """

@@ -27,7 +27,7 @@ from ._registration import (
     register,
 )
 
-MOST_POINTS = 2**24  # of a bin, along each dimension; float32 counts this far
+MOST_POINTS = 2**24  # points of a bin along each dimension; float32 counts this far
 
 
 def deform_roi_pool(
@@ -83,8 +83,8 @@ def deform_roi_pool(
         ValueError: a shape, a device or a number does not fit the others.
         RuntimeError: a RoI is on an image that the batch does not have, or there is no compiled
             kernel for the device of the input. On CUDA the first is a device-side assertion, as
-            for any index out of range, because the host does not wait to see the numbers. Or rois
-            differ between the examples of a torch.vmap.
+            for any index out of range, because the host does not wait to see the numbers. The
+            same error says that rois differ between the examples of a torch.vmap.
 
     Example:
         >>> rois = torch.tensor([[0, 4.0, 4.0, 28.0, 20.0]])
@@ -107,7 +107,7 @@ def deform_roi_pool(
     _check_shapes(input, rois, offset, output_size, position_sensitive)
     _library.require_kernels_for(input.device)
     if position_sensitive:
-        # The operator takes the channels bin by bin: neighbouring channels are pooled together.
+        # The operator takes the channels bin by bin, as it pools neighbouring channels together.
         bins = output_size[0] * output_size[1]
         input = input.unflatten(1, (-1, bins)).transpose(1, 2).flatten(1, 2)
     if is_transformed() and is_batched(rois):
@@ -191,7 +191,7 @@ def _check_shapes(
 
 
 def _reference(input, rois, offset, output_size, *numbers) -> Tensor:
-    """The reference, which takes the channels as the public function does."""
+    """The reference; it takes the channels in the order of the public function."""
     position_sensitive = numbers[-1]
     if position_sensitive:
         bins = math.prod(output_size)
@@ -207,10 +207,10 @@ def _empty_output(input, rois, output_size, position_sensitive, **_) -> Tensor:
 
 
 def _multiply_adds(*, sampling_ratio, output, **_) -> int:
-    """Four for each point of a bin in each channel, as for any interpolation.
+    """Multiplications of one call: four for each point of a bin in each channel.
 
-    Where the number of points is adaptive, it follows from the numbers in rois, which nobody who
-    counts looks at: one point is counted for each bin, the least there are.
+    Where the number of points is adaptive, it follows from the values in rois, which are unknown
+    when operations are counted: one point is then counted for each bin, the least possible.
     """
     return 4 * math.prod(output) * max(sampling_ratio, 1) ** 2
 

@@ -1,4 +1,4 @@
-"""Translation to ONNX. Importing this module is all that ``torch.onnx.export`` needs:
+"""Translation to ONNX. ``torch.onnx.export`` needs nothing but an import of this module:
 
     import mmdcn.ops.onnx
     torch.onnx.export(model, (x,), "model.onnx", dynamo=True)
@@ -8,7 +8,7 @@
 coordinates are computed in float32, and the result is rounded as ours is. For opset 18 and older,
 the exporter finds no translation and raises its own error, which names the operator.
 
-Needs the packages onnx and onnxscript, as torch's exporter does.
+It needs the packages onnx and onnxscript, as torch's exporter does.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ try:
     import onnxscript
     from onnxscript.onnx_opset import opset19
 
-    # The exporter reads this registry at every export; a translation table, its public interface,
-    # would have to be passed to each.
+    # The exporter reads this registry at every export. Its public interface is a translation table,
+    # which callers would have to pass to each export.
     from torch.onnx._internal.exporter._torchlib._torchlib_registry import onnx_impl
 except ModuleNotFoundError as error:
     raise ImportError(
@@ -42,7 +42,7 @@ def deform_conv2d(
     dilation: Sequence[int],
     mask: onnxscript.FLOAT | None = None,
 ) -> onnxscript.FLOAT:
-    """``mmdcn::deform_conv2d`` as ``DeformConv``, whose offsets have the same order as ours."""
+    """``mmdcn::deform_conv2d`` as ``DeformConv``, whose offsets have the order of mmdcn's."""
     kernel = list(weight.shape[2:])
     features = (input, weight, bias)
     mixed = input.dtype != offset.dtype

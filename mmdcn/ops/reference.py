@@ -1,7 +1,7 @@
 """The equations of the deformable operators in plain PyTorch, written to be read.
 
-Nothing here is fast. It is what the compiled operators are tested against, in float64, and it is
-differentiable any number of times.
+Nothing here is fast. The compiled operators are tested against these functions in float64, and the
+functions are differentiable any number of times.
 
 Notation: R is the regular grid of the kernel's N taps, p0 an output position, pn the n-th tap,
 Δpn its offset, Δmn its modulation, and q the integer positions of the input.
@@ -58,13 +58,13 @@ def sample(input: Tensor, *p: Tensor) -> Tensor:
         g = torch.where(exists, g, 0.0)
         q = torch.where(exists, flat, 0.0).long()
         x_of_q = input.flatten(2).gather(2, q.unsqueeze(1).expand(-1, input.shape[1], -1))
-        # Not g * x_of_q alone: 0 · inf would be NaN where the position does not exist.
+        # g * x_of_q alone would not do: 0 · inf is NaN where the position does not exist.
         x_of_p = x_of_p + torch.where(exists.unsqueeze(1), g.unsqueeze(1) * x_of_q, 0.0)
     return x_of_p
 
 
 def sample_with_border(input: Tensor, p_y: Tensor, p_x: Tensor) -> Tensor:
-    """X(p) as RoI pooling has it: the input's border goes on for one more pixel on every side.
+    """X(p) as RoI pooling defines it: the input's border goes on for one more pixel on every side.
 
     Arguments and result are those of :func:`sample`. A point outside [-1, H] × [-1, W], or with a
     coordinate that is not finite, gives 0 and passes no gradient; any other point is moved to the
@@ -77,7 +77,7 @@ def sample_with_border(input: Tensor, p_y: Tensor, p_x: Tensor) -> Tensor:
         p = torch.where(p < 0, 0.0, p)
         return torch.where(p >= size - 1, size - 1.0, p)
 
-    nowhere = -2.0  # Outside for `sample`.
+    nowhere = -2.0  # `sample` takes this to be outside.
     p_y = torch.where(inside, moved(p_y, height), nowhere)
     p_x = torch.where(inside, moved(p_x, width), nowhere)
     return sample(input, p_y, p_x)
@@ -96,7 +96,7 @@ def deform_conv_nd(
     """Equation (2) over any number of dimensions.
 
     Arguments and result are those of :func:`mmdcn.ops.deform_conv2d`, and of its counterparts for
-    one and three dimensions; unchecked.
+    one and three dimensions. The arguments are not checked.
     """
     batch, channels, *size = input.shape
     out_channels, channels_per_group, *kernel = weight.shape
@@ -137,7 +137,7 @@ def deform_conv_nd(
     return output if bias is None else output + bias.view(-1, *[1] * rank)
 
 
-# The operators that this is the reference of.
+# The public operators have their references under their own names.
 deform_conv1d = deform_conv2d = deform_conv3d = deform_conv_nd
 
 
@@ -175,7 +175,7 @@ def deform_roi_pool(
     def bin_points(start: Tensor, end: Tensor, number: int, delta: Tensor) -> Tensor:
         """The points of bins along one dimension, from the bins' offsets (groups, number, …)."""
         length = (end - start) / number
-        # As many points as pixels, if no number is given; 0 for NaN too.
+        # If no number is given, there are as many points as pixels. A length of NaN gives 0.
         adaptive = min(math.ceil(length), 2**24) if length > 0 else 0
         points = sampling_ratio if sampling_ratio > 0 else adaptive
         bin = torch.arange(number, dtype=rois.dtype, device=rois.device).unsqueeze(1)
@@ -185,7 +185,7 @@ def deform_roi_pool(
 
     pooled = [input.new_zeros(0, channels, bins_h, bins_w)]
     for roi, delta in zip(rois.detach(), offset):
-        # In pixels of the features, whose centres are at whole numbers.
+        # The coordinates are in pixels of the features, whose centres are at whole numbers.
         x1, y1, x2, y2 = roi[1:] * spatial_scale - 0.5
         delta_x, delta_y = delta.view(groups, 2, bins_h, bins_w).unbind(1)
         # (groups, bins_w, bins_h, points) and (groups, bins_h, bins_w, points).
@@ -195,7 +195,7 @@ def deform_roi_pool(
         p_y, p_x = torch.broadcast_tensors(p_y.unsqueeze(-1), p_x.unsqueeze(-2))
 
         own = maps[int(roi[0])]
-        number = own.shape[1]  # of maps
+        number = own.shape[1]  # the number of maps
         sampled = sample_with_border(
             own.flatten(0, 1),
             p_y.reshape(groups * number, -1),
@@ -217,7 +217,7 @@ def deform_aggregate(
     offset_scale: float,
     remove_center: bool,
 ) -> Tensor:
-    """What DCNv3 and DCNv4 compute in each group of channels, with scale s:
+    """The sum that DCNv3 and DCNv4 compute in each group of channels, with scale s:
 
     Y(p0) = Σ_k m_k · X(p0 + s · (p_k + Δp_k)), where p0 is the middle of the kernel.
 
@@ -277,7 +277,7 @@ def dcnv3(
     offset_scale: float = 1.0,
     remove_center: bool = False,
 ) -> Tensor:
-    """Arguments and result as of :func:`mmdcn.ops.dcnv3`, unchecked."""
+    """DCNv3. Arguments and result are those of :func:`mmdcn.ops.dcnv3`; nothing is checked."""
     geometry = (_pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation))
     offset, mask = offset.unflatten(3, (group, -1)), mask.unflatten(3, (group, -1))
     return deform_aggregate(input, offset, mask, *geometry, offset_scale, remove_center)
@@ -294,7 +294,7 @@ def dcnv4(
     offset_scale: float = 1.0,
     remove_center: bool = False,
 ) -> Tensor:
-    """Arguments and result as of :func:`mmdcn.ops.dcnv4`, unchecked."""
+    """DCNv4. Arguments and result are those of :func:`mmdcn.ops.dcnv4`; nothing is checked."""
     geometry = (_pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation))
     taps = geometry[0][0] * geometry[0][1] - remove_center
     points = offset_mask[..., : 3 * taps * group].unflatten(3, (group, 3 * taps))

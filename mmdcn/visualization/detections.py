@@ -10,7 +10,7 @@ from mmdet.structures import DetDataSample
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.structures import InstanceData
 
-ZOOMED_SIZE = 480  # pixels: small images are enlarged, so that labels fit beside the objects
+ZOOMED_SIZE = 480  # pixels; small images are enlarged to it, so that labels fit beside the objects
 
 
 def draw_instances(
@@ -32,6 +32,12 @@ def draw_instances(
 
     Returns:
         The picture, (H', W', 3) uint8, RGB, enlarged to ``ZOOMED_SIZE`` where it was smaller.
+
+    Example:
+        >>> boxes, labels = torch.tensor([[2.0, 4.0, 10.0, 8.0]]), torch.tensor([0])
+        >>> instances = InstanceData(bboxes=boxes, labels=labels)
+        >>> draw_instances(np.zeros((16, 16, 3), np.uint8), instances, ["cat"], [(255, 0, 0)]).shape
+        (480, 480, 3)
     """
     zoom = max(1.0, ZOOMED_SIZE / max(image.shape[:2]))
     image = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
@@ -56,7 +62,13 @@ def draw_instances(
 
 
 def image_grid(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str]) -> Figure:
-    """Images in rows, one title above each column."""
+    """Images in rows, one title above each column.
+
+    Example:
+        >>> image = np.zeros((16, 16, 3), np.uint8)
+        >>> len(image_grid([[image, image]], ["before", "after"]).axes)
+        2
+    """
     figure = Figure(figsize=(4.4 * len(titles), 4.4 * len(rows) + 0.3), layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for axes_row, images in zip(axes, rows):

@@ -1,4 +1,4 @@
-"""What the deformable layers of a detector sample in an image, as a figure and as a page."""
+"""The samples that a detector's deformable layers take of an image, as a figure and as a page."""
 
 import base64
 import json
@@ -39,6 +39,14 @@ class SampledImage:
         input_size: height and width of the network's input, padding included.
         scale: (x, y), by which the image was enlarged on its way into the network.
         instances: what was detected, in pixels of the image.
+
+    Example:
+        >>> model = nn.Sequential(DeformConv2dPack(3, 8, kernel_size=3, padding=1))
+        >>> with record_sampling(model) as recorded:
+        ...     _ = model(torch.randn(1, 3, 16, 16))
+        >>> sampled = SampledImage(np.zeros((16, 16, 3), np.uint8), recorded, input_size=(16, 16))
+        >>> list(sampled.layers)
+        ['0']
     """
 
     image: np.ndarray
@@ -53,11 +61,16 @@ def sample_image(model: nn.Module, path: str) -> SampledImage:
 
     Args:
         model: as made by ``mmdet.apis.init_detector``.
-        path: of the image file.
+        path: path of the image file.
 
     Raises:
         ValueError: the file is not an image, or the model ran no deformable layer with an offset
             branch of its own.
+
+    Example:
+        >>> model = init_detector("config.py", "checkpoint.pth")  # doctest: +SKIP
+        >>> list(sample_image(model, "image.jpg").layers)  # doctest: +SKIP
+        ['backbone.layer2.0.conv2', 'backbone.layer2.1.conv2']
     """
     image = cv2.imread(path)
     if image is None:
@@ -88,6 +101,14 @@ def choose_layers(
 
     Raises:
         ValueError: the model has no layer of such a name.
+
+    Example:
+        >>> model = nn.Sequential(DeformConv2dPack(3, 8, kernel_size=3, padding=1))
+        >>> with record_sampling(model) as recorded:
+        ...     _ = model(torch.randn(1, 3, 16, 16))
+        >>> sampled = SampledImage(np.zeros((16, 16, 3), np.uint8), recorded, input_size=(16, 16))
+        >>> choose_layers(sampled)
+        ['0']
     """
     available = list(sampled.layers)
     if names is None:
@@ -100,7 +121,13 @@ def choose_layers(
 
 
 def object_centers(instances: InstanceData, min_score: float, count: int) -> list[Point]:
-    """The centres of the most certain detections, with at least a minimum score."""
+    """The centres of the most certain detections, with at least a minimum score.
+
+    Example:
+        >>> boxes, scores = torch.tensor([[2.0, 4.0, 10.0, 8.0]]), torch.tensor([0.9])
+        >>> object_centers(InstanceData(bboxes=boxes, scores=scores), min_score=0.5, count=3)
+        [(6.0, 6.0)]
+    """
     best = instances.scores.argsort(descending=True)[:count]
     boxes = instances.bboxes[best[instances.scores[best] >= min_score]]
     return [tuple(center) for center in ((boxes[:, :2] + boxes[:, 2:]) / 2).tolist()]
@@ -118,6 +145,14 @@ def sampling_figure(
         sampled: the image.
         layers: names, the last one first, see :func:`choose_layers`.
         points: (x, y) in pixels of the image.
+
+    Example:
+        >>> model = nn.Sequential(DeformConv2dPack(3, 8, kernel_size=3, padding=1))
+        >>> with record_sampling(model) as recorded:
+        ...     _ = model(torch.randn(1, 3, 16, 16))
+        >>> sampled = SampledImage(np.zeros((16, 16, 3), np.uint8), recorded, input_size=(16, 16))
+        >>> figure_image(sampling_figure(sampled, ["0"], points=[(8, 8)])).shape
+        (560, 600, 3)
     """
     height, width = sampled.image.shape[:2]
     scale = np.array(sampled.scale)
@@ -143,7 +178,12 @@ def sampling_figure(
 
 
 def figure_image(figure: Figure) -> np.ndarray:
-    """A figure as an image, (H, W, 3) uint8, RGB."""
+    """A figure as an image, (H, W, 3) uint8, RGB.
+
+    Example:
+        >>> figure_image(Figure(figsize=(3, 2), dpi=100)).shape
+        (200, 300, 3)
+    """
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.array(canvas.buffer_rgba())[..., :3]
@@ -156,6 +196,14 @@ def sampling_page(sampled: SampledImage, layers: Sequence[str], start: Point) ->
         sampled: the image.
         layers: names, the last one first, see :func:`choose_layers`.
         start: (x, y) in pixels of the image, shown at first.
+
+    Example:
+        >>> model = nn.Sequential(DeformConv2dPack(3, 8, kernel_size=3, padding=1))
+        >>> with record_sampling(model) as recorded:
+        ...     _ = model(torch.randn(1, 3, 16, 16))
+        >>> sampled = SampledImage(np.zeros((16, 16, 3), np.uint8), recorded, input_size=(16, 16))
+        >>> sampling_page(sampled, ["0"], start=(8, 8)).startswith("<!doctype html>")
+        True
     """
     height, width = sampled.image.shape[:2]
     colors = matplotlib.colormaps[COLOR_MAP](np.linspace(0, 1, 256))
@@ -170,7 +218,7 @@ def sampling_page(sampled: SampledImage, layers: Sequence[str], start: Point) ->
         "start": start,
     }
     template = files(__package__).joinpath("sampling_page.html").read_text(encoding="utf-8")
-    # In a script element, only its end would end the data.
+    # In a script element nothing but its end tag could end the data.
     return template.replace("{{data}}", json.dumps(data).replace("</", "<\\/"))
 
 
@@ -180,7 +228,7 @@ def _data_url(image: np.ndarray) -> str:
 
 
 def _layer_data(name: str, sampling: Sampling, index: int = 0) -> dict:
-    """For each output position, all samples of one after the other, y before x."""
+    """A layer's samples for the page: those of each output position in turn, y before x."""
     locations = sampling.locations[index].permute(3, 4, 0, 1, 2).cpu().numpy()
     groups, taps = locations.shape[2:4]
     modulation = None

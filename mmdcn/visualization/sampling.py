@@ -1,4 +1,4 @@
-"""Where deformable layers sample, as points on the image."""
+"""The points at which deformable layers sample, on the image."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,12 +16,12 @@ from mmdcn.layers import DeformConv2dPack, ModulatedDeformConv2dPack
 
 Size = int | tuple[int, int]
 
-COLOR_MAP = "plasma"  # of the modulation, from 0 to 1
+COLOR_MAP = "plasma"  # for the modulation, from 0 to 1
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What one deformable layer sampled in one forward pass.
+    """The samples that one deformable layer took in one forward pass.
 
     Args:
         locations: (N, G, K, 2, Ho, Wo), see :func:`sampling_locations`.
@@ -29,6 +29,13 @@ class Sampling:
         modulation: (N, G, K, Ho, Wo) in [0, 1], as a share of the layer's ``modulation_scale``;
             None in a layer without.
         input_size: height and width of the layer's input.
+
+    Example:
+        >>> model = nn.Sequential(DeformConv2dPack(3, 8, kernel_size=3, padding=1))
+        >>> with record_sampling(model) as recorded:
+        ...     _ = model(torch.randn(1, 3, 16, 16))
+        >>> isinstance(recorded["0"], Sampling), recorded["0"].locations.shape
+        (True, torch.Size([1, 1, 9, 2, 16, 16]))
     """
 
     locations: Tensor
@@ -46,6 +53,11 @@ class SamplingPoints:
         points: (G, K, 2), (x, y) of the sampling points.
         regular: (K, 2), (x, y) of the points of the kernel without offsets.
         modulation: (G, K) in [0, 1]; None in a layer without.
+
+    Example:
+        >>> points = np.random.rand(1, 9, 2)
+        >>> SamplingPoints(np.array([8.5, 8.5]), points, points[0], modulation=None).points.shape
+        (1, 9, 2)
     """
 
     center: np.ndarray
@@ -56,7 +68,7 @@ class SamplingPoints:
 
 @dataclass(frozen=True)
 class StackedPoints:
-    """What one output position of the last of several layers samples through all of them.
+    """The points that one output position of the last of several layers samples through them all.
 
     A point that a layer samples is an output position of the layer before, which samples points
     of its own: K^n for n layers of K taps, as in the papers' figures.
@@ -66,6 +78,11 @@ class StackedPoints:
         points: for each layer, the last one first, (n, 2): (x, y) of what it samples.
         modulation: for each layer, (n,) in [0, 1]: the geometric mean of the modulations from the
             output position to the point, 1 in layers without.
+
+    Example:
+        >>> points, modulation = np.random.rand(9, 2), np.ones(9)
+        >>> StackedPoints(np.array([8.5, 8.5]), (points,), (modulation,)).points[0].shape
+        (9, 2)
     """
 
     center: np.ndarray
@@ -76,7 +93,7 @@ class StackedPoints:
 def sampling_locations(
     offset: Tensor, kernel_size: Size, stride: Size = 1, padding: Size = 0, dilation: Size = 1
 ) -> Tensor:
-    """Where a deformable convolution samples its input: p0 + pn + Δpn (arXiv 1703.06211, eq. 2).
+    """The points where a deformable convolution samples: p0 + pn + Δpn (arXiv 1703.06211, eq. 2).
 
     Args:
         offset: (N, 2 * G * K, Ho, Wo) with G offset groups and K = kh * kw taps; per group and tap
@@ -89,6 +106,10 @@ def sampling_locations(
 
     Raises:
         ValueError: the channels of ``offset`` do not divide into groups of 2 * K.
+
+    Example:
+        >>> sampling_locations(torch.zeros(1, 18, 8, 8), kernel_size=3, padding=1).shape
+        torch.Size([1, 1, 9, 2, 8, 8])
     """
     kernel_size, stride, padding, dilation = map(_pair, (kernel_size, stride, padding, dilation))
     batch, channels, *output_size = offset.shape
@@ -118,7 +139,14 @@ def record_sampling(model: nn.Module) -> Iterator[dict[str, Sampling]]:
     """Record what the deformable layers of a model sample while the context lasts.
 
     Yields:
-        From each layer's name to its latest forward pass, in the order of execution.
+        A map from each layer's name to its latest forward pass, in the order of execution.
+
+    Example:
+        >>> model = nn.Sequential(DeformConv2dPack(3, 8, kernel_size=3, padding=1))
+        >>> with record_sampling(model) as recorded:
+        ...     _ = model(torch.randn(1, 3, 16, 16))
+        >>> recorded["0"].locations.shape
+        torch.Size([1, 1, 9, 2, 16, 16])
     """
     recorded: dict[str, Sampling] = {}
 
@@ -153,10 +181,17 @@ def points_in_image(
     padded convolutions and poolings of odd kernel size are centred, the ResNets' for one.
 
     Args:
-        sampling: of one layer.
+        sampling: the samples of one layer.
         xy: (x, y) in continuous image coordinates, pixel i covers [i, i + 1].
         image_size: height and width of the network's input, padding included.
-        index: of the image in the batch.
+        index: number of the image in the batch.
+
+    Example:
+        >>> model = nn.Sequential(DeformConv2dPack(3, 8, kernel_size=3, padding=1))
+        >>> with record_sampling(model) as recorded:
+        ...     _ = model(torch.randn(1, 3, 16, 16))
+        >>> points_in_image(recorded["0"], (8.5, 8.5), image_size=(16, 16)).points.shape
+        (1, 9, 2)
     """
     (row, column), center = _nearest_positions(sampling, np.array([xy]), image_size)
     points = sampling.locations[index][..., row, column]
@@ -183,11 +218,20 @@ def stacked_points(
     the input of their layer contribute nothing, and are left out.
 
     Args:
-        samplings: of the layers, the last one first, as :func:`record_sampling` gives them.
+        samplings: those of the layers, the last one first, as :func:`record_sampling` gives them.
         xy, image_size, index: as in :func:`points_in_image`.
 
     Raises:
         ValueError: `samplings` is empty.
+
+    Example:
+        >>> layers = [DeformConv2dPack(3, 3, kernel_size=3, padding=1) for _ in range(2)]
+        >>> with record_sampling(nn.Sequential(*layers)) as recorded:
+        ...     _ = nn.Sequential(*layers)(torch.randn(1, 3, 16, 16))
+        >>> last_first = [recorded["1"], recorded["0"]]
+        >>> stacked = stacked_points(last_first, (8.5, 8.5), image_size=(16, 16))
+        >>> [points.shape for points in stacked.points]
+        [(9, 2), (81, 2)]
     """
     if not samplings:
         raise ValueError("samplings: expected those of at least one layer, got none")
@@ -220,7 +264,7 @@ def _nearest_positions(
 
 
 def _to_image(sampling: Sampling, locations: Tensor, image_size: tuple[int, int]) -> np.ndarray:
-    """From (G, K, 2, n), y and x in pixels of the layer's input, to (n, G, K, 2), x and y."""
+    """Locations (G, K, 2, n), y and x in the input, as (n, G, K, 2), x and y in the image."""
     stride = np.array(image_size) / sampling.input_size
     return (locations.cpu().double().permute(3, 0, 1, 2).numpy() * stride + 0.5)[..., ::-1]
 
@@ -235,6 +279,13 @@ def draw_sampling_points(axes: Axes, sampling: SamplingPoints) -> ScalarMappable
 
     Returns:
         The colours, for a colour bar.
+
+    Example:
+        >>> points = np.random.rand(1, 9, 2)
+        >>> sampling = SamplingPoints(np.array([0.5, 0.5]), points, points[0], modulation=None)
+        >>> dots = draw_sampling_points(Figure().subplots(), sampling)
+        >>> dots.get_offsets().shape
+        (9, 2)
     """
     groups = len(sampling.points)
     starts = np.broadcast_to(sampling.regular, sampling.points.shape).reshape(-1, 2)
@@ -260,9 +311,14 @@ def draw_stacked_points(axes: Axes, stacked: StackedPoints) -> ScalarMappable:
 
     Returns:
         The colours, for a colour bar.
+
+    Example:
+        >>> stacked = StackedPoints(np.array([0.5, 0.5]), (np.random.rand(9, 2),), (np.ones(9),))
+        >>> draw_stacked_points(Figure().subplots(), stacked).get_offsets().shape
+        (9, 2)
     """
     points, modulation = stacked.points[-1], stacked.modulation[-1]
-    order = np.argsort(modulation)  # The strongest on top.
+    order = np.argsort(modulation)  # The strongest are drawn last, on top.
     dots = axes.scatter(
         *points[order].T,
         s=max(16, 120 / len(points) ** 0.5),

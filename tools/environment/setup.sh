@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the environment that `make demo` and `make test` run in: a virtual environment with torch,
+# Set-up of the environment for `make demo` and `make test`: a virtual environment with torch,
 # the toolbox with its compiled operators, and the test tools. The Makefile calls it.
 #
 # usage: tools/environment/setup.sh VENV PYTHON TOOLBOX

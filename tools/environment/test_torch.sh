@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests of the operators and layers on a built wheel, under another release of torch than
+# Run of the tests of operators and layers on a built wheel, under another release of torch than
 # the one it was built against, in a virtual environment of its own. The Makefile calls it.
 #
 # usage: tools/environment/test_torch.sh VENV PYTHON TORCH WHEEL [pytest's arguments...]
@@ -25,7 +25,7 @@ echo "==> torch $torch and the test tools in $venv (a download of up to a few gi
 "${pip[@]}" -c "$folder/constraints.txt" "torch==$torch" numpy psutil -r "$here/torch.txt"
 "${pip[@]}" --no-deps --force-reinstall "$wheel"
 
-# In a folder without the package's sources, so that what is tested is what was installed.
+# The tests run in a folder without the package's sources, so that they test what was installed.
 cp -r "$here/../../tests" "$here/../../pyproject.toml" "$folder"
 cd "$folder"
 "$venv/bin/python" -m mmdcn.check
