@@ -12,7 +12,7 @@ import torch
 # A library's idle worker threads may spin for a while and slow whoever runs next. So each call is
 # made twice, after this pause: the first time to wake its own threads and warm the caches.
 PAUSE_SECONDS = 0.002
-# What takes this long has its own warm-up inside it.
+# A call that takes this long has its own warm-up inside it.
 LONG_SECONDS = 0.5
 # GPU cycles of sleep before each timed call, in which the host queues the whole of it (about 2 ms).
 HEAD_START_CYCLES = 4_000_000

@@ -39,9 +39,9 @@ from mmdcn.markdown import table as markdown_table
 
 FOLDER = Path(mmdet.__file__).parent / ".mim" / "configs"
 IMAGE_SIZE = (128, 160)  # height and width in pixels
-# For v1 in heads on the coarsest level: mmcv refuses inputs smaller than the kernel.
+# v1 in heads on the coarsest level needs this: mmcv refuses inputs smaller than the kernel.
 LARGER_IMAGE_SIZE = (384, 416)
-# Of outputs, relative to the largest value of each, by the dtype that it is computed in: float64,
+# Tolerances of outputs, relative to the largest value of each, by its dtype: float64,
 # unless a head insists on float32. mmcv looks for the pixels around a point in float32 in any case.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
 

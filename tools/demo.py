@@ -1,4 +1,4 @@
-"""Train Faster R-CNN plain, with DCN and with DCNv2 on warped shapes, and write a report.
+"""Training of Faster R-CNN plain, with DCN and with DCNv2 on warped shapes, with a report.
 
 Everything it needs is made on the spot. What is finished is kept: run it again after an
 interruption and it goes on from the last checkpoint.
@@ -54,7 +54,7 @@ METRICS = {
     "APm": "bbox_mAP_m",
     "APl": "bbox_mAP_l",
 }
-# In each model's folder: what it is trained with, and what came out, once it is finished.
+# Files in each model's folder: what it is trained with, and what came out, once it is finished.
 SETTINGS = "settings.json"
 RESULT = "result.json"
 

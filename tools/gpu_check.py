@@ -1,4 +1,4 @@
-"""Checks and times the installed mmdcn on this machine's GPU; started by tools/gpu_check.sh.
+"""Checks and timings of the installed mmdcn on this machine's GPU, for tools/gpu_check.sh.
 
 Each section runs in a process of its own, so that one that fails, hangs or breaks the GPU's context
 takes no other with it. What is known so far is written after each section. Sections that compute
@@ -242,20 +242,20 @@ def tests(scratch: Path) -> dict:
 
 
 def sanitized(_: Path) -> dict:
-    """What runs under compute-sanitizer: small calls of every dtype, forward and backward."""
+    """The run under compute-sanitizer: small calls of every dtype, forward and backward."""
     from mmdcn.ops import deform_conv2d
 
     failures = []
     for dtype, bound in tolerance().items():
         for seed in range(100, 104):
             tensors, arguments = draw_call(seed, dtype, largest=9)
-            # Far outside, not finite, and beyond every integer.
+            # These offsets are far outside, not finite, and beyond every integer.
             offset = tensors["offset"].view(-1)
             offset[:5] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, -1e10])[
                 : len(offset)
             ]
             expected = output_and_gradients(deform_conv2d, tensors, arguments)
-            # In fixed point sums have fewer bits than in float64.
+            # Sums in fixed point have fewer bits than in float64.
             for deterministic, least in ((False, 0.0), (True, 1e-10)):
                 torch.use_deterministic_algorithms(deterministic)
                 actual = output_and_gradients(deform_conv2d, convert(tensors, "cuda"), arguments)
@@ -372,7 +372,7 @@ def benchmark_row(stage: str, batch: int, dtype: torch.dtype, channels_last: boo
 
 
 def benchmark(scratch: Path) -> dict:
-    # Dense convolution at its best, and in the same arithmetic as ours.
+    # Dense convolution runs at its best, and in the same arithmetic as ours.
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.conv.fp32_precision = "tf32" if on_tensor_cores() else "ieee"
     deadline = time.monotonic() + SECTIONS["benchmark"] - 20
@@ -391,7 +391,7 @@ def benchmark(scratch: Path) -> dict:
                     except Exception:
                         name = f"{stage}, batch {batch}, {dtype_name(dtype)}, {channels_last=}"
                         result["failures"].append(f"{name}: {traceback.format_exc(limit=3)}")
-                    # What is measured survives whatever comes next.
+                    # This writes what is measured so far, which then survives whatever comes next.
                     name = "benchmark" + (TENSOR_CORE if on_tensor_cores() else "")
                     write(scratch / f"{name}.json", json.dumps(result))
     return result

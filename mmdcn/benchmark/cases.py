@@ -114,7 +114,7 @@ def _square(batch: int, channels: int, height: int, width: int, **more) -> Case:
 _MIDDLE = Case("", 1, 256, 256, 50, 68)
 
 SHAPES: dict[str, tuple[Case, ...]] = {
-    # What the operator meets in a detector, at four places.
+    # The shapes that the operator meets in a detector, at four places.
     "design": (
         _square(1, 128, 40, 54),
         _square(1, 256, 50, 68),

@@ -155,7 +155,7 @@ def _check_device(args: argparse.Namespace) -> torch.device:
 
 
 def _common_settings(args: argparse.Namespace) -> dict:
-    """What :func:`_add_common` added, as the settings of each measurement call it."""
+    """The options that :func:`_add_common` added, as the settings of each measurement call it."""
     return {
         "device": _check_device(args),
         "offset_std": args.offset_std,

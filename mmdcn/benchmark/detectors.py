@@ -94,7 +94,7 @@ class Detector:
 
     def train(self) -> torch.Tensor:
         """One iteration; returns the loss."""
-        torch.manual_seed(0)  # which boxes are sampled
+        torch.manual_seed(0)  # so that the same boxes are sampled
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             losses = self.model(**self.data, mode="loss")
@@ -131,7 +131,7 @@ class Detector:
         outputs, hooks = {}, []
         for name, module in self.model.named_modules():
             if isinstance(module, (DeformConv2d, ModulatedDeformConv2d)):
-                # The last output of layers that several levels share.
+                # Layers that several levels share keep their last output.
                 keep = functools.partial(self._keep, outputs, name)
                 hooks.append(module.register_forward_hook(keep))
         try:
@@ -159,7 +159,7 @@ class Detector:
 def _load(path: Path) -> Config:
     try:
         config = Config.fromfile(path)
-    # Whatever reading a file of Python may raise.
+    # Reading a file of Python may raise anything.
     except Exception as error:
         raise BenchmarkError(f"--configs: cannot read {path}: {error}") from error
     if "model" not in config:

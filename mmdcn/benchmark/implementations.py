@@ -286,7 +286,7 @@ def _import_problem(package: str, module: str) -> str | None:
         return f"{package} is not installed"
     try:
         importlib.import_module(module)
-    # Whatever a broken installation raises: mmcv asserts, torchvision's raises RuntimeError.
+    # A broken installation may raise anything: mmcv asserts, torchvision raises RuntimeError.
     except Exception as error:
         return f"{module} does not load ({named_first_line(error)})"
     return None

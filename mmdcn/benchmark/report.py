@@ -25,7 +25,7 @@ from .tables import (
 
 README_START, README_END = "<!-- benchmark -->", "<!-- /benchmark -->"
 
-# What the picture and README's table show, in colours that colour-blind people can tell apart.
+# Columns of the picture and README's table, in colours that colour-blind people can tell apart.
 SHOWN = {"mmdcn": "#0072B2", "onnxruntime": "#E69F00", "mmcv": "#CC79A7"}
 
 

@@ -473,7 +473,7 @@ def _paint(
 
     candidates = np.stack([_color(rng) for _ in range(16)])
     contrast = np.linalg.norm(candidates - background, axis=1)
-    first = candidates[np.argmax(contrast >= MIN_CONTRAST)]  # the first that has enough
+    first = candidates[np.argmax(contrast >= MIN_CONTRAST)]  # the first colour that has enough
     second = _blend(first, _color(rng), rng.uniform(*TEXTURE_DEPTH))
 
     height, width = under.shape[:2]

@@ -11,7 +11,7 @@ import numpy as np
 
 KINDS = ("affine", "projective", "elastic")
 
-# What strength 1 means, as the bounds of uniform distributions; all are multiplied by the strength.
+# The bounds of uniform distributions at strength 1; all are multiplied by the strength.
 MAX_ROTATION = np.deg2rad(40)  # affine
 MAX_LOG_STRETCH = 0.2  # affine: one axis grows by exp(stretch), the other shrinks by as much
 MAX_SHEAR = 0.25  # affine
