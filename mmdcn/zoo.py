@@ -439,7 +439,20 @@ def table(results: Sequence[tuple[Found, Checked]], passed_over: Mapping[str, st
         "",
         f"With {_versions()}.",
         "",
+        *_outcomes(results),
     ]
+    if passed_over:
+        lines += [
+            "",
+            f"Not built here, hence not looked into: {len(passed_over)} configs.",
+            "",
+            *_reasons(passed_over),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _outcomes(results: Sequence[tuple[Found, Checked]]) -> list[str]:
+    """The table of the configs that were checked."""
     rows = []
     for found, checked in results:
         modules = ", ".join(f"{name} ×{count}" for name, count in found.operators.items())
@@ -450,19 +463,16 @@ def table(results: Sequence[tuple[Found, Checked]], passed_over: Mapping[str, st
         mark = "" if checked.predicted else " *"
         rows.append([f"{found.name}{mark}", modules, *outcome, difference])
     header = ["config", "deformable modules", "forward", "backward", "difference"]
-    lines += markdown_table(header, rows, left=2)
-    if passed_over:
-        lines += [
-            "",
-            f"Not built here, hence not looked into: {len(passed_over)} configs.",
-            "",
-        ]
-        rows = []
-        for reason, count in Counter(passed_over.values()).most_common():
-            folders = Counter(
-                name.partition("/")[0] for name, why in passed_over.items() if why == reason
-            )
-            names = ", ".join(f"{folder} ({n})" for folder, n in sorted(folders.items()))
-            rows.append([reason, f"{count}: {names}"])
-        lines += markdown_table(["reason", "configs"], rows, left=2)
-    return "\n".join(lines) + "\n"
+    return markdown_table(header, rows, left=2)
+
+
+def _reasons(passed_over: Mapping[str, str]) -> list[str]:
+    """The table of the reasons for which configs were passed over."""
+    rows = []
+    for reason, count in Counter(passed_over.values()).most_common():
+        folders = Counter(
+            name.partition("/")[0] for name, why in passed_over.items() if why == reason
+        )
+        names = ", ".join(f"{folder} ({n})" for folder, n in sorted(folders.items()))
+        rows.append([reason, f"{count}: {names}"])
+    return markdown_table(["reason", "configs"], rows, left=2)

@@ -225,18 +225,7 @@ def generate(
     found = _read_manifest(out_dir)
     if found == manifest:
         return False
-    if found is not None and not overwrite:
-        differing = [k for k in manifest if found.get(k) != manifest[k]]
-        raise FileExistsError(
-            f"{out_dir} holds warped shapes made with other values of {', '.join(differing)}: "
-            "overwrite it (--overwrite), or choose another directory"
-        )
-    if found is None and out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise FileExistsError(
-            f"{out_dir} exists and was not made by this generator, so it is left alone: "
-            "choose a directory that is empty or does not exist"
-        )
-
+    _refuse_to_replace(out_dir, found, manifest, overwrite)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=out_dir.parent) as scratch:
         made = Path(scratch) / "new"
@@ -250,6 +239,21 @@ def generate(
             out_dir.rename(Path(scratch) / "old")
         made.rename(out_dir)
     return True
+
+
+def _refuse_to_replace(out_dir: Path, found: dict | None, manifest: dict, overwrite: bool) -> None:
+    """Raise FileExistsError for a folder that must stay as it is; `found` is its manifest."""
+    if found is not None and not overwrite:
+        differing = [k for k in manifest if found.get(k) != manifest[k]]
+        raise FileExistsError(
+            f"{out_dir} holds warped shapes made with other values of {', '.join(differing)}: "
+            "overwrite it (--overwrite), or choose another directory"
+        )
+    if found is None and out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise FileExistsError(
+            f"{out_dir} exists and was not made by this generator, so it is left alone: "
+            "choose a directory that is empty or does not exist"
+        )
 
 
 def draw_scene(parameters: Parameters, split: Split, index: int) -> Scene:
