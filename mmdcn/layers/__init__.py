@@ -2,16 +2,18 @@
 
 from mmdcn.layers.deform_aggregate import DCNv3, DCNv4
 from mmdcn.layers.deform_conv import (
-    DeformConv1d,
-    DeformConv1dPack,
     DeformConv2d,
     DeformConv2dPack,
+    ModulatedDeformConv2d,
+    ModulatedDeformConv2dPack,
+)
+from mmdcn.layers.deform_conv_nd import (
+    DeformConv1d,
+    DeformConv1dPack,
     DeformConv3d,
     DeformConv3dPack,
     ModulatedDeformConv1d,
     ModulatedDeformConv1dPack,
-    ModulatedDeformConv2d,
-    ModulatedDeformConv2dPack,
     ModulatedDeformConv3d,
     ModulatedDeformConv3dPack,
 )

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmdcn.layers.deform_conv import _check_channels, _check_pair, _predict
+from mmdcn.layers._checks import check_channels, check_pair
+from mmdcn.layers.deform_conv import _predict
 from mmdcn.ops import dcnv3, dcnv4
 
 
@@ -37,13 +38,13 @@ class _DeformAggregateBase(nn.Module):
         remove_center: bool = False,
     ) -> None:
         super().__init__()
-        _check_channels(in_channels, out_channels, groups, deform_groups)
+        check_channels(in_channels, out_channels, groups, deform_groups)
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = _check_pair("kernel_size", kernel_size, 1)
-        self.stride = _check_pair("stride", stride, 1)
-        self.padding = _check_pair("padding", padding, 0)
-        self.dilation = _check_pair("dilation", dilation, 1)
+        self.kernel_size = check_pair("kernel_size", kernel_size, 1)
+        self.stride = check_pair("stride", stride, 1)
+        self.padding = check_pair("padding", padding, 0)
+        self.dilation = check_pair("dilation", dilation, 1)
         self.groups = groups
         self.deform_groups = deform_groups
         self.offset_scale = float(offset_scale)
@@ -84,7 +85,7 @@ class _DeformAggregateBase(nn.Module):
     def _depthwise(self, kernel_size: int | tuple[int, int] | None) -> nn.Conv2d:
         """A depth-wise convolution whose output has the height and width of the layer's."""
         kernel = self.kernel_size if kernel_size is None else kernel_size
-        kernel = _check_pair("dw_kernel_size", kernel, 1)
+        kernel = check_pair("dw_kernel_size", kernel, 1)
         # The padding grows with the kernel, so that the output keeps its size.
         larger = tuple(
             dil * (k - own) for dil, k, own in zip(self.dilation, kernel, self.kernel_size)

@@ -12,8 +12,7 @@ ModulatedDeformConv2dPack ``(x)``                 ``DCNv2``
 Constructor arguments, parameter names and initial values are those of the layers of the same name
 in ``mmcv.ops``, so that configs, checkpoints and seeds carry over. Nothing here needs mmcv.
 
-The same four exist over one and over three dimensions: ``DeformConv1d`` to
-``ModulatedDeformConv3dPack``, in configs ``DCN1d``, ``DCNv2_1d``, ``DCN3d`` and ``DCNv2_3d``.
+The same four over one and over three dimensions are in :mod:`mmdcn.layers.deform_conv_nd`.
 """
 
 import functools
@@ -24,9 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.utils import _ntuple
 
-from mmdcn.ops import deform_conv1d, deform_conv2d, deform_conv3d
+from mmdcn.layers._checks import check_channels, check_numbers
+from mmdcn.ops import deform_conv2d
 from mmdcn.ops._registration import autocast_is_enabled
 
 _logger = logging.getLogger("mmdcn")
@@ -35,47 +34,6 @@ _logger = logging.getLogger("mmdcn")
 @functools.cache
 def _warn_once(message: str) -> None:
     _logger.warning(message)
-
-
-def _check_int(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
-
-
-def _check_channels(in_channels: int, out_channels: int, groups: int, deform_groups: int) -> None:
-    _check_int("in_channels", in_channels)
-    _check_int("out_channels", out_channels)
-    _check_int("groups", groups)
-    _check_int("deform_groups", deform_groups)
-    for name, channels, divisor_name, divisor in (
-        ("in_channels", in_channels, "groups", groups),
-        ("out_channels", out_channels, "groups", groups),
-        ("in_channels", in_channels, "deform_groups", deform_groups),
-    ):
-        if channels % divisor:
-            raise ValueError(
-                f"{name}: expected a multiple of {divisor_name}={divisor}, got {channels}"
-            )
-
-
-def _check_numbers(
-    name: str, value: int | tuple[int, ...], minimum: int, rank: int
-) -> tuple[int, ...]:
-    numbers = _ntuple(rank)(value)
-    if len(numbers) != rank or not all(isinstance(v, int) and v >= minimum for v in numbers):
-        several = {
-            1: "one in a tuple",
-            2: "a pair of ints (vertical, horizontal)",
-            3: "three ints (depth, vertical, horizontal)",
-        }
-        raise ValueError(
-            f"{name}: expected an int or {several[rank]}, each at least {minimum}, got {value!r}"
-        )
-    return numbers
-
-
-def _check_pair(name: str, value: int | tuple[int, int], minimum: int) -> tuple[int, int]:
-    return _check_numbers(name, value, minimum, 2)
 
 
 class _DeformConvBase(nn.Module):
@@ -102,13 +60,13 @@ class _DeformConvBase(nn.Module):
         # (see mmdcn.plugin), and super() would then reach its constructor.
         nn.Module.__init__(self)
 
-        _check_channels(in_channels, out_channels, groups, deform_groups)
+        check_channels(in_channels, out_channels, groups, deform_groups)
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = _check_numbers("kernel_size", kernel_size, 1, self.rank)
-        self.stride = _check_numbers("stride", stride, 1, self.rank)
-        self.padding = _check_numbers("padding", padding, 0, self.rank)
-        self.dilation = _check_numbers("dilation", dilation, 1, self.rank)
+        self.kernel_size = check_numbers("kernel_size", kernel_size, 1, self.rank)
+        self.stride = check_numbers("stride", stride, 1, self.rank)
+        self.padding = check_numbers("padding", padding, 0, self.rank)
+        self.dilation = check_numbers("dilation", dilation, 1, self.rank)
         self.groups = groups
         self.deform_groups = deform_groups
         # Read by code that handles convolutions of any kind, such as mmcv's ConvModule.
@@ -136,14 +94,6 @@ class _DeformConvBase(nn.Module):
         return type(self)._function(
             x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask
         )
-
-
-class _Over1d(_DeformConvBase):
-    rank, _function, _conv = 1, staticmethod(deform_conv1d), nn.Conv1d
-
-
-class _Over3d(_DeformConvBase):
-    rank, _function, _conv = 3, staticmethod(deform_conv3d), nn.Conv3d
 
 
 class _Over2d(_DeformConvBase):
@@ -449,88 +399,4 @@ class ModulatedDeformConv2dPack(_ModulatedDeformConvPack, ModulatedDeformConv2d)
         >>> layer = ModulatedDeformConv2dPack(8, 16, kernel_size=3, padding=1, modulation_scale=2)
         >>> layer(torch.randn(1, 8, 32, 32)).shape
         torch.Size([1, 16, 32, 32])
-    """
-
-
-class DeformConv1d(_DeformConv, _Over1d):
-    """:class:`DeformConv2d` over one dimension, for `x` of shape (N, C, L).
-
-    Arguments and errors are those of :class:`DeformConv2d`, without the last two; `kernel_size`,
-    `stride`, `padding` and `dilation` are one number, or a tuple of one.
-
-    Example:
-        >>> layer = DeformConv1d(8, 16, kernel_size=3, padding=1)
-        >>> layer(torch.randn(2, 8, 50), torch.randn(2, 3, 50)).shape
-        torch.Size([2, 16, 50])
-    """
-
-
-class DeformConv1dPack(_DeformConvPack, DeformConv1d):
-    """:class:`DeformConv2dPack` over one dimension.
-
-    Example:
-        >>> DeformConv1dPack(8, 16, kernel_size=3, padding=1)(torch.randn(2, 8, 50)).shape
-        torch.Size([2, 16, 50])
-    """
-
-
-class ModulatedDeformConv1d(_ModulatedDeformConv, _Over1d):
-    """:class:`ModulatedDeformConv2d` over one dimension: see :class:`DeformConv1d`.
-
-    Example:
-        >>> layer = ModulatedDeformConv1d(8, 16, kernel_size=3, padding=1)
-        >>> layer(torch.randn(2, 8, 50), torch.randn(2, 3, 50), torch.rand(2, 3, 50)).shape
-        torch.Size([2, 16, 50])
-    """
-
-
-class ModulatedDeformConv1dPack(_ModulatedDeformConvPack, ModulatedDeformConv1d):
-    """:class:`ModulatedDeformConv2dPack` over one dimension.
-
-    Example:
-        >>> ModulatedDeformConv1dPack(8, 16, kernel_size=3, padding=1)(torch.randn(2, 8, 50)).shape
-        torch.Size([2, 16, 50])
-    """
-
-
-class DeformConv3d(_DeformConv, _Over3d):
-    """:class:`DeformConv2d` over three dimensions, for `x` of shape (N, C, D, H, W).
-
-    Arguments and errors are those of :class:`DeformConv2d`, without the last two; `kernel_size`,
-    `stride`, `padding` and `dilation` are one number, or three for depth, height and width.
-
-    Example:
-        >>> layer = DeformConv3d(4, 8, kernel_size=3, padding=1)
-        >>> layer(torch.randn(1, 4, 5, 6, 7), torch.randn(1, 3 * 27, 5, 6, 7)).shape
-        torch.Size([1, 8, 5, 6, 7])
-    """
-
-
-class DeformConv3dPack(_DeformConvPack, DeformConv3d):
-    """:class:`DeformConv2dPack` over three dimensions.
-
-    Example:
-        >>> DeformConv3dPack(4, 8, kernel_size=3, padding=1)(torch.randn(1, 4, 5, 6, 7)).shape
-        torch.Size([1, 8, 5, 6, 7])
-    """
-
-
-class ModulatedDeformConv3d(_ModulatedDeformConv, _Over3d):
-    """:class:`ModulatedDeformConv2d` over three dimensions: see :class:`DeformConv3d`.
-
-    Example:
-        >>> layer = ModulatedDeformConv3d(4, 8, kernel_size=3, padding=1)
-        >>> offset, mask = torch.randn(1, 3 * 27, 5, 6, 7), torch.rand(1, 27, 5, 6, 7)
-        >>> layer(torch.randn(1, 4, 5, 6, 7), offset, mask).shape
-        torch.Size([1, 8, 5, 6, 7])
-    """
-
-
-class ModulatedDeformConv3dPack(_ModulatedDeformConvPack, ModulatedDeformConv3d):
-    """:class:`ModulatedDeformConv2dPack` over three dimensions.
-
-    Example:
-        >>> layer = ModulatedDeformConv3dPack(4, 8, kernel_size=3, padding=1)
-        >>> layer(torch.randn(1, 4, 5, 6, 7)).shape
-        torch.Size([1, 8, 5, 6, 7])
     """

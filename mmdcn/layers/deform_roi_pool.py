@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mmdcn.layers.deform_conv import _check_int, _check_pair
+from mmdcn.layers._checks import check_int, check_pair
 from mmdcn.ops import deform_roi_pool
 
 
@@ -53,7 +53,7 @@ class DeformRoIPool(nn.Module):
         # Not super(): the toolbox's variants of these layers have mmcv's layer as a second base
         # (see mmdcn.plugin), and super() would then reach its constructor.
         nn.Module.__init__(self)
-        self.output_size = _check_pair("output_size", output_size, 1)
+        self.output_size = check_pair("output_size", output_size, 1)
         self.spatial_scale = float(spatial_scale)
         if not self.spatial_scale > 0:
             raise ValueError(f"spatial_scale: expected a positive number, got {spatial_scale!r}")
@@ -129,8 +129,8 @@ class DeformRoIPoolPack(DeformRoIPool):
             gamma,
             position_sensitive=position_sensitive,
         )
-        _check_int("output_channels", output_channels)
-        _check_int("deform_fc_channels", deform_fc_channels)
+        check_int("output_channels", output_channels)
+        check_int("deform_fc_channels", deform_fc_channels)
         self.output_channels = output_channels
         self.deform_fc_channels = deform_fc_channels
         bins = self.output_size[0] * self.output_size[1]
