@@ -327,6 +327,13 @@ def _second_order(operator: Operator) -> _Derivative:
     def backward(named, options, wanted, grads):
         create_graph = torch.is_grad_enabled()
         present = [name for name in differentiable if named[name] is not None]
+        asked = {
+            name: grad
+            for name, want, grad in zip(operator.gradients, named["output_mask"], grads)
+            if want and grad is not None and named[name] is not None
+        }
+        if not asked:
+            return {}
         if named["grad_output"].numel() == 0 or named["input"].numel() == 0:
             return {name: torch.zeros_like(named[name]) for name in present}
         with torch.enable_grad():
@@ -337,13 +344,6 @@ def _second_order(operator: Operator) -> _Derivative:
             }
             arguments = {name: None for name in operator.arguments} | named | variables
             output = operator.by_reference(*(arguments[name] for name in operator.arguments))
-            asked = {
-                name: grad
-                for name, want, grad in zip(operator.gradients, named["output_mask"], grads)
-                if want and grad is not None and named[name] is not None
-            }
-            if not asked:
-                return {}
             first = torch.autograd.grad(
                 output,
                 [variables[name] for name in asked],
