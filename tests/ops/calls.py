@@ -26,7 +26,6 @@ class Call:
     name: str
     draw: Callable[..., dict[str, Tensor]]
     arguments: dict
-    batch: tuple[str, ...]  # the tensors with a batch in dimension 0
     constant: tuple[str, ...] = ()  # the tensors that nothing is differentiated for
     # Multiply-adds of the forward pass, by hand.
     multiply_adds: int = 0
@@ -121,7 +120,6 @@ GEOMETRY = {
     2: dict(stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
     3: dict(stride=(2, 1, 1), padding=(1, 1, 0), dilation=(1, 2, 1)),
 }
-EVERYWHERE = ("input", "offset", "mask")
 
 
 def convolutions(name: str, size: tuple[int, ...], kernel: tuple[int, ...]) -> dict[str, Call]:
@@ -135,7 +133,6 @@ def convolutions(name: str, size: tuple[int, ...], kernel: tuple[int, ...]) -> d
             name,
             convolution(size, kernel, geometry, version == "v2"),
             geometry,
-            EVERYWHERE,
             multiply_adds=by_hand,
         )
         for version in ("v1", "v2")
@@ -148,21 +145,17 @@ CALLS: dict[str, Call] = {
     **convolutions("deform_conv1d", (9,), (3,)),
     **convolutions("deform_conv2d", (5, 6), (3, 2)),
     **convolutions("deform_conv3d", (4, 5, 3), (2, 2, 2)),
-    "dcnv3": Call(
-        "dcnv3", aggregation(False), AGGREGATION, EVERYWHERE, multiply_adds=4 * 2 * 20 * 6 * 9
-    ),
+    "dcnv3": Call("dcnv3", aggregation(False), AGGREGATION, multiply_adds=4 * 2 * 20 * 6 * 9),
     "dcnv4": Call(
         "dcnv4",
         aggregation(True),
         AGGREGATION,
-        ("input", "offset_mask"),
         multiply_adds=4 * 2 * 20 * 6 * 9,
     ),
     "deform_roi_pool": Call(
         "deform_roi_pool",
         roi_pooling(4),
         POOLING,
-        ("rois", "offset"),
         constant=("rois",),
         multiply_adds=4 * 3 * 4 * 6 * 4,
     ),
@@ -170,7 +163,6 @@ CALLS: dict[str, Call] = {
         "deform_roi_pool",
         roi_pooling(24),
         POOLING | {"position_sensitive": True},
-        ("rois", "offset"),
         constant=("rois",),
         multiply_adds=4 * 3 * 4 * 6 * 4,
     ),
