@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import importlib.util
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ _MODULES = {
     "mmdcn.layers": (),
     "mmdcn.plugin": ("mmdet", "mmcv.ops"),
     "mmdcn.models": ("mmdet", "mmcv.ops"),
+    "mmdcn.datasets": ("cv2", "shapely", "rich"),
     "mmdcn.visualization": ("mmdet", "mmcv.ops"),
 }
 
@@ -47,6 +49,11 @@ def _environment(module):
 
         names |= {"Figure": Figure, "InstanceData": InstanceData, "np": np}
         names |= {name: getattr(layers, name) for name in layers.__all__}
+    if module.__name__ == "mmdcn.datasets":
+        import numpy as np
+        import shapely
+
+        names |= {"Path": Path, "np": np, "shapely": shapely, "tempfile": tempfile}
     return names
 
 

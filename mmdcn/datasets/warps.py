@@ -31,6 +31,10 @@ class ProjectiveWarp:
 
     Args:
         matrix: (3, 3), acting on homogeneous column vectors (x, y, 1).
+
+    Example:
+        >>> ProjectiveWarp(np.diag([2, 4, 1])).forward(np.array([0.5, 1.0]))
+        array([1., 4.])
     """
 
     matrix: np.ndarray
@@ -55,6 +59,12 @@ class ElasticWarp:
         wavevectors: (K, 2), radians per template unit.
         phases: (K,), radians.
         duration: how long the flow runs.
+
+    Example:
+        >>> waves = {"wavevectors": np.array([[0, np.pi]]), "phases": np.zeros(1)}
+        >>> shear = ElasticWarp(velocities=np.array([[0.2, 0]]), **waves, duration=1.0)
+        >>> shear.forward(np.array([0, 0.5]))
+        array([0.2, 0.5])
     """
 
     velocities: np.ndarray
@@ -101,6 +111,10 @@ def draw_warp(rng: np.random.Generator, kind: str, strength: float) -> Warp:
 
     Raises:
         ValueError: ``kind`` is not one of ``KINDS``.
+
+    Example:
+        >>> draw_warp(np.random.default_rng(7), "affine", strength=0).forward(np.array([0.5, 1.0]))
+        array([0.5, 1. ])
     """
     if kind == "affine":
         return _draw_affine(rng, strength)

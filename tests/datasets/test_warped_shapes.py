@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import shapely
 
-from mmdcn.datasets import warped_shapes
+from mmdcn.datasets import shapes, warped_shapes
 from mmdcn.datasets.warped_shapes import (
     CLASSES,
     TEMPLATES,
@@ -133,9 +133,9 @@ def test_instances_never_overlap_and_are_mostly_visible(strength):
         assert scene.instances
         for i, instance in enumerate(scene.instances):
             visible = instance.outline.intersection(frame).area / instance.outline.area
-            assert visible >= warped_shapes.MIN_VISIBLE
+            assert visible >= shapes.MIN_VISIBLE
             for other in scene.instances[:i]:
-                assert instance.outline.distance(other.outline) >= warped_shapes.MIN_GAP * 0.95
+                assert instance.outline.distance(other.outline) >= shapes.MIN_GAP * 0.95
 
 
 def test_colour_says_nothing_about_the_class():
