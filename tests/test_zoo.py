@@ -9,7 +9,10 @@ from torch import nn
 
 pytest.importorskip("mmdet")
 
+from mmengine.config import ConfigDict
+
 from mmdcn import plugin, zoo
+from mmdcn.zoo import checking
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "zoo.md"
 
@@ -46,7 +49,7 @@ def test_plain_configs_are_not_found():
 
 def test_a_difference_is_seen(monkeypatch):
     (found,) = zoo.find("centernet/centernet_r18-dcnv2_8xb16-crop512-140e_coco.py")
-    build, built = zoo._build, []
+    build, built = checking.build, []
 
     def build_and_spoil(settings):
         model = build(settings)
@@ -55,7 +58,7 @@ def test_a_difference_is_seen(monkeypatch):
             model.neck.register_forward_hook(lambda _, __, outputs: [o + 1e-5 for o in outputs])
         return model
 
-    monkeypatch.setattr(zoo, "_build", build_and_spoil)
+    monkeypatch.setattr(checking, "build", build_and_spoil)
     assert zoo.check(found).problem == "its outputs differ from mmcv's"
 
 
@@ -74,7 +77,7 @@ def test_operators_are_told_by_what_is_called():
 
 
 def test_the_table_lists_failures_and_counts_the_rest():
-    settings = zoo.ConfigDict(type="A")
+    settings = ConfigDict(type="A")
     results = [
         (zoo.Found("a/one.py", settings, {"TOODHead": 1}), zoo.Checked(3, 2, 1.6e-12)),
         (zoo.Found("a/two.py", settings, {"DeformRoIPoolPack": 4}), zoo.Checked(3, 2, None, False)),

@@ -1,73 +1,39 @@
-"""mmdet's own deformable configs: found by what they build, and each checked against mmcv.
+"""Check of a config: its model with our layers against the same model with mmcv's.
 
 A config is checked by building its model at full width, twice: with mmcv's layers, whose weights
 are saved to a checkpoint, and with ours, which load it strictly. Both then compute the same
 features and head outputs in float64; ours also trains one step and predicts, in float32.
 """
 
-import copy
-import hashlib
 import json
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
-import mmdet
 import torch
 from mmcv.ops import MaskedConv2d
 from mmdet.models.roi_heads.roi_extractors.base_roi_extractor import BaseRoIExtractor
-from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.testing import demo_mm_inputs
-from mmdet.utils import register_all_modules
-from mmengine.config import Config, ConfigDict
+from mmengine.config import ConfigDict
 from mmengine.logging import MessageHub
-from mmengine.registry import DefaultScope
 from mmengine.runner import load_checkpoint, save_checkpoint
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdcn import plugin
-from mmdcn.errors import named_first_line
 from mmdcn.files import write
 from mmdcn.machine import versions
-from mmdcn.markdown import table as markdown_table
+from mmdcn.zoo.finding import Found, build, calls_operator, operators, parts, reason
 
-FOLDER = Path(mmdet.__file__).parent / ".mim" / "configs"
 IMAGE_SIZE = (128, 160)  # height and width in pixels
 # v1 in heads on the coarsest level needs this: mmcv refuses inputs smaller than the kernel.
 LARGER_IMAGE_SIZE = (384, 416)
 # Tolerances of outputs, relative to the largest value of each, by its dtype: float64,
 # unless a head insists on float32. mmcv looks for the pixels around a point in float32 in any case.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
-
-#: The functions of mmcv.ops behind everything deformable; who calls one of them is deformable.
-_FUNCTIONS = {"deform_conv2d", "modulated_deform_conv2d", "deform_roi_pool"}
-
-
-@dataclass(frozen=True)
-class Found:
-    """A config whose model holds something deformable.
-
-    Args:
-        name: path below mmdet's configs.
-        model: the model's settings, without what initialises it.
-        operators: how many modules of each class call a deformable operator.
-    """
-
-    name: str
-    model: ConfigDict
-    operators: dict[str, int]
-
-    @property
-    def key(self) -> str:
-        """The same for configs that build the same model."""
-        text = json.dumps(self.model.to_dict(), sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -91,89 +57,6 @@ class Checked:
     problem: str | None = None
 
 
-# ----------------------------------------------------------------------------------------- finding
-
-
-def find(pattern: str = "*/**/*.py", passed_over: dict[str, str] | None = None) -> Iterator[Found]:
-    """The configs of mmdet, in a glob of its folder, that build something deformable.
-
-    Each distinct model is built, without memory for its weights where that works.
-
-    Args:
-        pattern: which configs.
-        passed_over: filled with the reason for each config that cannot be read or whose model
-            cannot be built in this environment: a package or a language model is missing, say.
-    """
-    register_all_modules()
-    passed_over = {} if passed_over is None else passed_over
-    operators: dict[str, dict[str, int]] = {}
-    for path in sorted(FOLDER.glob(pattern)):
-        name = str(path.relative_to(FOLDER))
-        if name.startswith("_base_"):
-            continue
-        try:
-            model = Config.fromfile(path).get("model")
-            if model is None:
-                continue
-            found = Found(name, _offline(model), {})
-            if found.key not in operators:
-                operators[found.key] = _operators_of(found.model)
-        except Exception as error:  # The error depends on what is missing.
-            passed_over[name] = _reason(error)
-            continue
-        if operators[found.key]:
-            yield replace(found, operators=operators[found.key])
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(named_first_line(error).replace(f"{FOLDER}/", "").split())
-
-
-def _offline(node: Any) -> Any:
-    """The settings without what initialises or is downloaded, or makes images large."""
-    if isinstance(node, dict):
-        left_out = ("init_cfg", "pretrained", "teacher_ckpt", "batch_augments")
-        node = ConfigDict({k: _offline(v) for k, v in node.items() if k not in left_out})
-        if "teacher_config" in node:  # The path is relative to the folder that holds configs/.
-            node.teacher_config = _offline(Config.fromfile(FOLDER.parent / node.teacher_config))
-        return node
-    if isinstance(node, Config):
-        return _offline(node._cfg_dict)
-    return [_offline(child) for child in node] if isinstance(node, list) else node
-
-
-def _operators_of(settings: ConfigDict) -> dict[str, int]:
-    try:
-        with torch.device("meta"):
-            return operators(_build(settings))
-    except (NotImplementedError, RuntimeError):  # Some modules read values while they are built.
-        return operators(_build(settings))
-
-
-def operators(model: nn.Module) -> dict[str, int]:
-    """How many modules of each class call a deformable operator."""
-    return dict(
-        Counter(
-            type(module).__name__
-            for part in _parts(model)
-            for module in part.modules()
-            if _calls_operator(type(module)) and getattr(module, "use_deform", True)
-        )
-    )
-
-
-def _calls_operator(kind: type) -> bool:
-    return any(
-        _FUNCTIONS.intersection(function.__code__.co_names)
-        for base in kind.__mro__
-        for function in vars(base).values()
-        if isinstance(function, FunctionType)
-    )
-
-
-# ---------------------------------------------------------------------------------------- checking
-
-
 def check(found: Found) -> Checked:
     """Build, load, compare and train one config; see the module's docstring.
 
@@ -187,7 +70,7 @@ def check(found: Found) -> Checked:
                 raise
         return _check(found, LARGER_IMAGE_SIZE)
     except Exception as error:  # One config's failure is a result among others.
-        return Checked(problem=_reason(error))
+        return Checked(problem=reason(error))
     finally:
         plugin.install()
 
@@ -196,8 +79,8 @@ def _check(found: Found, size: tuple[int, int]) -> Checked:
     with tempfile.TemporaryDirectory() as folder:
         expected = _outputs_of_mmcv(found.model, folder, size)
         plugin.install()
-        model = _build(found.model)
-        for number, part in enumerate(_parts(model)):
+        model = build(found.model)
+        for number, part in enumerate(parts(model)):
             load_checkpoint(part, f"{folder}/{number}.pth", map_location="cpu", strict=True)
 
     outputs = _outputs(model, size)
@@ -207,7 +90,7 @@ def _check(found: Found, size: tuple[int, int]) -> Checked:
         difference = max(differences)
         if not all(d <= TOLERANCES[o.dtype] for d, o in zip(differences, outputs)):
             return Checked(difference=difference, problem="its outputs differ from mmcv's")
-    for part in _parts(model):
+    for part in parts(model):
         part.float()
     return _train_and_predict(model, size, difference)
 
@@ -217,8 +100,8 @@ def _outputs_of_mmcv(
 ) -> list[Tensor] | None:
     """The outputs with mmcv's layers, None where these do not run; saves the model's weights."""
     plugin.uninstall()
-    model = _build(settings)
-    for number, part in enumerate(_parts(model)):
+    model = build(settings)
+    for number, part in enumerate(parts(model)):
         for name, module in part.named_modules():
             # The layers' own branches start at zero: nothing would be deformed.
             predicts = isinstance(module, nn.Conv2d | nn.Linear) and "offset" in name
@@ -251,19 +134,13 @@ def _calibrate(model: nn.Module, size: tuple[int, int]) -> None:
         norm.momentum = momentum
 
 
-def _build(settings: ConfigDict) -> nn.Module:
-    torch.manual_seed(0)
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        return MODELS.build(copy.deepcopy(settings))
-
-
 def _outputs(model: nn.Module, size: tuple[int, int]) -> list[Tensor]:
     """Features of backbone and neck, and what dense heads and deformable RoI pooling make of them.
 
     They are in float64, as far as the heads allow it.
     """
     outputs = []
-    for part in _parts(model):
+    for part in parts(model):
         part.double().eval()
         images = torch.randn(2, 3, *size, dtype=torch.float64, generator=_generator())
         with torch.no_grad():
@@ -314,17 +191,6 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def _parts(model: nn.Module) -> list[nn.Module]:
-    """The model, and those that it hides from ``modules()``: a distilling detector's teacher."""
-    hidden = [
-        value
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, nn.Module)
-    ]
-    return [model, *hidden]
-
-
 def _tensors(nested: Any) -> list[Tensor]:
     if isinstance(nested, Tensor):
         return [nested] if nested.is_floating_point() and nested.numel() else []
@@ -364,7 +230,7 @@ def _train_and_predict(
 
 def _learns_deformation(model: nn.Module) -> bool:
     """Whether anything deformable is the model's own, not its teacher's."""
-    return any(_calls_operator(type(module)) for module in model.modules())
+    return any(calls_operator(type(module)) for module in model.modules())
 
 
 class _Calls(TorchDispatchMode):
@@ -384,9 +250,6 @@ class _Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# ----------------------------------------------------------------------------------------- sweeping
-
-
 def sweep(found: Iterable[Found], results: Path) -> Iterator[tuple[Found, Checked]]:
     """Check configs one by one; configs that build the same model are checked once.
 
@@ -397,82 +260,14 @@ def sweep(found: Iterable[Found], results: Path) -> Iterator[tuple[Found, Checke
     """
     known = json.loads(results.read_text()) if results.exists() else {}
     for config in found:
-        key = f"{config.key} {_versions()}"
+        key = f"{config.key} {tested_versions()}"
         if key not in known or known[key]["problem"]:
             known[key] = asdict(check(config))
             write(results, json.dumps(known, indent=1))
         yield config, Checked(**known[key])
 
 
-def _versions() -> str:
-    """Of everything that the results depend on."""
+def tested_versions() -> str:
+    """The versions of everything that the results depend on."""
     found = versions("mmdcn", "mmdet", "mmcv", "mmengine", "torch")
     return ", ".join(f"{name} {version}" for name, version in found.items())
-
-
-def table(results: Sequence[tuple[Found, Checked]], passed_over: Mapping[str, str]) -> str:
-    """The page of the documentation, in Markdown.
-
-    Args:
-        results: those of :func:`sweep`.
-        passed_over: as :func:`find` fills it.
-    """
-    passed = sum(checked.problem is None for _, checked in results)
-    models = len({found.key for found, _ in results})
-    lines = [
-        "# mmdet's deformable configs",
-        "",
-        f"**{passed} of {len(results)}** configs that mmdet ships with a deformable operator in "
-        f"their model work with ours ({models} distinct models).",
-        "",
-        "Written by `make zoo`, which finds them by what they build and checks each at full width: "
-        "its model loads, strictly, a checkpoint that was saved with mmcv's layers; features and "
-        "outputs of the dense heads in float64 differ from mmcv's by at most "
-        f"{TOLERANCES[torch.float64]:.0e} of the largest ({TOLERANCES[torch.float32]:.0e} where a "
-        "head insists on float32); one training step and one prediction in float32 run on our "
-        "operator, with finite loss and gradients. Two images of "
-        f"{IMAGE_SIZE[0]}×{IMAGE_SIZE[1]} pixels, random weights and offsets. The last three "
-        "columns are the calls of our operator in the training step, forward and backward, and the "
-        "largest difference; a dash means that mmcv has no kernel for this on a CPU. Models marked "
-        "* do not predict on a CPU, whosever layers they have, as mmcv's MaskedConv2d does not run "
-        "there.",
-        "",
-        f"With {_versions()}.",
-        "",
-        *_outcomes(results),
-    ]
-    if passed_over:
-        lines += [
-            "",
-            f"Not built here, hence not looked into: {len(passed_over)} configs.",
-            "",
-            *_reasons(passed_over),
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _outcomes(results: Sequence[tuple[Found, Checked]]) -> list[str]:
-    """The table of the configs that were checked."""
-    rows = []
-    for found, checked in results:
-        modules = ", ".join(f"{name} ×{count}" for name, count in found.operators.items())
-        difference = "–" if checked.difference is None else f"{checked.difference:.0e}"
-        outcome = [checked.forward, checked.backward]
-        if checked.problem is not None:
-            outcome = [checked.problem, ""]
-        mark = "" if checked.predicted else " *"
-        rows.append([f"{found.name}{mark}", modules, *outcome, difference])
-    header = ["config", "deformable modules", "forward", "backward", "difference"]
-    return markdown_table(header, rows, left=2)
-
-
-def _reasons(passed_over: Mapping[str, str]) -> list[str]:
-    """The table of the reasons for which configs were passed over."""
-    rows = []
-    for reason, count in Counter(passed_over.values()).most_common():
-        folders = Counter(
-            name.partition("/")[0] for name, why in passed_over.items() if why == reason
-        )
-        names = ", ".join(f"{folder} ({n})" for folder, n in sorted(folders.items()))
-        rows.append([reason, f"{count}: {names}"])
-    return markdown_table(["reason", "configs"], rows, left=2)
