@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdcn.layers._checks import check_channels, check_pair
-from mmdcn.layers.deform_conv import _predict
+from mmdcn.layers._deform_conv_base import predict
 from mmdcn.ops import dcnv3, dcnv4
 
 
@@ -232,10 +232,10 @@ class DCNv3(_DeformAggregateBase):
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo)."""
         value = self.input_proj(x.permute(0, 2, 3, 1))
-        seen = _predict(self.dw_conv, x)
-        mask = _predict(self.mask, seen).unflatten(-1, (self.deform_groups, self.taps))
+        seen = predict(self.dw_conv, x)
+        mask = predict(self.mask, seen).unflatten(-1, (self.deform_groups, self.taps))
         mask = mask.softmax(-1).flatten(-2)
-        aggregated = dcnv3(value, _predict(self.offset, seen), mask, *self._geometry)
+        aggregated = dcnv3(value, predict(self.offset, seen), mask, *self._geometry)
         mixed = self._mix_in_middle(aggregated, value, seen)
         return _as_input(self.output_proj(mixed), x)
 
@@ -302,10 +302,10 @@ class DCNv4(_DeformAggregateBase):
         last = x.permute(0, 2, 3, 1)
         value = last if self.without_pointwise else self.value_proj(last)
         if hasattr(self, "offset_mask_dw"):
-            seen = _predict(self.offset_mask_dw, x).permute(0, 2, 3, 1)
+            seen = predict(self.offset_mask_dw, x).permute(0, 2, 3, 1)
         else:
             seen = self._at_middles(last)
-        output = dcnv4(value, _predict(self.offset_mask, seen), *self._geometry)
+        output = dcnv4(value, predict(self.offset_mask, seen), *self._geometry)
         output = self._mix_in_middle(output, value, output)
         return _as_input(output if self.without_pointwise else self.output_proj(output), x)
 

@@ -17,16 +17,19 @@ The same four over one and over three dimensions are in :mod:`mmdcn.layers.defor
 
 import functools
 import logging
-import math
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mmdcn.layers._checks import check_channels, check_numbers
+from mmdcn.layers._deform_conv_base import (
+    DeformConv,
+    DeformConvBase,
+    DeformConvPack,
+    ModulatedDeformConv,
+    ModulatedDeformConvPack,
+    OffsetBranch,
+)
 from mmdcn.ops import deform_conv2d
-from mmdcn.ops._registration import autocast_is_enabled
 
 _logger = logging.getLogger("mmdcn")
 
@@ -36,67 +39,7 @@ def _warn_once(message: str) -> None:
     _logger.warning(message)
 
 
-class _DeformConvBase(nn.Module):
-    """The arguments, parameters and description that all layers have in common."""
-
-    #: The number of spatial dimensions, and the operator and the plain convolution over as many.
-    rank: int
-    _function: Callable[..., Tensor]
-    _conv: type[nn.Module]
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, ...],
-        stride: int | tuple[int, ...] = 1,
-        padding: int | tuple[int, ...] = 0,
-        dilation: int | tuple[int, ...] = 1,
-        groups: int = 1,
-        deform_groups: int = 1,
-        bias: bool = False,
-    ) -> None:
-        # Not super(): the toolbox's variants of these layers have mmcv's layer as a second base
-        # (see mmdcn.plugin), and super() would then reach its constructor.
-        nn.Module.__init__(self)
-
-        check_channels(in_channels, out_channels, groups, deform_groups)
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = check_numbers("kernel_size", kernel_size, 1, self.rank)
-        self.stride = check_numbers("stride", stride, 1, self.rank)
-        self.padding = check_numbers("padding", padding, 0, self.rank)
-        self.dilation = check_numbers("dilation", dilation, 1, self.rank)
-        self.groups = groups
-        self.deform_groups = deform_groups
-        # Read by code that handles convolutions of any kind, such as mmcv's ConvModule.
-        self.transposed = False
-        self.output_padding = (0,) * self.rank
-
-        self.weight = nn.Parameter(
-            torch.empty(out_channels, in_channels // groups, *self.kernel_size)
-        )
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_channels))
-        else:
-            self.register_parameter("bias", None)
-        self.reset_parameters()
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
-            f"groups={self.groups}, deform_groups={self.deform_groups}, "
-            f"bias={self.bias is not None}"
-        )
-
-    def _deform_conv(self, x: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
-        return type(self)._function(
-            x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask
-        )
-
-
-class _Over2d(_DeformConvBase):
+class _Over2d(DeformConvBase):
     """Two dimensions, with the arguments of old configs, which name layers for images only."""
 
     rank, _function, _conv = 2, staticmethod(deform_conv2d), nn.Conv2d
@@ -139,42 +82,6 @@ class _Over2d(_DeformConvBase):
         )
 
 
-def _predict(branch: nn.Module, x: Tensor) -> Tensor:
-    """The output of an offset branch, in the precision of its weights even under autocast.
-
-    In bfloat16, an offset of 8 pixels would be off by up to 1/32 of a pixel.
-    """
-    if not autocast_is_enabled(x.device.type):
-        return branch(x)
-    with torch.autocast(x.device.type, enabled=False):
-        return branch(x.to(next(branch.parameters()).dtype))
-
-
-class _OffsetBranch:
-    """The convolution that predicts offsets and modulation, as a mix-in of a deformable layer.
-
-    The branch sees the layer's input and has its kernel size, stride, padding and dilation, so
-    that its output has the size of the layer's output.
-    """
-
-    _version = 2  # mmcv's count for the keys in state dicts; see accept_old_keys_in_parent.
-
-    def _add_offset_branch(self, channels_per_tap: int) -> None:
-        self.conv_offset = self._conv(
-            self.in_channels,
-            self.deform_groups * channels_per_tap * math.prod(self.kernel_size),
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-        )
-
-    def init_offset(self) -> None:
-        """Set the branch to zero: the kernel then samples its regular grid."""
-        nn.init.zeros_(self.conv_offset.weight)
-        nn.init.zeros_(self.conv_offset.bias)
-
-
 def accept_old_keys_in_parent(parent: nn.Module, name: str, layer: nn.Module) -> None:
     """Let checkpoints load in which the offset branch is beside its layer, not inside.
 
@@ -183,7 +90,7 @@ def accept_old_keys_in_parent(parent: nn.Module, name: str, layer: nn.Module) ->
     own name. So torch has to call this wherever a module becomes part of another, which the
     plugin sees to (:mod:`mmdcn.engine.old_keys`).
     """
-    if isinstance(layer, _OffsetBranch):
+    if isinstance(layer, OffsetBranch):
         parent.register_load_state_dict_pre_hook(functools.partial(_rename_old_keys, name))
 
 
@@ -199,137 +106,7 @@ def _rename_old_keys(
             state_dict[new_key] = state_dict.pop(old_key)
 
 
-class _DeformConv(_DeformConvBase):
-    """Deformable convolution v1 over any number of dimensions."""
-
-    def reset_parameters(self) -> None:
-        """Draw the weight by He's uniform initialisation (arXiv 1502.01852), and zero the bias."""
-        nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
-        """Convolve `x` at the offset sampling points.
-
-        Args:
-            x: input of shape (N, C, H, W), or (N, C, L), or (N, C, D, H, W).
-            offset: in pixels, of shape (N, rank * deform_groups * taps, Ho, Wo), with the output's
-                dimensions after the channels: for each offset group and each tap, in row-major
-                order, one number for each dimension, in the input's order: y then x, or z, y, x.
-
-        Returns:
-            Tensor of shape (N, Co, Ho, Wo), with as many dimensions as `x`.
-        """
-        return self._deform_conv(x, offset, None)
-
-
-class _DeformConvPack(_OffsetBranch):
-    """The offset branch of v1, as a mix-in."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._add_offset_branch(channels_per_tap=self.rank)
-        self.init_offset()
-
-    def init_weights(self) -> None:
-        """Zero the offset branch again, after mmengine has initialised every convolution."""
-        self.init_offset()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo), in 1-D and 3-D accordingly."""
-        return self._deform_conv(x, _predict(self.conv_offset, x), None)
-
-
-class _ModulatedDeformConv(_DeformConvBase):
-    """Deformable convolution v2 over any number of dimensions."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, ...],
-        stride: int | tuple[int, ...] = 1,
-        padding: int | tuple[int, ...] = 0,
-        dilation: int | tuple[int, ...] = 1,
-        groups: int = 1,
-        deform_groups: int = 1,
-        bias: bool = True,
-        **kwargs: int,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            deform_groups,
-            bias,
-            **kwargs,
-        )
-
-    def reset_parameters(self) -> None:
-        """Draw the weight uniformly from ±1 / sqrt(C * taps), and zero the bias."""
-        bound = 1 / math.sqrt(self.in_channels * math.prod(self.kernel_size))
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def init_weights(self) -> None:
-        """Initialise again; mmengine calls this on what it builds."""
-        self.reset_parameters()
-
-    def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-        """Convolve `x` at the offset sampling points, each scaled by its modulation.
-
-        Args:
-            x, offset: see v1.
-            mask: modulation of shape (N, deform_groups * taps, Ho, Wo), with the dimensions of the
-                output after the channels, usually in [0, 1].
-
-        Returns:
-            Tensor of shape (N, Co, Ho, Wo), with as many dimensions as `x`.
-        """
-        return self._deform_conv(x, offset, mask)
-
-
-class _ModulatedDeformConvPack(_OffsetBranch):
-    """The branch of v2 for offsets and modulation, as a mix-in."""
-
-    modulation_scale = 1.0  # Layers that were pickled before the argument existed have none.
-
-    def __init__(self, *args: Any, modulation_scale: float = 1.0, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if not isinstance(modulation_scale, int | float) or not 0 < modulation_scale < math.inf:
-            raise ValueError(
-                f"modulation_scale: expected a number above 0, got {modulation_scale!r}"
-            )
-        self.modulation_scale = modulation_scale
-        self._add_offset_branch(channels_per_tap=self.rank + 1)
-        self.init_weights()
-
-    def extra_repr(self) -> str:
-        scaled = self.modulation_scale != 1
-        return super().extra_repr() + scaled * f", modulation_scale={self.modulation_scale}"
-
-    def init_weights(self) -> None:
-        """Initialise the weight again and zero the offset branch; mmengine calls this."""
-        super().init_weights()
-        self.init_offset()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo), in 1-D and 3-D accordingly."""
-        # All offsets come first, then the modulation of every tap.
-        samples = self.deform_groups * math.prod(self.kernel_size)
-        offset, mask = _predict(self.conv_offset, x).split([self.rank * samples, samples], dim=1)
-        modulation = mask.sigmoid()
-        if self.modulation_scale != 1:
-            modulation = self.modulation_scale * modulation
-        return self._deform_conv(x, offset, modulation)
-
-
-class DeformConv2d(_DeformConv, _Over2d):
+class DeformConv2d(DeformConv, _Over2d):
     """Deformable convolution (arXiv 1703.06211, eq. 2), at offsets that the caller gives.
 
     Args:
@@ -358,7 +135,7 @@ class DeformConv2d(_DeformConv, _Over2d):
     """
 
 
-class DeformConv2dPack(_DeformConvPack, DeformConv2d):
+class DeformConv2dPack(DeformConvPack, DeformConv2d):
     """Deformable convolution that predicts its own offsets: a drop-in for a convolution.
 
     The offset branch starts at zero, so that a fresh layer equals the plain convolution of the
@@ -371,7 +148,7 @@ class DeformConv2dPack(_DeformConvPack, DeformConv2d):
     """
 
 
-class ModulatedDeformConv2d(_ModulatedDeformConv, _Over2d):
+class ModulatedDeformConv2d(ModulatedDeformConv, _Over2d):
     """Modulated deformable convolution (v2, arXiv 1811.11168, eq. 1): each sample is scaled.
 
     Arguments and errors are those of :class:`DeformConv2d`; ``bias`` defaults to True.
@@ -384,7 +161,7 @@ class ModulatedDeformConv2d(_ModulatedDeformConv, _Over2d):
     """
 
 
-class ModulatedDeformConv2dPack(_ModulatedDeformConvPack, ModulatedDeformConv2d):
+class ModulatedDeformConv2dPack(ModulatedDeformConvPack, ModulatedDeformConv2d):
     """Modulated deformable convolution that predicts its own offsets and modulation.
 
     A drop-in for a convolution. The branch starts at zero, where the modulation is sigmoid(0), so

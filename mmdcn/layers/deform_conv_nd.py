@@ -7,25 +7,25 @@ They are those of :mod:`mmdcn.layers.deform_conv`, ``DeformConv1d`` to
 
 from torch import nn
 
-from mmdcn.layers.deform_conv import (
-    _DeformConv,
-    _DeformConvBase,
-    _DeformConvPack,
-    _ModulatedDeformConv,
-    _ModulatedDeformConvPack,
+from mmdcn.layers._deform_conv_base import (
+    DeformConv,
+    DeformConvBase,
+    DeformConvPack,
+    ModulatedDeformConv,
+    ModulatedDeformConvPack,
 )
 from mmdcn.ops import deform_conv1d, deform_conv3d
 
 
-class _Over1d(_DeformConvBase):
+class _Over1d(DeformConvBase):
     rank, _function, _conv = 1, staticmethod(deform_conv1d), nn.Conv1d
 
 
-class _Over3d(_DeformConvBase):
+class _Over3d(DeformConvBase):
     rank, _function, _conv = 3, staticmethod(deform_conv3d), nn.Conv3d
 
 
-class DeformConv1d(_DeformConv, _Over1d):
+class DeformConv1d(DeformConv, _Over1d):
     """:class:`DeformConv2d` over one dimension, for `x` of shape (N, C, L).
 
     Arguments and errors are those of :class:`DeformConv2d`, without the last two; `kernel_size`,
@@ -38,7 +38,7 @@ class DeformConv1d(_DeformConv, _Over1d):
     """
 
 
-class DeformConv1dPack(_DeformConvPack, DeformConv1d):
+class DeformConv1dPack(DeformConvPack, DeformConv1d):
     """:class:`DeformConv2dPack` over one dimension.
 
     Example:
@@ -47,7 +47,7 @@ class DeformConv1dPack(_DeformConvPack, DeformConv1d):
     """
 
 
-class ModulatedDeformConv1d(_ModulatedDeformConv, _Over1d):
+class ModulatedDeformConv1d(ModulatedDeformConv, _Over1d):
     """:class:`ModulatedDeformConv2d` over one dimension: see :class:`DeformConv1d`.
 
     Example:
@@ -57,7 +57,7 @@ class ModulatedDeformConv1d(_ModulatedDeformConv, _Over1d):
     """
 
 
-class ModulatedDeformConv1dPack(_ModulatedDeformConvPack, ModulatedDeformConv1d):
+class ModulatedDeformConv1dPack(ModulatedDeformConvPack, ModulatedDeformConv1d):
     """:class:`ModulatedDeformConv2dPack` over one dimension.
 
     Example:
@@ -66,7 +66,7 @@ class ModulatedDeformConv1dPack(_ModulatedDeformConvPack, ModulatedDeformConv1d)
     """
 
 
-class DeformConv3d(_DeformConv, _Over3d):
+class DeformConv3d(DeformConv, _Over3d):
     """:class:`DeformConv2d` over three dimensions, for `x` of shape (N, C, D, H, W).
 
     Arguments and errors are those of :class:`DeformConv2d`, without the last two; `kernel_size`,
@@ -79,7 +79,7 @@ class DeformConv3d(_DeformConv, _Over3d):
     """
 
 
-class DeformConv3dPack(_DeformConvPack, DeformConv3d):
+class DeformConv3dPack(DeformConvPack, DeformConv3d):
     """:class:`DeformConv2dPack` over three dimensions.
 
     Example:
@@ -88,7 +88,7 @@ class DeformConv3dPack(_DeformConvPack, DeformConv3d):
     """
 
 
-class ModulatedDeformConv3d(_ModulatedDeformConv, _Over3d):
+class ModulatedDeformConv3d(ModulatedDeformConv, _Over3d):
     """:class:`ModulatedDeformConv2d` over three dimensions: see :class:`DeformConv3d`.
 
     Example:
@@ -99,7 +99,7 @@ class ModulatedDeformConv3d(_ModulatedDeformConv, _Over3d):
     """
 
 
-class ModulatedDeformConv3dPack(_ModulatedDeformConvPack, ModulatedDeformConv3d):
+class ModulatedDeformConv3dPack(ModulatedDeformConvPack, ModulatedDeformConv3d):
     """:class:`ModulatedDeformConv2dPack` over three dimensions.
 
     Example:
