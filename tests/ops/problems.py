@@ -171,6 +171,16 @@ LINE_VOLUME = Problem(size=(1, 9, 1), kernel=(1, 3, 1), padding=(0, 1, 0))
 VOLUME = Problem(size=(4, 5, 6))
 
 
+def compiled_arguments(problem: Problem, dtype: torch.dtype) -> tuple:
+    """What the compiled operators of convolution take."""
+    x, offset, weight, bias, mask = problem.tensors(dtype).values()
+    offset, mask = (
+        None if t is None else t.detach().to(wide(dtype)).requires_grad_() for t in (offset, mask)
+    )
+    geometry = (list(numbers) for numbers in problem.arguments().values())
+    return x, offset, weight, bias, *geometry, mask
+
+
 def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
@@ -287,3 +297,26 @@ def compare(
         )
         error = largest_error(actual[name], value)
         assert error <= tolerance, f"{name} of {problem}: error {error:.2e}"
+
+
+def assert_gradient_alone(problem: OperatorProblem, wanted: str) -> None:
+    """Asking for one gradient gives the same as asking for all, and computes no other."""
+    expected = run(problem.function, problem.tensors(), **problem.arguments())
+    tensors = problem.tensors()
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name == wanted)
+    actual = run(problem.function, tensors, **problem.arguments())
+    assert torch.equal(actual[f"grad_{wanted}"], expected[f"grad_{wanted}"])
+    assert actual.keys() == {"output", f"grad_{wanted}"}
+
+
+def assert_same_bits(problem: OperatorProblem, dtype: torch.dtype) -> None:
+    """Output and gradients are the same for 1, 2 and 5 threads."""
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(run(problem.function, problem.tensors(dtype), **problem.arguments()))
+    torch.set_num_threads(2)
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(value, other[name]), name

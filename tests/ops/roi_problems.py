@@ -10,8 +10,6 @@ from torch import Tensor
 from mmdcn.ops import deform_roi_pool, reference
 from tests.ops.problems import OperatorProblem, divisors, rounded
 
-NAMES = ("input", "rois", "offset")
-
 
 @dataclasses.dataclass
 class RoIProblem(OperatorProblem):

@@ -92,20 +92,34 @@ def test_compiled_operators_refuse_tangents(call):
 @HALVES
 def test_autocast(call, dtype):
     """Features in its dtype or as they came, coordinates in float32, gradients in their own."""
+    keeps_dtype = call.name == "deform_roi_pool"
+
+    def by_hand(given):
+        cast = {
+            n: t.float() if keeps_dtype or n in COORDINATES else t.to(dtype)
+            for n, t in given.items()
+        }
+        return call.function(**cast, **call.arguments)
+
     tensors = variables(call, dtype=torch.float32)
     expected = call.function(**tensors, **call.arguments)
-    keeps_dtype = call.name == "deform_roi_pool"
+    narrow = {
+        n: t.detach().to(dtype if n in COORDINATES else t.dtype).requires_grad_(t.requires_grad)
+        for n, t in tensors.items()
+    }
     with torch.autocast("cpu", dtype):
         output = call.function(**tensors, **call.arguments)
-        narrow = {n: t.to(dtype) if n in COORDINATES else t for n, t in tensors.items()}
         from_narrow = call.function(**narrow, **call.arguments)
     assert output.dtype == from_narrow.dtype == (torch.float32 if keeps_dtype else dtype)
+    assert torch.equal(output, by_hand(tensors))
+    assert torch.equal(from_narrow, by_hand(narrow))
     largest = expected.abs().max()
     assert (output.float() - expected).abs().max() <= 2 * TOLERANCE[dtype] * largest
-    output.float().square().sum().backward()
-    for name in call.differentiable():
-        assert tensors[name].grad.dtype == torch.float32, name
-        assert tensors[name].grad.any(), name
+    for given, result in ((tensors, output), (narrow, from_narrow)):
+        result.float().square().sum().backward()
+        for name in call.differentiable():
+            assert given[name].grad.dtype == given[name].dtype, name
+            assert given[name].grad.any(), name
 
 
 @EVERY

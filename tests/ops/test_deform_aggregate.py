@@ -10,40 +10,22 @@ from torch.library import opcheck
 
 from mmdcn.ops import dcnv3, dcnv4, reference
 from tests.ops.aggregate_problems import AggregateProblem, aggregate_problems
-from tests.ops.problems import DTYPES, TOLERANCE, compare, exact, largest_error, run, wide
+from tests.ops.problems import (
+    DTYPES,
+    TOLERANCE,
+    assert_gradient_alone,
+    assert_same_bits,
+    compare,
+    exact,
+    largest_error,
+    run,
+    wide,
+)
 
 NAMES = ("input", "offset", "mask")
 
 
 # ------------------------------------------------------------------------------- the mathematics
-
-
-def test_reference_is_the_papers_equation():
-    """The oracle itself, against sums over all integer positions q, written out with loops."""
-    problem = AggregateProblem(
-        1, 4, (4, 5), (3, 3), (2, 1), (1, 2), (1, 2), 2, 0.5, remove_center=True
-    )
-    tensors = {name: t.detach() for name, t in problem.tensors().items()}
-    x, offset, mask = (tensors[name] for name in NAMES)
-    actual = reference.dcnv3(**tensors, **problem.arguments())
-    # Relative to the middle, column by column, as InternImage numbers the taps.
-    taps = [(j - 1, 2 * (i - 1)) for i in range(3) for j in range(3) if (i, j) != (1, 1)]
-    for c in range(4):
-        g = c // 2
-        for y0 in range(problem.out_size[0]):
-            for x0 in range(problem.out_size[1]):
-                total = 0
-                for k, (p_k_y, p_k_x) in enumerate(taps):
-                    delta_x, delta_y = offset[0, y0, x0, 16 * g + 2 * k : 16 * g + 2 * k + 2]
-                    p_y = y0 * 2 - 1 + 1 + 0.5 * (p_k_y + delta_y)
-                    p_x = x0 * 1 - 2 + 2 + 0.5 * (p_k_x + delta_x)
-                    x_of_p = sum(
-                        max(0, 1 - abs(q_y - p_y)) * max(0, 1 - abs(q_x - p_x)) * x[0, q_y, q_x, c]
-                        for q_y in range(4)
-                        for q_x in range(5)
-                    )
-                    total = total + mask[0, y0, x0, 8 * g + k] * x_of_p
-                torch.testing.assert_close(actual[0, y0, x0, c], total)
 
 
 @settings(max_examples=15)
@@ -172,14 +154,7 @@ def test_arguments_need_not_be_contiguous():
 @pytest.mark.parametrize("wanted", NAMES)
 @pytest.mark.parametrize("channels", [8, 160])
 def test_each_gradient_alone(wanted, channels):
-    problem = AggregateProblem(channels=channels)
-    expected = run(dcnv3, problem.tensors(), **problem.arguments())
-    tensors = problem.tensors()
-    for name, tensor in tensors.items():
-        tensor.requires_grad_(name == wanted)
-    actual = run(dcnv3, tensors, **problem.arguments())
-    assert torch.equal(actual[f"grad_{wanted}"], expected[f"grad_{wanted}"])
-    assert actual.keys() == {"output", f"grad_{wanted}"}
+    assert_gradient_alone(AggregateProblem(channels=channels), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -192,14 +167,7 @@ def test_each_gradient_alone(wanted, channels):
     ids=str,
 )
 def test_same_bits_for_any_number_of_threads(problem, dtype):
-    results = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        results.append(run(dcnv3, problem.tensors(dtype), **problem.arguments()))
-    torch.set_num_threads(2)
-    for other in results[1:]:
-        for name, value in results[0].items():
-            assert torch.equal(value, other[name]), name
+    assert_same_bits(problem, dtype)
 
 
 # ------------------------------------------------------------------------------ contract with torch

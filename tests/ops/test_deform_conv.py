@@ -1,10 +1,5 @@
-"""The operator against the reference, gradcheck, mmcv, its contract with torch, and bad calls."""
-
-import dataclasses
-import os
-import re
-import subprocess
-import sys
+"""Deformable convolution over two dimensions: against the reference, torch's own convolution,
+gradcheck and mmcv; layouts; and its contract with torch."""
 
 import pytest
 import torch
@@ -17,42 +12,14 @@ from tests.ops.problems import (
     DTYPES,
     NAMES,
     Problem,
-    assert_samples_nothing,
     compare,
-    exact,
+    compiled_arguments,
     largest_error,
     problems,
     run,
-    wide,
 )
 
-# ------------------------------------------------------------------------------- the mathematics
-
-
-def test_reference_is_equations_2_to_4():
-    """The oracle itself, against sums over all integer positions q, written out with loops."""
-    problem = Problem(1, 2, (4, 5), 2, (2, 3), (2, 1), (1, 1), (1, 2), 1, 2)
-    tensors = {name: t.detach() for name, t in problem.tensors().items()}
-    x, offset, weight, bias, mask = (tensors[name] for name in NAMES)
-    actual = reference.deform_conv2d(**tensors, **problem.arguments())
-    for o in range(2):
-        for y0 in range(problem.out_size[0]):
-            for x0 in range(problem.out_size[1]):
-                total = bias[o]
-                for c in range(2):
-                    for n in range(6):
-                        i, j = divmod(n, 3)
-                        p_y = y0 * 2 - 1 + i * 1 + offset[0, 12 * c + 2 * n, y0, x0]
-                        p_x = x0 * 1 - 1 + j * 2 + offset[0, 12 * c + 2 * n + 1, y0, x0]
-                        x_of_p = sum(
-                            max(0, 1 - abs(q_y - p_y))
-                            * max(0, 1 - abs(q_x - p_x))
-                            * x[0, c, q_y, q_x]
-                            for q_y in range(4)
-                            for q_x in range(5)
-                        )
-                        total = total + weight[o, c, i, j] * x_of_p * mask[0, 6 * c + n, y0, x0]
-                torch.testing.assert_close(actual[0, o, y0, x0], total)
+# ---------------------------------------------------------------------------------- the mathematics
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -145,32 +112,34 @@ def test_zero_offset_is_convolution():
     torch.testing.assert_close(deform_conv2d(**tensors, **problem.arguments()), expected)
 
 
-# ---------------------------------------------------------------------------- decided semantics
+def test_matches_mmcv():
+    mmcv_ops = pytest.importorskip("mmcv.ops")
+    import mmdcn.plugin
+
+    mmdcn.plugin.uninstall()  # mmcv's own kernels
+    try:
+        for has_mask in (False, True):
+            problem = Problem(
+                2, 8, (9, 10), 6, (3, 3), (2, 1), (1, 1), (1, 1), 2, 4, has_mask, has_bias=has_mask
+            )
+            geometry = (problem.stride, problem.padding, problem.dilation)
+
+            def call(input, offset, weight, bias, mask, geometry=geometry):
+                if mask is None:
+                    return mmcv_ops.deform_conv2d(input, offset, weight, *geometry, 2, 4)
+                return mmcv_ops.modulated_deform_conv2d(
+                    input, offset, mask, weight, bias, *geometry, 2, 4
+                )
+
+            theirs = run(call, problem.tensors())
+            ours = run(deform_conv2d, problem.tensors(), **problem.arguments())
+            for name, value in theirs.items():
+                assert largest_error(ours[name], value) < 1e-12, name
+    finally:
+        mmdcn.plugin.install()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "value", [float("nan"), float("inf"), -float("inf"), 6e4, -6e4, 1e30, -1e30]
-)
-def test_offsets_that_reach_nothing(dtype, value):
-    """Whatever the coordinate, the sample is zero, and so is every gradient through it."""
-    tensors = Problem(out_channels=3).tensors(dtype)
-    if dtype == torch.float16:
-        value = max(min(value, 6e4), -6e4) if abs(value) == 1e30 else value
-    with torch.no_grad():
-        tensors["offset"].fill_(value)
-    assert_samples_nothing(deform_conv2d, tensors, padding=1)
-
-
-def test_one_bad_offset_leaves_the_others_alone():
-    tensors = Problem().tensors()
-    with torch.no_grad():
-        tensors["offset"][0, 3, 2, 2] = float("nan")
-    actual = run(deform_conv2d, tensors, padding=1)
-    expected = run(reference.deform_conv2d, exact(tensors), padding=1)
-    for name, value in expected.items():
-        assert torch.isfinite(actual[name]).all(), name
-        assert largest_error(actual[name], value) < 1e-12, name
+# -------------------------------------------------------------------------------- decided semantics
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
@@ -189,14 +158,6 @@ def test_what_is_no_number_stays_where_it_is_used(deform_groups, channels_last):
     )
 
 
-def test_samples_that_reach_nothing_take_no_notice_of_the_mask():
-    tensors = Problem(out_channels=3).tensors()
-    with torch.no_grad():
-        tensors["offset"].fill_(1e4)
-        tensors["mask"].fill_(float("nan"))
-    assert_samples_nothing(deform_conv2d, tensors, padding=1)
-
-
 @pytest.mark.parametrize("edge", ["low", "high"])
 def test_border_is_open_interval(edge):
     """A sample at -1 or at H reaches nothing; just inside, the border pixel fades out."""
@@ -207,6 +168,59 @@ def test_border_is_open_interval(edge):
     for distance, expected in ((1.0, 0.0), (0.75, 0.25), (0.0, 1.0)):
         offset[0, 0, row, 1] = sign * distance
         assert deform_conv2d(x, offset, weight)[0, 0, row, 1].item() == pytest.approx(expected)
+
+
+def test_coordinates_are_float32_beside_half_features():
+    """At x = 1332.25 a bfloat16 coordinate would be off by pixels."""
+    x = torch.arange(1333.0).remainder(64).view(1, 1, 1, 1333).bfloat16()
+    offset = torch.zeros(1, 2, 1, 1333)
+    offset[:, 1] = -0.75
+    weight = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)
+    actual = deform_conv2d(x, offset, weight)[0, 0, 0, 1]
+    assert actual.item() == 0.25
+    exact = deform_conv2d(x.double(), offset.double(), weight.double())
+    assert (deform_conv2d(x, offset, weight).double() - exact).abs().max() <= 0.125
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_empty_batch(dtype):
+    tensors = Problem(batch=0).tensors(dtype)
+    results = run(deform_conv2d, tensors, padding=1)
+    assert results["output"].shape == (0, 6, 7, 8)
+    for name in NAMES:
+        assert results[f"grad_{name}"].shape == tensors[name].shape
+        assert torch.count_nonzero(results[f"grad_{name}"]) == 0
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_it_is_the_same(mode):
+    tensors = Problem().tensors(torch.float32)
+    expected = deform_conv2d(**tensors, padding=1)
+    with mode():
+        actual = deform_conv2d(**tensors, padding=1)
+        with pytest.raises(ValueError, match=r"mask: mask\.shape"):
+            deform_conv2d(**{**tensors, "mask": tensors["mask"][:, 1:]}, padding=1)
+    assert torch.equal(actual, expected)
+    assert not actual.requires_grad
+
+
+@pytest.mark.slow
+def test_more_than_2_31_elements():
+    """The last channels of the last image are read, and their gradients written, where they lie."""
+    channels, size = 4, 24_000  # 2.3e9 elements
+    x = torch.zeros(1, channels, size, size, dtype=torch.float16)
+    x[0, -1, -2:, -2:] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    weight = torch.ones(1, channels, 1, 1, dtype=torch.float16, requires_grad=True)
+    stride = size - 1
+    offset = torch.full((1, 2, 2, 2), -0.5, requires_grad=True)
+    output = deform_conv2d(x, offset, weight, stride=stride)
+    assert output[0, 0, 1, 1].item() == 2.5
+    output.sum().backward()
+    assert weight.grad.flatten().tolist() == [0, 0, 0, 2.5]
+    assert offset.grad[0, :, 1, 1].tolist() == [2.0, 1.0]
+
+
+# ------------------------------------------------------------------------------------------ layouts
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -296,111 +310,6 @@ def test_expanded_offsets(deform_groups):
         assert torch.equal(deform_conv2d(**tensors, padding=1), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_empty_batch(dtype):
-    tensors = Problem(batch=0).tensors(dtype)
-    results = run(deform_conv2d, tensors, padding=1)
-    assert results["output"].shape == (0, 6, 7, 8)
-    for name in NAMES:
-        assert results[f"grad_{name}"].shape == tensors[name].shape
-        assert torch.count_nonzero(results[f"grad_{name}"]) == 0
-
-
-@pytest.mark.parametrize("wanted", NAMES)
-def test_each_gradient_alone(wanted):
-    """Asking for one gradient gives the same as asking for all, and computes no other."""
-    problem = Problem(1, 40, (6, 5), 6)
-    expected = run(deform_conv2d, problem.tensors(), padding=1)
-    tensors = problem.tensors()
-    for name, tensor in tensors.items():
-        tensor.requires_grad_(name == wanted)
-    actual = run(deform_conv2d, tensors, padding=1)
-    assert torch.equal(actual[f"grad_{wanted}"], expected[f"grad_{wanted}"])
-    assert actual.keys() == {"output", f"grad_{wanted}"}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "problem",
-    [
-        Problem(2, 130, (20, 21), 40, deform_groups=2),
-        Problem(2, 130, (20, 21), 40, deform_groups=2, channels_last=True),
-        Problem(1, 24, (70, 9), 40, spread=25.0),
-        Problem(1, 72, (30, 21), 40, deform_groups=36, points_channels_last=True),
-        Problem(1, 128, (256, 20), 10),  # weights that are packed by several threads
-        # Few pixels to many output channels: each thread has channels of its own.
-        Problem(2, 128, (12, 9), 256),
-        Problem(2, 64, (6, 9), 128, channels_last=True),
-        Problem(2, 350, (6, 7), 350),  # weights of which each thread holds a block's at a time
-    ],
-    ids=str,
-)
-def test_same_bits_for_any_number_of_threads(problem, dtype):
-    results = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        results.append(run(deform_conv2d, problem.tensors(dtype), padding=1))
-    torch.set_num_threads(2)
-    for other in results[1:]:
-        for name, value in results[0].items():
-            assert torch.equal(value, other[name]), name
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_it_is_the_same(mode):
-    tensors = Problem().tensors(torch.float32)
-    expected = deform_conv2d(**tensors, padding=1)
-    with mode():
-        actual = deform_conv2d(**tensors, padding=1)
-        with pytest.raises(ValueError, match=r"mask: mask\.shape"):
-            deform_conv2d(**{**tensors, "mask": tensors["mask"][:, 1:]}, padding=1)
-    assert torch.equal(actual, expected)
-    assert not actual.requires_grad
-
-
-def test_coordinates_are_float32_beside_half_features():
-    """At x = 1332.25 a bfloat16 coordinate would be off by pixels."""
-    x = torch.arange(1333.0).remainder(64).view(1, 1, 1, 1333).bfloat16()
-    offset = torch.zeros(1, 2, 1, 1333)
-    offset[:, 1] = -0.75
-    weight = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)
-    actual = deform_conv2d(x, offset, weight)[0, 0, 0, 1]
-    assert actual.item() == 0.25
-    exact = deform_conv2d(x.double(), offset.double(), weight.double())
-    assert (deform_conv2d(x, offset, weight).double() - exact).abs().max() <= 0.125
-
-
-@pytest.mark.slow
-def test_more_than_2_31_elements():
-    """The last channels of the last image are read, and their gradients written, where they lie."""
-    channels, size = 4, 24_000  # 2.3e9 elements
-    x = torch.zeros(1, channels, size, size, dtype=torch.float16)
-    x[0, -1, -2:, -2:] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    weight = torch.ones(1, channels, 1, 1, dtype=torch.float16, requires_grad=True)
-    stride = size - 1
-    offset = torch.full((1, 2, 2, 2), -0.5, requires_grad=True)
-    output = deform_conv2d(x, offset, weight, stride=stride)
-    assert output[0, 0, 1, 1].item() == 2.5
-    output.sum().backward()
-    assert weight.grad.flatten().tolist() == [0, 0, 0, 2.5]
-    assert offset.grad[0, :, 1, 1].tolist() == [2.0, 1.0]
-
-
-@pytest.mark.parametrize("size", [(0, 5), (4, 0), (0, 0)], ids=str)
-def test_input_without_pixels(size):
-    """Where the padding alone is larger than the kernel, the output is the bias."""
-    x = torch.randn(2, 4, *size, requires_grad=True)
-    weight = torch.randn(6, 4, 3, 3, requires_grad=True)
-    bias = torch.randn(6, requires_grad=True)
-    offset = torch.zeros(2, 18, size[0] + 4, size[1] + 4, requires_grad=True)
-    output = deform_conv2d(x, offset, weight, bias, padding=3)
-    assert torch.equal(output, bias.view(6, 1, 1).expand_as(output))
-    output.sum().backward()
-    assert x.grad.shape == x.shape
-    assert not weight.grad.any() and not offset.grad.any()
-    assert torch.equal(bias.grad, torch.full((6,), float(output[:, 0].numel())))
-
-
 # ------------------------------------------------------------------------------ contract with torch
 
 
@@ -408,223 +317,10 @@ def test_input_without_pixels(size):
 @pytest.mark.parametrize("has_mask", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 def test_opcheck(dtype, has_mask, channels_last):
-    problem = Problem(has_mask=has_mask, channels_last=channels_last)
-    tensors = problem.tensors(dtype)
-    for name in ("offset", "mask"):
-        if tensors[name] is not None:
-            tensors[name] = tensors[name].detach().to(wide(dtype)).requires_grad_()
-    x, offset, weight, bias, mask = (tensors[name] for name in NAMES)
-    geometry = ([1, 1], [1, 1], [1, 1])
-    opcheck(torch.ops.mmdcn.deform_conv2d, (x, offset, weight, bias, *geometry, mask))
-
-    values = [t if t is None else t.detach() for t in (x, offset, weight, mask)]
-    x, offset, weight, mask = values
+    arguments = compiled_arguments(Problem(has_mask=has_mask, channels_last=channels_last), dtype)
+    opcheck(torch.ops.mmdcn.deform_conv2d, arguments)
+    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    del arguments[3]  # the bias
     grad_output = torch.randn(2, 6, 7, 8).to(dtype)
     for wanted in ([True] * 4, [True, False, False, True], [False, True, True, False]):
-        arguments = (grad_output, x, offset, weight, *geometry, mask, wanted)
-        opcheck(torch.ops.mmdcn.deform_conv2d_backward, arguments)
-
-
-def test_compiled_operator_refuses_what_does_not_fit():
-    """Called past the checks in Python, it still reads nothing out of bounds."""
-    tensors = {n: t.detach() for n, t in Problem().tensors(torch.float32).items()}
-    x, offset, weight, bias, mask = (tensors[name] for name in NAMES)
-    geometry = ([1, 1], [1, 1], [1, 1])
-    op = torch.ops.mmdcn.deform_conv2d
-    for arguments in (
-        (x, offset[:, :-1], weight, bias, *geometry, mask),
-        (x, offset, weight[:, :3], bias, *geometry, mask),
-        (x, offset, weight, bias[:-1], *geometry, mask),
-        (x, offset, weight, bias, *geometry, mask[:, :-1]),
-        (x, offset, weight, bias, *geometry, mask[:, :, :-1]),
-        (x, offset.double(), weight, bias, *geometry, mask),
-        (x[0], offset, weight, bias, *geometry, mask),
-        (x[..., :1].expand(-1, -1, -1, 2**30), offset, weight, bias, *geometry, mask),
-    ):
-        with pytest.raises(RuntimeError, match="deform_conv2d"):
-            op(*arguments)
-
-
-def test_autocast_casts_features_and_leaves_coordinates():
-    tensors = Problem().tensors(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        output = deform_conv2d(**tensors, padding=1)
-    assert output.dtype == torch.bfloat16
-    half = {n: t if n in ("offset", "mask") else t.bfloat16() for n, t in tensors.items()}
-    assert torch.equal(output, deform_conv2d(**half, padding=1))
-    output.sum().backward()
-    assert all(t.grad.dtype == torch.float32 for t in tensors.values())
-
-
-# ------------------------------------------------------------------------------------- bad calls
-
-# What is changed in a good call, and what the error must name.
-BAD_CALLS = {
-    "input of 3 dimensions": ({"input": torch.zeros(4, 7, 8)}, ValueError, r"input.*\(4, 7, 8\)"),
-    "input of integers": (
-        {"input": torch.zeros(2, 4, 7, 8, dtype=torch.int64)},
-        TypeError,
-        "input.*float32.*int64",
-    ),
-    "input is no tensor": ({"input": [1.0]}, TypeError, "input.*list"),
-    "input without channels": ({"input": torch.zeros(2, 0, 7, 8)}, ValueError, "input.*channel"),
-    "input too wide": (
-        {"input": torch.zeros(2, 4, 7, 1).expand(-1, -1, -1, 2**30)},
-        ValueError,
-        r"input.*2\*\*30.*\(7, 1073741824\)",
-    ),
-    "padding too large": ({"padding": 2**30}, ValueError, r"padding.*2\*\*30.*2147483653"),
-    "offset missing": ({"offset": None}, TypeError, "offset.*NoneType"),
-    "offset of 16 channels": (
-        {"offset": torch.zeros(2, 16, 7, 8)},
-        ValueError,
-        r"offset.*2 · 3 · 3.*16",
-    ),
-    "offset groups that do not divide": (
-        {"offset": torch.zeros(2, 54, 7, 8)},
-        ValueError,
-        "offset.*54",
-    ),
-    "offset without channels": ({"offset": torch.zeros(2, 0, 7, 8)}, ValueError, "offset.*got 0"),
-    "offset of another height": (
-        {"offset": torch.zeros(2, 18, 6, 8)},
-        ValueError,
-        r"offset.*\(2, 18, 7, 8\).*\(2, 18, 6, 8\)",
-    ),
-    "offset of another batch": ({"offset": torch.zeros(1, 18, 7, 8)}, ValueError, "offset"),
-    "offset of another dtype": (
-        {"offset": torch.zeros(2, 18, 7, 8).double()},
-        TypeError,
-        "offset.*float32.*float64",
-    ),
-    "mask of 8 channels": ({"mask": torch.zeros(2, 8, 7, 8)}, ValueError, "mask.*9.*got 8"),
-    "mask of another width": (
-        {"mask": torch.zeros(2, 9, 7, 9)},
-        ValueError,
-        r"mask.*\(2, 9, 7, 8\).*\(2, 9, 7, 9\)",
-    ),
-    "mask of another dtype": (
-        {"mask": torch.zeros(2, 9, 7, 8).half()},
-        TypeError,
-        "mask.*float32.*float16",
-    ),
-    "weight of 3 channels": ({"weight": torch.zeros(6, 3, 3, 3)}, ValueError, "weight.*4.*got 3"),
-    "weight of 5 channels": ({"weight": torch.zeros(6, 5, 3, 3)}, ValueError, "weight.*4.*got 5"),
-    "weight without taps": ({"weight": torch.zeros(6, 4, 0, 3)}, ValueError, "weight.*size 0"),
-    "outputs that groups do not divide": (
-        {"weight": torch.zeros(5, 2, 3, 3)},
-        ValueError,
-        "weight.*2 groups.*got 5",
-    ),
-    "weight of another dtype": (
-        {"weight": torch.zeros(6, 4, 3, 3).half()},
-        TypeError,
-        "weight.*float32.*float16",
-    ),
-    "bias of 5": ({"bias": torch.zeros(5)}, ValueError, r"bias.*\(6,\).*\(5,\)"),
-    "bias of 2 dimensions": ({"bias": torch.zeros(6, 1)}, ValueError, "bias.*1 dimension"),
-    "bias of another dtype": ({"bias": torch.zeros(6).double()}, TypeError, "bias.*float64"),
-    "stride 0": ({"stride": 0}, ValueError, "stride.*at least 1.*got 0"),
-    "stride of a fraction": ({"stride": 1.5}, TypeError, "stride.*int.*1.5"),
-    "three strides": ({"stride": (1, 1, 1)}, ValueError, r"stride.*\(1, 1, 1\)"),
-    "dilation 0": ({"dilation": (1, 0)}, ValueError, r"dilation.*at least 1.*\(1, 0\)"),
-    "negative padding": ({"padding": -1}, ValueError, "padding.*at least 0.*-1"),
-    "padding by name": ({"padding": "same"}, TypeError, "padding.*'same'"),
-    "kernel larger than input": (
-        {"dilation": 9},
-        ValueError,
-        r"input.*\(19, 19\).*\(7, 8\)",
-    ),
-    "another device": (
-        {"offset": torch.zeros(2, 18, 7, 8, device="meta")},
-        ValueError,
-        "offset.*cpu.*meta",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_CALLS)
-def test_bad_call_names_argument_expectation_and_value(case):
-    arguments = {n: t.detach() for n, t in Problem().tensors(torch.float32).items()}
-    arguments["padding"] = 1
-    changed, error, pattern = BAD_CALLS[case]
-    deform_conv2d(**arguments)
-    with pytest.raises(error, match=re.compile(pattern, re.DOTALL)):
-        deform_conv2d(**{**arguments, **changed})
-
-
-# --------------------------------------------------------------------------------------- peers
-
-
-def test_matches_mmcv():
-    mmcv_ops = pytest.importorskip("mmcv.ops")
-    import mmdcn.plugin
-
-    mmdcn.plugin.uninstall()  # mmcv's own kernels
-    try:
-        for has_mask in (False, True):
-            problem = Problem(
-                2, 8, (9, 10), 6, (3, 3), (2, 1), (1, 1), (1, 1), 2, 4, has_mask, has_bias=has_mask
-            )
-            geometry = (problem.stride, problem.padding, problem.dilation)
-
-            def call(input, offset, weight, bias, mask, geometry=geometry):
-                if mask is None:
-                    return mmcv_ops.deform_conv2d(input, offset, weight, *geometry, 2, 4)
-                return mmcv_ops.modulated_deform_conv2d(
-                    input, offset, mask, weight, bias, *geometry, 2, 4
-                )
-
-            theirs = run(call, problem.tensors())
-            ours = run(deform_conv2d, problem.tensors(), **problem.arguments())
-            for name, value in theirs.items():
-                assert largest_error(ours[name], value) < 1e-12, name
-    finally:
-        mmdcn.plugin.install()
-
-
-# ------------------------------------------------------------------------------ instruction sets
-
-CHECK_CAPABILITY = """
-from tests.ops.problems import DTYPES, Problem, compare
-for dtype in DTYPES:
-    compare(Problem(1, 130, (9, 11), 70, (3, 3), deform_groups=2), dtype)
-    compare(Problem(2, 12, (7, 8), 6, groups=2, deform_groups=12), dtype)
-    compare(Problem(1, 70, (20, 21), 5, deform_groups=35), dtype)
-    for layout in (False, True):
-        compare(Problem(1, 37, (70, 9), 5, channels_last=layout, spread=15.0), dtype)
-    compare(
-        Problem(1, 15, (9, 8), 6, deform_groups=3, points_channels_last=True,
-                weight_channels_last=True), dtype)
-"""
-
-
-@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512", "avx512_bf16"])
-def test_every_instruction_set(capability):
-    done = _python(CHECK_CAPABILITY, MMDCN_CPU_CAPABILITY=capability)
-    if "this machine has no" in done.stderr:
-        pytest.skip(f"no {capability} on this machine")
-    assert done.returncode == 0, done.stderr
-
-
-def test_unknown_instruction_set_is_refused():
-    done = _python(CHECK_CAPABILITY, MMDCN_CPU_CAPABILITY="avx1024")
-    assert done.returncode != 0
-    assert "expected portable, avx2, avx512 or avx512_bf16, got avx1024" in done.stderr
-
-
-def _python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_problem_defaults_are_a_good_call():
-    """The bad calls above each change one thing of a call that works."""
-    problem = Problem()
-    assert dataclasses.replace(problem, padding=(0, 0)).out_size == (5, 6)
-    assert problem.out_size == (7, 8)
+        opcheck(torch.ops.mmdcn.deform_conv2d_backward, (grad_output, *arguments, wanted))

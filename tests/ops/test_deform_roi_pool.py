@@ -8,44 +8,19 @@ from hypothesis import given, settings
 from torch.library import opcheck
 
 from mmdcn.ops import deform_roi_pool, reference
-from tests.ops.problems import DTYPES, compare, exact, largest_error, run, wide
-from tests.ops.roi_problems import (
-    NAMES,
-    RoIProblem,
-    roi_problems,
+from tests.ops.problems import (
+    DTYPES,
+    assert_gradient_alone,
+    assert_same_bits,
+    compare,
+    exact,
+    largest_error,
+    run,
+    wide,
 )
+from tests.ops.roi_problems import RoIProblem, roi_problems
 
 # ------------------------------------------------------------------------------- the mathematics
-
-
-def test_reference_is_the_papers_equation():
-    """The oracle itself, against sums over all integer positions q, written out with loops."""
-    problem = RoIProblem(
-        1, 4, (4, 5), 1, (2, 3), 0.5, 2, deform_groups=2, position_sensitive=True, dyadic=False
-    )
-    tensors = {name: t.detach() for name, t in problem.tensors().items()}
-    tensors["rois"] = torch.tensor([[0.0, 1.3, 0.4, 8.1, 6.9]], dtype=torch.float64)
-    x, rois, offset = (tensors[name] for name in NAMES)
-    offset *= 0.1
-    actual = reference.deform_roi_pool(**tensors, **problem.arguments())
-    left, top, right, bottom = (rois[0, 1:] * 0.5 - 0.5).tolist()
-    for c in range(4):
-        for i in range(2):
-            for j in range(3):
-                total = 0
-                delta_x, delta_y = offset[0, 2 * (c // 2) : 2 * (c // 2) + 2, i, j].tolist()
-                for k in range(4):
-                    p_y = top + (bottom - top) * (0.5 * delta_y + (i + (k // 2 + 0.5) / 2) / 2)
-                    p_x = left + (right - left) * (0.5 * delta_x + (j + (k % 2 + 0.5) / 2) / 3)
-                    p_y, p_x = min(max(p_y, 0), 3), min(max(p_x, 0), 4)
-                    total = total + sum(
-                        max(0, 1 - abs(q_y - p_y))
-                        * max(0, 1 - abs(q_x - p_x))
-                        * x[0, 6 * c + 3 * i + j, q_y, q_x]
-                        for q_y in range(4)
-                        for q_x in range(5)
-                    )
-                torch.testing.assert_close(actual[0, c, i, j], total / 4)
 
 
 @settings(max_examples=15)
@@ -283,13 +258,7 @@ def test_arguments_need_not_be_contiguous():
 
 @pytest.mark.parametrize("wanted", ["input", "offset"])
 def test_each_gradient_alone(wanted):
-    problem = RoIProblem(channels=40)
-    expected = run(deform_roi_pool, problem.tensors(), **problem.arguments())
-    tensors = problem.tensors()
-    for name in ("input", "offset"):
-        tensors[name].requires_grad_(name == wanted)
-    actual = run(deform_roi_pool, tensors, **problem.arguments())
-    assert torch.equal(actual[f"grad_{wanted}"], expected[f"grad_{wanted}"])
+    assert_gradient_alone(RoIProblem(channels=40), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -302,15 +271,7 @@ def test_each_gradient_alone(wanted):
     ids=str,
 )
 def test_same_bits_for_any_number_of_threads(problem, dtype):
-    results = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        tensors = problem.tensors(dtype)
-        results.append(run(deform_roi_pool, tensors, **problem.arguments()))
-    torch.set_num_threads(2)
-    for other in results[1:]:
-        for name, value in results[0].items():
-            assert torch.equal(value, other[name]), name
+    assert_same_bits(problem, dtype)
 
 
 # ------------------------------------------------------------------------------ contract with torch
@@ -363,19 +324,6 @@ def test_compiled_operator_refuses_what_does_not_fit():
         arguments[place] = bad
         with pytest.raises(RuntimeError, match="deform_roi_pool"):
             op(*arguments)
-
-
-def test_autocast_leaves_the_features_dtype():
-    problem = RoIProblem()
-    tensors = problem.tensors(torch.float32)
-    expected = deform_roi_pool(**tensors, **problem.arguments())
-    with torch.autocast("cpu", torch.bfloat16):
-        tensors["offset"] = tensors["offset"].detach().bfloat16().requires_grad_()
-        output = deform_roi_pool(**tensors, **problem.arguments())
-    assert output.dtype == torch.float32
-    torch.testing.assert_close(output, expected, rtol=0.1, atol=0.1)
-    output.sum().backward()
-    assert tensors["offset"].grad.dtype == torch.bfloat16
 
 
 # ------------------------------------------------------------------------------------- bad calls

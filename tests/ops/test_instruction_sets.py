@@ -1,4 +1,4 @@
-"""RoI pooling, aggregation, and convolution over any rank, by every instruction set there is."""
+"""Every operator by every instruction set there is."""
 
 import os
 import subprocess
@@ -9,29 +9,47 @@ import pytest
 CHECK = """
 import dataclasses
 from tests.ops.aggregate_problems import AggregateProblem
-from tests.ops.problems import DTYPES, LINE, VOLUME, compare
+from tests.ops.problems import DTYPES, LINE, VOLUME, Problem, compare
 from tests.ops.roi_problems import RoIProblem
 grouped = dataclasses.replace(VOLUME, channels=42, out_channels=35, groups=7, deform_groups=3)
 for dtype in DTYPES:
-    compare(RoIProblem(channels=150, deform_groups=2), dtype)
-    compare(RoIProblem(channels=7, position_sensitive=True, sampling_ratio=0), dtype)
-    compare(AggregateProblem(channels=150, group=2), dtype)
-    compare(AggregateProblem(channels=21, group=3, kernel=(5, 5), spread=9.0), dtype)
+    compare(Problem(1, 130, (9, 11), 70, (3, 3), deform_groups=2), dtype)
+    compare(Problem(2, 12, (7, 8), 6, groups=2, deform_groups=12), dtype)
+    compare(Problem(1, 70, (20, 21), 5, deform_groups=35), dtype)
+    for layout in (False, True):
+        compare(Problem(1, 37, (70, 9), 5, channels_last=layout, spread=15.0), dtype)
+    compare(
+        Problem(1, 15, (9, 8), 6, deform_groups=3, points_channels_last=True,
+                weight_channels_last=True), dtype)
     compare(LINE, dtype)
     compare(grouped, dtype)
+    compare(AggregateProblem(channels=150, group=2), dtype)
+    compare(AggregateProblem(channels=21, group=3, kernel=(5, 5), spread=9.0), dtype)
+    compare(RoIProblem(channels=150, deform_groups=2), dtype)
+    compare(RoIProblem(channels=7, position_sensitive=True, sampling_ratio=0), dtype)
 """
 
 
-@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512", "avx512_bf16"])
-def test_every_instruction_set(capability):
+def check(capability: str) -> subprocess.CompletedProcess:
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "MMDCN_CPU_CAPABILITY": capability}
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", CHECK],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512", "avx512_bf16"])
+def test_every_instruction_set(capability):
+    done = check(capability)
     if "this machine has no" in done.stderr:
         pytest.skip(f"no {capability} on this machine")
     assert done.returncode == 0, done.stderr
+
+
+def test_unknown_instruction_set_is_refused():
+    done = check("avx1024")
+    assert done.returncode != 0
+    assert "expected portable, avx2, avx512 or avx512_bf16, got avx1024" in done.stderr
