@@ -4,7 +4,7 @@ how values are drawn, and the comparison with the reference."""
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from hypothesis import strategies as st
@@ -179,6 +179,11 @@ def compiled_arguments(problem: Problem, dtype: torch.dtype) -> tuple:
     )
     geometry = (list(numbers) for numbers in problem.arguments().values())
     return x, offset, weight, bias, *geometry, mask
+
+
+def detached(arguments: Iterable) -> list:
+    """The same arguments, of which no tensor requires gradients."""
+    return [a.detach() if isinstance(a, Tensor) else a for a in arguments]
 
 
 def divisors(number: int) -> list[int]:

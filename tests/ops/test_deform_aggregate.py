@@ -16,6 +16,7 @@ from tests.ops.problems import (
     assert_gradient_alone,
     assert_same_bits,
     compare,
+    detached,
     exact,
     largest_error,
     run,
@@ -187,7 +188,7 @@ def compiled_arguments(dtype: torch.dtype) -> tuple:
 def test_opcheck(dtype):
     arguments = compiled_arguments(dtype)
     opcheck(torch.ops.mmdcn.deform_aggregate, arguments)
-    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    arguments = detached(arguments)
     grad_output = torch.randn(2, 7, 8, 8).to(dtype)
     for wanted in ([True] * 3, [True, False, False], [False, True, True], [False, False, True]):
         opcheck(torch.ops.mmdcn.deform_aggregate_backward, (grad_output, *arguments, wanted))
@@ -237,9 +238,7 @@ def test_compiled_operator_refuses_what_does_not_fit():
     ],
 )
 def test_compiled_operator_names_what_does_not_fit(place, bad, named):
-    arguments = [
-        a.detach() if isinstance(a, torch.Tensor) else a for a in compiled_arguments(torch.float32)
-    ]
+    arguments = detached(compiled_arguments(torch.float32))
     arguments[place] = bad(arguments[place])
     pattern = rf"mmdcn::deform_aggregate: expected .*{named}"
     with pytest.raises(RuntimeError, match=pattern):

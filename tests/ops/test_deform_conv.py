@@ -14,6 +14,7 @@ from tests.ops.problems import (
     Problem,
     compare,
     compiled_arguments,
+    detached,
     largest_error,
     problems,
     run,
@@ -319,7 +320,7 @@ def test_expanded_offsets(deform_groups):
 def test_opcheck(dtype, has_mask, channels_last):
     arguments = compiled_arguments(Problem(has_mask=has_mask, channels_last=channels_last), dtype)
     opcheck(torch.ops.mmdcn.deform_conv2d, arguments)
-    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    arguments = detached(arguments)
     del arguments[3]  # the bias
     grad_output = torch.randn(2, 6, 7, 8).to(dtype)
     for wanted in ([True] * 4, [True, False, False, True], [False, True, True, False]):

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from tests.ops.problems import FUNCTIONS, LINE, VOLUME, Problem, compiled_arguments
+from tests.ops.problems import FUNCTIONS, LINE, VOLUME, Problem, compiled_arguments, detached
 
 # What is changed in a good call of deform_conv2d, and what the error must name.
 BAD_CALLS_2D = {
@@ -188,9 +188,8 @@ def test_problem_defaults_are_a_good_call():
 
 def test_deform_conv2d_refuses_what_does_not_fit():
     """Called past the checks in Python, it still reads nothing out of bounds."""
-    x, offset, weight, bias, *geometry, mask = (
-        a.detach() if isinstance(a, torch.Tensor) else a
-        for a in compiled_arguments(Problem(), torch.float32)
+    x, offset, weight, bias, *geometry, mask = detached(
+        compiled_arguments(Problem(), torch.float32)
     )
     op = torch.ops.mmdcn.deform_conv2d
     op(x, offset, weight, bias, *geometry, mask)
@@ -210,10 +209,7 @@ def test_deform_conv2d_refuses_what_does_not_fit():
 
 def test_deform_conv_nd_refuses_what_does_not_fit():
     """Called past the checks in Python, it still reads nothing out of bounds."""
-    good = [
-        a.detach() if isinstance(a, torch.Tensor) else a
-        for a in compiled_arguments(VOLUME, torch.float32)
-    ]
+    good = detached(compiled_arguments(VOLUME, torch.float32))
     x, offset, weight, bias, *_, mask = good
     op = torch.ops.mmdcn.deform_conv_nd
     op(*good)
@@ -246,7 +242,7 @@ def test_deform_conv_nd_refuses_other_ranks(rank):
     pattern = f"input: expected 5 dimensions, got {rank + 2}"
     with pytest.raises(RuntimeError, match=pattern):
         torch.ops.mmdcn.deform_conv_nd(*arguments)
-    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    arguments = detached(arguments)
     del arguments[3]  # the bias
     grad_output = torch.zeros(2, 6, *problem.out_size)
     with pytest.raises(RuntimeError, match=pattern):
@@ -271,10 +267,7 @@ def test_deform_conv_nd_refuses_other_ranks(rank):
 )
 def test_deform_conv_nd_names_what_does_not_fit(name, bad):
     names = ("input", "offset", "weight", "bias", "stride", "padding", "dilation", "mask")
-    arguments = {
-        n: a.detach() if isinstance(a, torch.Tensor) else a
-        for n, a in zip(names, compiled_arguments(VOLUME, torch.float32))
-    }
+    arguments = dict(zip(names, detached(compiled_arguments(VOLUME, torch.float32))))
     arguments[name] = bad(arguments[name])
     pattern = rf"mmdcn::deform_conv_nd: expected .*{name}"
     with pytest.raises(RuntimeError, match=pattern):
@@ -296,10 +289,7 @@ def test_deform_conv_nd_refuses_numbers_that_give_another_size(place, number):
 
 
 def test_backward_refuses_what_is_not_the_gradient_of_the_output():
-    x, offset, weight, _, *geometry, mask = (
-        a.detach() if isinstance(a, torch.Tensor) else a
-        for a in compiled_arguments(VOLUME, torch.float32)
-    )
+    x, offset, weight, _, *geometry, mask = detached(compiled_arguments(VOLUME, torch.float32))
     good = torch.zeros(2, 6, *VOLUME.out_size)
     op = torch.ops.mmdcn.deform_conv_nd_backward
     for name, grad_output, wanted in (

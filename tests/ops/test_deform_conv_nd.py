@@ -21,6 +21,7 @@ from tests.ops.problems import (
     Problem,
     compare,
     compiled_arguments,
+    detached,
     exact,
     largest_error,
     problems,
@@ -163,7 +164,7 @@ def test_arguments_need_not_be_contiguous(problem):
 def test_opcheck(dtype, problem):
     arguments = compiled_arguments(problem, dtype)
     opcheck(torch.ops.mmdcn.deform_conv_nd, arguments)
-    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    arguments = detached(arguments)
     del arguments[3]  # the bias
     grad_output = torch.randn(2, 6, *problem.out_size).to(dtype)
     for wanted in ([True] * 4, [False, True, False, False], [True, False, True, True]):

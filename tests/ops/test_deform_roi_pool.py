@@ -13,6 +13,7 @@ from tests.ops.problems import (
     assert_gradient_alone,
     assert_same_bits,
     compare,
+    detached,
     exact,
     largest_error,
     run,
@@ -293,7 +294,7 @@ def compiled_arguments(problem: RoIProblem, dtype: torch.dtype) -> tuple:
 def test_opcheck(dtype, deform_groups):
     arguments = compiled_arguments(RoIProblem(deform_groups=deform_groups), dtype)
     opcheck(torch.ops.mmdcn.deform_roi_pool, arguments)
-    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    arguments = detached(arguments)
     grad_output = torch.randn(5, 4, 2, 4).to(dtype)
     for wanted in ([True, True], [True, False], [False, True]):
         opcheck(torch.ops.mmdcn.deform_roi_pool_backward, (grad_output, *arguments, wanted))
