@@ -1,3 +1,5 @@
+"""The demo: its report, and what it keeps, does again or leaves alone."""
+
 import fcntl
 import importlib.util
 import json

@@ -1,3 +1,5 @@
+"""The timing of calls, on a clock that the tests turn."""
+
 import platform
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""The benchmark's cases: what they cost by hand, their tensors, and how shapes are named."""
+
 import pytest
 import torch
 import torch.nn.functional as F

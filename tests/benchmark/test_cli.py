@@ -1,3 +1,5 @@
+"""The benchmark's command line, and what an interruption leaves."""
+
 import json
 import os
 import re

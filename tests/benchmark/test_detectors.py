@@ -1,3 +1,5 @@
+"""The benchmark of whole detectors: the same work on either kernels, or no timing."""
+
 import dataclasses
 
 import pytest

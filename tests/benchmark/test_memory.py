@@ -1,3 +1,5 @@
+"""The benchmark's measurement of memory."""
+
 from dataclasses import replace
 
 import pytest

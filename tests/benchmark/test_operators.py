@@ -1,3 +1,5 @@
+"""The benchmark of the operator: its peers, its samples, and that wrong results are not timed."""
+
 import importlib.util
 
 import pytest

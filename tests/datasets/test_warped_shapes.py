@@ -1,3 +1,5 @@
+"""The warped shapes: repeatable bytes, annotations that are what is drawn, and the files."""
+
 import contextlib
 import io
 import json

@@ -1,3 +1,5 @@
+"""The warps of the warped shapes: invertible, growing with their strength, without folds."""
+
 import numpy as np
 import pytest
 

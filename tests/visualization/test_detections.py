@@ -1,3 +1,5 @@
+"""Pictures of detections, and grids of them."""
+
 import io
 
 import numpy as np

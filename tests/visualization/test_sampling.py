@@ -1,3 +1,5 @@
+"""Sampling points: where they lie, how they stack, and how they are drawn."""
+
 import numpy as np
 import pytest
 import torch
