@@ -3,25 +3,29 @@
 
 STABLE_TORCH_LIBRARY(mmdcn, m) {
   // `offset` and `mask` are float64 beside float64 features and float32 beside all others.
-  // `allow_tf32` lets float32 be multiplied in TF32, where the device has it.
+  // `allow_tf32` lets float32 be multiplied in TF32, where the device has it. `matmul_tf32` says
+  // that torch's own products of matrices do that, whether the operator may or not.
   m.def(
       "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, int[2] stride, "
-      "int[2] padding, int[2] dilation, Tensor? mask, *, bool allow_tf32=False) -> Tensor");
+      "int[2] padding, int[2] dilation, Tensor? mask, *, bool allow_tf32=False, "
+      "bool matmul_tf32=False) -> Tensor");
   // `output_mask` says which gradients are wanted, of input, offset, weight and mask; the others
   // come back as tensors of no elements. `deterministic` asks for the same bits in every run, which
   // costs time where the device adds in no fixed order otherwise.
   m.def(
       "deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, "
       "int[2] stride, int[2] padding, int[2] dilation, Tensor? mask, bool[4] output_mask, *, "
-      "bool allow_tf32=False, bool deterministic=False) -> "
+      "bool allow_tf32=False, bool matmul_tf32=False, bool deterministic=False) -> "
       "(Tensor grad_input, Tensor grad_offset, Tensor grad_weight, Tensor grad_mask)");
   // The same over three dimensions.
   m.def(
       "deform_conv_nd(Tensor input, Tensor offset, Tensor weight, Tensor? bias, int[] stride, "
-      "int[] padding, int[] dilation, Tensor? mask) -> Tensor");
+      "int[] padding, int[] dilation, Tensor? mask, *, bool allow_tf32=False, "
+      "bool matmul_tf32=False) -> Tensor");
   m.def(
       "deform_conv_nd_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, "
-      "int[] stride, int[] padding, int[] dilation, Tensor? mask, bool[4] output_mask) -> "
+      "int[] stride, int[] padding, int[] dilation, Tensor? mask, bool[4] output_mask, *, "
+      "bool allow_tf32=False, bool matmul_tf32=False, bool deterministic=False) -> "
       "(Tensor grad_input, Tensor grad_offset, Tensor grad_weight, Tensor grad_mask)");
   // `rois` and `offset` are float64 beside float64 features and float32 beside all others. Where
   // position_sensitive, the input's channels are ordered by bin, then by output channel.
@@ -47,6 +51,8 @@ STABLE_TORCH_LIBRARY(mmdcn, m) {
       "(Tensor grad_input, Tensor grad_offset, Tensor grad_mask)");
   // The instruction set that the CPU kernels use.
   m.def("cpu_capability() -> str");
-  // The kernels that CUDA tensors meet, where the CUDA library is loaded.
-  m.def("cuda_kernels() -> str");
+  // Which of torch's operators computes a matrix product of a convolution on a CUDA device, where
+  // the CUDA library is loaded: see cuda/deform_conv/product.h for the names.
+  m.def("cuda_product(int device, str product, str arithmetic) -> str");
+  m.def("set_cuda_product(int device, str product, str arithmetic, str call) -> ()");
 }

@@ -66,6 +66,17 @@ MMDCN_HOST_DEVICE coord_t slope_along(int high) {
   return high ? coord_t(1) : coord_t(-1);
 }
 
+// The derivative of G(q, p) along dimension d, for corner number q.
+template <typename coord_t, int R>
+MMDCN_HOST_DEVICE coord_t slope_of_corner(const coord_t (&fraction)[R], int d, int q) {
+  coord_t slope = 1;
+  for (int e = 0; e < R; ++e) {
+    const int high = (q >> (R - 1 - e)) & 1;
+    slope *= e == d ? slope_along<coord_t>(high) : weight_along(fraction[e], high);
+  }
+  return slope;
+}
+
 // The corners of one sample: their flat positions in the feature map, their weights G(q, p), and
 // the derivatives of those weights with respect to each coordinate. Positions are counted in
 // index_t, which must hold the number of them.
@@ -80,11 +91,16 @@ struct Corners {
   // Fills the corners of point p in a feature map of the given size. Returns false, with nothing
   // filled, when the sample contributes nothing.
   MMDCN_HOST_DEVICE bool locate(const coord_t (&p)[R], const index_t (&size)[R]) {
+    coord_t fraction[R];
+    return locate(p, size, fraction);
+  }
+  // The same, which also tells what is left of the point's coordinates.
+  MMDCN_HOST_DEVICE bool locate(const coord_t (&p)[R], const index_t (&size)[R],
+                                coord_t (&fraction)[R]) {
     for (int d = 0; d < R; ++d) {
       if (!reaches(p[d], size[d])) return false;
     }
     index_t low[R];
-    coord_t fraction[R];
     for (int d = 0; d < R; ++d) split(p[d], low[d], fraction[d]);
     fill(low, fraction, size);
     return true;
@@ -130,12 +146,7 @@ struct Corners {
       position[q] = all ? flat : -1;
       weight[q] = all ? g : coord_t(0);
       for (int d = 0; d < R; ++d) {
-        coord_t slope = 1;
-        for (int e = 0; e < R; ++e) {
-          const int high = (q >> (R - 1 - e)) & 1;
-          slope *= e == d ? slope_along<coord_t>(high) : weight_along(fraction[e], high);
-        }
-        weight_gradient[d][q] = all ? slope : coord_t(0);
+        weight_gradient[d][q] = all ? slope_of_corner(fraction, d, q) : coord_t(0);
       }
     }
   }

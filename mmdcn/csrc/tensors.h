@@ -62,6 +62,16 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   return std::vector<int64_t>(tensor.sizes().begin(), tensor.sizes().end());
 }
 
+// The message of the error behind a call of torch's that failed, or, where the torch at hand does
+// not tell, what it most likely is.
+inline std::string cause_of_failure(const char* most_likely) {
+  if (torch_exception_get_what_without_backtrace != nullptr) {
+    const char* what = torch_exception_get_what_without_backtrace();
+    if (what != nullptr && *what != '\0') return what;
+  }
+  return most_likely;
+}
+
 // Throws the error of a call of torch's that failed, made for a tensor of these sizes. What torch's
 // own check says is the call and its line here, which tells a user nothing.
 [[noreturn]] inline void throw_failure(const char* doing, const std::vector<int64_t>& size,
@@ -73,13 +83,9 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
     if (__builtin_mul_overflow(bytes, length, &bytes)) bytes = INT64_MAX;
     shape += (shape.empty() ? "" : ", ") + std::to_string(length);
   }
-  std::string cause = "most likely, the device is out of memory";
-  if (torch_exception_get_what_without_backtrace != nullptr) {
-    const char* what = torch_exception_get_what_without_backtrace();
-    if (what != nullptr && *what != '\0') cause = what;
-  }
   throw std::runtime_error(std::string("mmdcn: failed ") + doing + " of shape (" + shape + "), " +
-                           std::to_string(bytes) + " bytes: " + cause);
+                           std::to_string(bytes) + " bytes: " +
+                           cause_of_failure("most likely, the device is out of memory"));
 }
 
 // What `make` gives, a tensor like the given one; it calls operators of torch's.

@@ -102,15 +102,17 @@ def deform_conv(
     stride = numbers("stride", stride, rank, 1)
     padding = numbers("padding", padding, rank, 0)
     dilation = numbers("dilation", dilation, rank, 1)
+    # Passed only where they matter: graphs that others translate stay free of them.
+    options = _float32_options(input) if getattr(input, "is_cuda", False) else {}
     if _goes_straight(input, offset, weight, bias, mask):
         # The operator itself refuses arguments that do not fit together. The checks that find what
         # is at fault run only after such a refusal, because their time counts for small layers.
         arguments = (input, offset, weight, bias, stride, padding, dilation, mask)
         try:
             if torch.is_grad_enabled():
-                return operator(*arguments)
+                return operator(*arguments, **options)
             with torch._C._AutoDispatchBelowAutograd():
-                return operator(*arguments)
+                return operator(*arguments, **options)
         except (RuntimeError, TypeError, ValueError, IndexError):
             pass
     check_tensors(
@@ -128,23 +130,28 @@ def deform_conv(
     _library.require_kernels_for(input.device)
     wide = coordinate_dtype(input.dtype)
     mask = None if mask is None else mask.to(wide)
-    # The option is passed only where it matters: graphs that others translate stay free of it, and
-    # only some kernels have TF32.
-    tf32 = {"allow_tf32": True} if rank < 3 and _multiplies_in_tf32(input) else {}
-    return operator(input, offset.to(wide), weight, bias, stride, padding, dilation, mask, **tf32)
+    options = (
+        _float32_options(input) if input.is_cuda else {}
+    )  # autocast may have changed the dtype
+    return operator(
+        input, offset.to(wide), weight, bias, stride, padding, dilation, mask, **options
+    )
 
 
-def _multiplies_in_tf32(input: Tensor) -> bool:
-    return input.is_cuda and _cuda_multiplies_in_tf32(input.dtype)
+def _float32_options(input: Tensor) -> dict[str, bool]:
+    """What torch's settings say about float32 on CUDA, as options of the compiled operator."""
+    if input.dtype != torch.float32:
+        return {}
+    convolutions, products = _tf32_settings()
+    return {"allow_tf32": True} if convolutions else {"matmul_tf32": True} if products else {}
 
 
 @torch.compiler.assume_constant_result
-def _cuda_multiplies_in_tf32(dtype: torch.dtype) -> bool:
-    """Whether CUDA may multiply in TF32: torch's setting for convolutions, if the kernels can."""
+def _tf32_settings() -> tuple[bool, bool]:
+    """Whether torch may multiply float32 in TF32, in convolutions and in products of matrices."""
     return (
-        dtype == torch.float32
-        and torch.ops.mmdcn.cuda_kernels() == "tensor_core"
-        and torch.backends.cudnn.conv.fp32_precision == "tf32"
+        torch.backends.cudnn.conv.fp32_precision == "tf32",
+        torch.backends.cuda.matmul.fp32_precision == "tf32",
     )
 
 
@@ -178,7 +185,6 @@ def _goes_straight(
             and weight.is_cuda
             and (bias is None or bias.is_cuda)
             and (mask is None or mask.is_cuda)
-            and not _multiplies_in_tf32(input)
         )
     # Tracers other than Dynamo need no check: their tensors have a type of their own.
     return on_one_device and not (

@@ -1,80 +1,103 @@
-"""Builds the CUDA operators' source for the host."""
+"""Builds the CUDA operators' source for the host, once for all processes of a test run."""
 
-import contextlib
 import ctypes
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 HERE = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+OPERATORS = ("deform_conv2d", "deform_conv_nd", "deform_aggregate", "deform_roi_pool")
+SCHEMAS = [*OPERATORS, *(f"{name}_backward" for name in OPERATORS)]
+SCHEMAS += ["cuda_product", "set_cuda_product"]
 
 
-def compile_host(source: str, target: Path, *flags: str) -> Path:
-    cxx = os.environ.get("CXX", "g++").split()
-    command = [*cxx, "-std=c++17", *WARNINGS, str(HERE / source), "-o", str(target), *flags]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return target
+@pytest.fixture(scope="session")
+def compile_host(tmp_path_factory) -> Callable:
+    """``compile_host(source, name, *flags)``: the path of what is compiled from the source."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
 
-
-@pytest.fixture
-def host_check(tmp_path):
-    """Builds tests/cuda/host_check.cpp with the given flags and returns its path."""
-
-    def build(*flags: str) -> Path:
-        return compile_host("host_check.cpp", tmp_path / "host_check", "-g1", "-pthread", *flags)
+    def build(source: str, name: str, *flags: str) -> Path:
+        target = folder / name
+        with FileLock(f"{target}.lock"):
+            if not target.is_file():
+                _compile(HERE / source, target, *flags)
+        return target
 
     return build
 
 
+def _compile(source: Path, target: Path, *flags: str) -> None:
+    unfinished = target.with_suffix(".unfinished")
+    cxx = os.environ.get("CXX", "g++").split()
+    command = [*cxx, "-std=c++17", *WARNINGS, str(source), "-o", str(unfinished), *flags]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    unfinished.rename(target)
+
+
+@pytest.fixture
+def check_with_sanitizers(compile_host, sanitizers) -> Callable:
+    """Runs one of the programs check_*.cpp, and fails where it finds anything."""
+
+    def check(operator: str, problems: int) -> None:
+        flags = ("-O1", "-g1", "-pthread", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all")
+        name = f"check_{operator}_{sanitizers.partition(',')[0]}"
+        program = compile_host(f"check_{operator}.cpp", name, *flags)
+        runs = [("0", str(problems), "4")]
+        if sanitizers != "thread":
+            runs.append(("100", "1", "256"))  # the geometry of the GPU's blocks
+        for arguments in runs:
+            result = subprocess.run(
+                [program, *arguments], capture_output=True, text=True, check=False
+            )
+            assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-5000:]
+
+    return check
+
+
+@pytest.fixture(params=["address,undefined,float-cast-overflow", "thread"])
+def sanitizers(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="session")
-def host_library(tmp_path_factory) -> Path:
+def host_library(compile_host) -> Path:
     """The CUDA operators for CPU tensors."""
     return compile_host(
-        "host_library.cpp",
-        tmp_path_factory.mktemp("host_library") / "host.so",
-        *("-O2", "-shared", "-fPIC", "-pthread", "-Wl,-Bsymbolic"),
+        *("host_library.cpp", "host_library.so"),
+        *("-O1", "-shared", "-fPIC", "-pthread", "-Wl,-Bsymbolic"),
         *("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
         *("-isystem", str(TORCH / "include"), f"-L{TORCH / 'lib'}", "-ltorch_cpu"),
     )
 
 
-def load_host_operators(library: Path) -> torch.library.Library:
-    """``torch.ops.mmdcn_host``, with the schemas of ours, while what is returned lives."""
+@pytest.fixture(scope="session")
+def host_operators(host_library):
+    """``torch.ops.mmdcn_host``, with the schemas of ours."""
     import mmdcn.ops  # noqa: F401  (registers the schemas)
 
     definitions = torch.library.Library("mmdcn_host", "DEF")
-    for name in ("deform_conv2d", "deform_conv2d_backward", "cuda_kernels"):
+    for name in SCHEMAS:
         schema = str(getattr(torch.ops.mmdcn, name).default._schema)
         definitions.define(schema.removeprefix("mmdcn::"))
-    torch.ops.load_library(str(library))
-    return definitions
-
-
-@pytest.fixture(scope="session")
-def host_operators(host_library):
-    definitions = load_host_operators(host_library)
+    torch.ops.load_library(str(host_library))
     yield torch.ops.mmdcn_host
     definitions._destroy()
 
 
 @pytest.fixture(scope="session")
-def tensor_cores(host_operators, host_library) -> Callable:
-    """``with tensor_cores() as launches``: their kernels are chosen; `launches()` counts them."""
-    library = ctypes.CDLL(str(host_library))
-
-    @contextlib.contextmanager
-    def chosen() -> Iterator[Callable[[], int]]:
-        library.mmdcn_host_use_tensor_cores(1)
-        try:
-            yield library.mmdcn_host_tensor_core_launches
-        finally:
-            library.mmdcn_host_use_tensor_cores(0)
-
-    return chosen
+def set_memory(host_library) -> Callable[[int, int], None]:
+    """``set_memory(chunk_bytes, copy_bytes)``: how much a convolution takes at a time."""
+    function = ctypes.CDLL(str(host_library)).mmdcn_host_set_memory
+    function.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    function(3000, 3000)
+    return function

@@ -1,10 +1,8 @@
 // Blocks of the CUDA kernels on the host: see mmdcn/csrc/cuda/context.h.
 //
-// A block has kRows x kColumns threads, of the operating system where there is more than one. What
-// GPU memory checkers look for is made visible: shared memory starts poisoned, so that reading what
-// no thread wrote gives NaN, and every element of a result must be stored exactly once.
-// Asynchronous copies poison their target when they are asked for and are made when they are waited
-// for, so that it shows if somebody still reads the target, or already does.
+// A block has one thread, or several of the operating system's. What GPU memory checkers look for
+// is made visible: shared memory starts poisoned, so that reading what no thread wrote gives NaN,
+// and every element of a result must be stored exactly once.
 #pragma once
 
 #include <pthread.h>
@@ -13,17 +11,18 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <deque>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <thread>
 #include <vector>
 
-#include "../../mmdcn/csrc/cuda/context.h"
-#include "../../mmdcn/csrc/cuda/deform_conv2d/tensor_core_tile.h"
+#include "../../mmdcn/csrc/cuda/vector.h"
 
 namespace mmdcn::cuda {
+
+// Fewer blocks than there is work for, so that blocks stride over it.
+constexpr int64_t kFewBlocks = 3;
 
 constexpr unsigned char kPoison = 0xFF;
 
@@ -40,7 +39,7 @@ bool is_poison(const T& value) {
   return true;
 }
 
-// Poisons a result, and checks when it goes away that every element was stored once.
+// Checks that every element of a result was stored once since it was poisoned.
 template <typename T>
 void expect_stored(const T* data, int64_t elements) {
   if (rewritten.exchange(0) != 0) throw std::runtime_error("an element was stored twice");
@@ -54,51 +53,44 @@ void poison(T* data, int64_t elements) {
   std::memset(static_cast<void*>(data), kPoison, elements * sizeof(T));
 }
 
-// A number as tensor cores take it: float in TF32, with 10 bits of significand, rounded as
-// cvt.rna.tf32.f32 does.
-template <typename T>
-float as_multiplied(T value) {
-  return static_cast<float>(value);
-}
-inline float as_multiplied(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  const bool finite = (bits & 0x7F800000u) != 0x7F800000u;
-  bits = finite ? (bits + 0x1000u) & ~0x1FFFu : bits;
-  std::memcpy(&value, &bits, sizeof(bits));
-  return value;
-}
+// What the threads of a block share beside their storage.
+struct HostBlock {
+  int64_t number, blocks;
+  pthread_barrier_t barrier;
+  std::vector<double> exchange;  // one value of each thread
+};
 
-template <int kRows_, int kColumns_>
+template <int kThreads_, int kLanes_>
 class HostContext {
  public:
-  static constexpr int kRows = kRows_;
-  static constexpr int kColumns = kColumns_;
-  static constexpr int kThreads = kRows * kColumns;
+  static constexpr int kThreads = kThreads_;
+  static constexpr int kLanes = kLanes_;
 
-  HostContext(int thread, int64_t block, int64_t blocks, pthread_barrier_t* barrier)
-      : thread_(thread), block_(block), blocks_(blocks), barrier_(barrier) {}
+  HostContext(int thread, HostBlock* shared) : thread_(thread), shared_(shared) {}
 
   int thread() const { return thread_; }
-  int64_t block() const { return block_; }
-  int64_t blocks() const { return blocks_; }
+  int64_t block() const { return shared_->number; }
+  int64_t blocks() const { return shared_->blocks; }
   void sync() const {
-    if (kThreads > 1) pthread_barrier_wait(barrier_);
+    if (kThreads > 1) pthread_barrier_wait(&shared_->barrier);
   }
 
+  // In the order in which the GPU's lanes add up.
   template <typename T>
-  void atomic_add(T* address, T value) const {
-    const std::lock_guard<std::mutex> lock(atomic());
-    *address += value;
+  T sum_lanes(T value, int lanes) const {
+    for (int other = lanes / 2; other > 0; other /= 2) {
+      shared_->exchange[thread_] = value;
+      sync();
+      value += static_cast<T>(shared_->exchange[thread_ ^ other]);
+      sync();
+    }
+    return value;
   }
-  void atomic_add(float* address, const float (&values)[4]) const {
-    require_alignment(address, 16);
-    const std::lock_guard<std::mutex> lock(atomic());
-    for (int i = 0; i < 4; ++i) address[i] += values[i];
-  }
-  void atomic_max(int32_t* address, int32_t value) const {
-    const std::lock_guard<std::mutex> lock(atomic());
-    *address = std::max(*address, value);
+
+  template <typename T, int N>
+  void load(const T* address, Vector<T, N>& vector) const {
+    require_alignment(address, sizeof(vector));
+    std::memcpy(static_cast<void*>(&vector), address, sizeof(vector));
   }
 
   template <typename T>
@@ -106,116 +98,29 @@ class HostContext {
     if (!is_poison(*address)) ++rewritten;
     *address = value;
   }
-  template <typename T, int kLength>
-  void store(T* address, const Vector<T, kLength>& vector) const {
+  template <typename T, int N>
+  void store(T* address, const Vector<T, N>& vector) const {
     require_alignment(address, sizeof(vector));
-    T values[kLength];
-    std::memcpy(static_cast<void*>(values), &vector, sizeof(vector));
-    for (int i = 0; i < kLength; ++i) store(address + i, values[i]);
-  }
-
-  template <typename T, typename V>
-  void load(const T* address, V& vector) const {
-    require_alignment(address, sizeof(V));
-    std::memcpy(&vector, address, sizeof(V));
-  }
-
-  template <typename T, int kLength>
-  void load_shared(const T* address, Vector<T, kLength>& vector) const {
-    load(address, vector);
-  }
-  template <typename T, int kLength>
-  void store_shared(T* address, const Vector<T, kLength>& vector) const {
-    require_alignment(address, sizeof(vector));
-    std::memcpy(static_cast<void*>(address), &vector, sizeof(vector));
-  }
-
-  template <typename T, int kLength>
-  void unpack(const Vector<T, kLength>& vector, float (&values)[kLength]) const {
-    T elements[kLength];
-    std::memcpy(static_cast<void*>(elements), &vector, sizeof(vector));
-    for (int i = 0; i < kLength; ++i) values[i] = static_cast<float>(elements[i]);
-  }
-  template <typename T, int kLength>
-  void pack(const float (&values)[kLength], Vector<T, kLength>& vector) const {
-    T elements[kLength];
-    for (int i = 0; i < kLength; ++i) elements[i] = static_cast<T>(values[i]);
-    std::memcpy(&vector, elements, sizeof(vector));
+    for (int i = 0; i < N; ++i) store(address + i, vector.value[i]);
   }
 
   template <typename T>
-  void copy_async(T* shared, const T* global, bool exists) const {
-    require_alignment(shared, 16);
-    require_alignment(global, 16);
-    std::memset(static_cast<void*>(shared), kPoison, 16);
-    copies_.push_back({shared, exists ? global : nullptr});
+  void atomic_add(T* address, T value) const {
+    const std::lock_guard<std::mutex> lock(atomic());
+    *address += value;
   }
-  void commit() const {
-    groups_.push_back(copies_.size());
-    pending_.insert(pending_.end(), copies_.begin(), copies_.end());
-    copies_.clear();
+  template <typename T, int N>
+  void atomic_add(T* address, const T (&values)[N]) const {
+    require_alignment(address, sizeof(values));
+    const std::lock_guard<std::mutex> lock(atomic());
+    for (int i = 0; i < N; ++i) address[i] += values[i];
   }
-  template <int kPending>
-  void wait() const {
-    for (; groups_.size() > kPending; groups_.pop_front()) {
-      for (size_t i = 0; i < groups_.front(); ++i, pending_.pop_front()) pending_.front().make();
-    }
+  void atomic_max(int32_t* address, int32_t value) const {
+    const std::lock_guard<std::mutex> lock(atomic());
+    *address = std::max(*address, value);
   }
-
-  template <int kM, int kN>
-  class TensorProduct {
-    static constexpr int kHeight = kM / kRows_, kWidth = kN / kColumns_;
-    float value_[kHeight][kWidth];
-
-   public:
-    void clear() {
-      for (auto& row : value_) std::fill(row, row + kWidth, 0.0f);
-    }
-
-    template <typename T, Lines kLeftLines, Lines kRightLines>
-    void add(const HostContext& ctx, const Operand<T, kM, kLeftLines>& left,
-             const Operand<T, kN, kRightLines>& right, int part) {
-      constexpr int kLength = kStep<T> / kParts;
-      const int row = ctx.thread() / kColumns_ * kHeight,
-                column = ctx.thread() % kColumns_ * kWidth;
-      for (int k = part * kLength; k < (part + 1) * kLength; ++k) {
-        float a[kHeight], b[kWidth];
-        for (int i = 0; i < kHeight; ++i) a[i] = as_multiplied(left.at(row + i, k));
-        for (int j = 0; j < kWidth; ++j) b[j] = as_multiplied(right.at(column + j, k));
-        for (int i = 0; i < kHeight; ++i) {
-          for (int j = 0; j < kWidth; ++j) value_[i][j] += a[i] * b[j];
-        }
-      }
-    }
-
-    template <typename Visit>
-    void for_each(const HostContext& ctx, const Visit& visit) const {
-      const int row = ctx.thread() / kColumns_ * kHeight,
-                column = ctx.thread() % kColumns_ * kWidth;
-      for (int i = 0; i < kHeight; ++i) {
-        for (int j = 0; j < kWidth; j += 2) {
-          const float pair[2] = {value_[i][j], value_[i][j + 1]};
-          visit(row + i, column + j, pair);
-        }
-      }
-    }
-  };
 
  private:
-  // 16 bytes, or zeros.
-  struct Copy {
-    void* to;
-    const void* from;
-
-    void make() const {
-      if (from) {
-        std::memcpy(to, from, 16);
-      } else {
-        std::memset(to, 0, 16);
-      }
-    }
-  };
-
   static std::mutex& atomic() {
     static std::mutex mutex;
     return mutex;
@@ -227,12 +132,10 @@ class HostContext {
   }
 
   int thread_;
-  int64_t block_, blocks_;
-  pthread_barrier_t* barrier_;
-  mutable std::vector<Copy> copies_;   // of the group that is open
-  mutable std::deque<Copy> pending_;   // of closed groups
-  mutable std::deque<size_t> groups_;  // their sizes
+  HostBlock* shared_;
 };
+
+struct NoStorage {};
 
 // Runs program(context, storage) for every thread of every block, one block after the other.
 template <typename Ctx, typename Storage, typename Program>
@@ -240,19 +143,18 @@ void run_blocks(int64_t blocks, const Program& program) {
   const auto storage = std::make_unique<Storage>();
   for (int64_t block = 0; block < blocks; ++block) {
     std::memset(static_cast<void*>(storage.get()), kPoison, sizeof(Storage));
+    HostBlock shared = {block, blocks, {}, std::vector<double>(Ctx::kThreads)};
     if (Ctx::kThreads == 1) {
-      program(Ctx(0, block, blocks, nullptr), *storage);
+      program(Ctx(0, &shared), *storage);
       continue;
     }
-    pthread_barrier_t barrier;
-    pthread_barrier_init(&barrier, nullptr, Ctx::kThreads);
+    pthread_barrier_init(&shared.barrier, nullptr, Ctx::kThreads);
     std::vector<std::thread> threads;
     for (int thread = 0; thread < Ctx::kThreads; ++thread) {
-      threads.emplace_back(
-          [&, thread] { program(Ctx(thread, block, blocks, &barrier), *storage); });
+      threads.emplace_back([&, thread] { program(Ctx(thread, &shared), *storage); });
     }
     for (std::thread& thread : threads) thread.join();
-    pthread_barrier_destroy(&barrier);
+    pthread_barrier_destroy(&shared.barrier);
   }
 }
 

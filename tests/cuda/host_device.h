@@ -7,7 +7,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "../../mmdcn/csrc/cuda/deform_conv2d/kernels.h"
+#include "../../mmdcn/csrc/cuda/types.h"
 
 AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
   *guard = nullptr;

@@ -2,164 +2,188 @@
 //
 // The registration files and the kernels are compiled from their own source. Only what it takes to
 // have a GPU is replaced: the launches run blocks on the host, there is no device to switch to, and
-// the dispatch key is the CPU's. Which kernels run is for the tests to say.
-#include "../../mmdcn/csrc/deform_conv2d_tensors.h"
+// the dispatch key is the CPU's. How much memory a call takes at a time is for the tests to say.
+#include "../../mmdcn/csrc/cuda/deform_aggregate/kernels.h"
+#include "../../mmdcn/csrc/cuda/deform_conv/kernels.h"
+#include "../../mmdcn/csrc/cuda/deform_roi_pool/kernels.h"
+#include "../../mmdcn/csrc/cuda/device.h"
+#include "../../mmdcn/csrc/cuda/views.h"
+#include "../../mmdcn/csrc/deform_aggregate_tensors.h"
+#include "../../mmdcn/csrc/deform_conv_nd_tensors.h"
+#include "../../mmdcn/csrc/deform_roi_pool_tensors.h"
+#include "host_deform_aggregate.h"
+#include "host_deform_conv.h"
+#include "host_deform_roi_pool.h"
 #include "host_device.h"
-#include "host_kernels.h"
 
 namespace mmdcn::cuda {
-namespace {
 
-template <typename scalar_t, typename acc_t>
-using OneThread = HostKernels<HostContext<1, 1>, scalar_t, acc_t>;
+static int64_t chunk_bytes_wanted, copy_bytes_wanted;
+int64_t chunk_bytes(int) { return chunk_bytes_wanted; }
+int64_t copy_bytes() { return copy_bytes_wanted; }
 
-}  // namespace
+using One = HostContext<1, 1>;
 
-// What the environment would have chosen.
-static Kernels wanted_kernels = Kernels::kSimple;
-static int tensor_core_launches = 0;  // since they were chosen
-Kernels chosen_kernels() { return wanted_kernels; }
-bool has_tensor_cores(int) { return true; }
-
-// So little that calls on several images take them one, two or three at a time.
-int64_t deform_conv2d_workspace_bytes() { return 100'000; }
-
-void deform_conv2d_forward(Kernels kernels, Precision precision, const DeformConv2dProblem& problem,
-                           const void* input, const void* offset, const void* mask,
-                           const void* weight, const void* bias, void* output, const Stream&) {
+template <int R>
+void gather(Precision precision, const ConvProblem<R>& problem, const PixelRange& range,
+            const void* input, const void* offset, const void* mask, void* columns, bool wide,
+            const Stream&) {
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
-    const auto run = [&](auto* function) {
-      function(problem, static_cast<const scalar_t*>(input), static_cast<const acc_t*>(offset),
-               static_cast<const acc_t*>(mask), static_cast<const scalar_t*>(weight),
-               static_cast<const scalar_t*>(bias), static_cast<scalar_t*>(output));
+    const auto run = [&](auto* function, auto column) {
+      using column_t = typename decltype(column)::type;
+      function(problem, range, static_cast<const scalar_t*>(input),
+               static_cast<const acc_t*>(offset), static_cast<const acc_t*>(mask),
+               static_cast<column_t*>(columns));
     };
-    if constexpr (std::is_same_v<acc_t, float>) {
-      if (kernels == Kernels::kTensorCore) {
-        ++tensor_core_launches;
-        // Every size of tiles that there is.
-        using Host = OneThread<scalar_t, acc_t>;
-        if (problem.group_out_channels > 128) {
-          return run(&Host::template tensor_forward<128, 256>);
-        } else if (problem.group_out_channels > 64) {
-          return run(&Host::template tensor_forward<128, 128>);
-        }
-        return run(&Host::template tensor_forward<64, 64>);
-      }
+    using Host = HostDeformConv<One, R, scalar_t, acc_t>;
+    constexpr int kVector = 16 / sizeof(scalar_t);
+    const bool whole = problem.divides_into(kVector);
+    if (wide) {
+      return whole ? run(&Host::template gather<kVector, acc_t>, acc)
+                   : run(&Host::template gather<1, acc_t>, acc);
     }
-    run(&OneThread<scalar_t, acc_t>::forward);
+    whole ? run(&Host::template gather<kVector, scalar_t>, scalar)
+          : run(&Host::template gather<1, scalar_t>, scalar);
   });
 }
 
-void deform_conv2d_magnitudes(Precision precision, const DeformConv2dProblem& problem,
-                              const void* grad_output, const void* weight, const void* mask,
-                              int32_t* magnitudes, const Stream&) {
-  dispatch(precision, [&](auto scalar, auto acc) {
-    using scalar_t = typename decltype(scalar)::type;
-    using acc_t = typename decltype(acc)::type;
-    OneThread<scalar_t, acc_t>::magnitudes(problem, static_cast<const scalar_t*>(grad_output),
-                                           static_cast<const scalar_t*>(weight),
-                                           static_cast<const acc_t*>(mask), magnitudes);
-  });
-}
-
-void deform_conv2d_backward_data(Kernels kernels, Precision precision,
-                                 const DeformConv2dProblem& problem, const void* grad_output,
-                                 const void* input, const void* offset, const void* mask,
-                                 const void* weight, const GradInput& grad_input, void* grad_offset,
-                                 void* grad_mask, const Stream&) {
+template <int R>
+void scatter(Precision precision, const ConvProblem<R>& problem, const PixelRange& range,
+             const void* grad_columns, const void* input, const void* offset, const void* mask,
+             const GradInput& grad_input, void* grad_offset, void* grad_mask, const Stream&) {
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
     const auto run = [&](auto* function) {
-      function(problem, static_cast<const scalar_t*>(grad_output),
+      function(problem, range, static_cast<const scalar_t*>(grad_columns),
                static_cast<const scalar_t*>(input), static_cast<const acc_t*>(offset),
-               static_cast<const acc_t*>(mask), static_cast<const scalar_t*>(weight), grad_input,
-               static_cast<acc_t*>(grad_offset), static_cast<acc_t*>(grad_mask));
+               static_cast<const acc_t*>(mask), grad_input, static_cast<acc_t*>(grad_offset),
+               static_cast<acc_t*>(grad_mask));
     };
-    if constexpr (std::is_same_v<acc_t, float>) {
-      if (kernels == Kernels::kTensorCore) {
-        ++tensor_core_launches;
-        return run(&OneThread<scalar_t, acc_t>::tensor_backward_data);
-      }
-    }
-    run(&OneThread<scalar_t, acc_t>::backward_data);
+    using Host = HostDeformConv<One, R, scalar_t, acc_t>;
+    if (grad_input.fixed) return run(&Host::template scatter<1, FixedSum<acc_t>>);
+    using Sum = FloatingSum<acc_t>;
+    problem.divides_into(4) ? run(&Host::template scatter<4, Sum>)
+                            : run(&Host::template scatter<1, Sum>);
   });
 }
 
-void deform_conv2d_from_fixed(Precision precision, const DeformConv2dProblem& problem,
-                              const GradInput& grad_input, void* sum, const Stream&) {
+template <int R>
+void find_magnitudes(Precision precision, const ConvProblem<R>& problem, const void* grad_output,
+                     const void* weight, const void* mask, int32_t* magnitudes, const Stream&) {
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
-    OneThread<scalar_t, acc_t>::from_fixed(problem, grad_input, static_cast<acc_t*>(sum));
+    HostDeformConv<One, R, scalar_t, acc_t>::find_magnitudes(
+        problem, static_cast<const scalar_t*>(grad_output), static_cast<const scalar_t*>(weight),
+        static_cast<const acc_t*>(mask), magnitudes);
   });
 }
 
-int64_t deform_conv2d_weight_splits(Kernels, Precision, const DeformConv2dProblem& problem) {
-  // More than the GPU would take for problems this small, and not always evenly divided.
-  return 1 + problem.all_pixels % 4;
-}
-
-void deform_conv2d_backward_weight(Kernels kernels, Precision precision,
-                                   const DeformConv2dProblem& problem, const void* grad_output,
-                                   const void* input, const void* offset, const void* mask,
-                                   int64_t splits, bool accumulate, void* workspace,
-                                   const Stream&) {
+template <int R>
+void from_fixed(Precision precision, const ConvProblem<R>& problem, const GradInput& grad_input,
+                void* sum, const Stream&) {
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
-    const auto run = [&](auto* function) {
-      function(problem, static_cast<const scalar_t*>(grad_output),
-               static_cast<const scalar_t*>(input), static_cast<const acc_t*>(offset),
-               static_cast<const acc_t*>(mask), splits, accumulate, static_cast<acc_t*>(workspace));
-    };
-    if constexpr (std::is_same_v<acc_t, float>) {
-      if (kernels == Kernels::kTensorCore) {
-        ++tensor_core_launches;
-        return run(&OneThread<scalar_t, acc_t>::tensor_backward_weight);
-      }
-    }
-    run(&OneThread<scalar_t, acc_t>::backward_weight);
+    HostDeformConv<One, R, scalar_t, acc_t>::from_fixed(problem, grad_input,
+                                                        static_cast<acc_t*>(sum));
   });
 }
 
-void deform_conv2d_sum_splits(Precision precision, const DeformConv2dProblem& problem,
-                              int64_t splits, const void* workspace, void* grad_weight,
-                              const Stream&) {
+void accumulate(Precision precision, int64_t elements, const void* values, void* sum,
+                const Stream&) {
+  dispatch(precision, [&](auto, auto acc) {
+    using acc_t = typename decltype(acc)::type;
+    run_blocks<One, NoStorage>(kFewBlocks, [&](const One& ctx, NoStorage&) {
+      accumulate_block(ctx, elements, static_cast<const acc_t*>(values), static_cast<acc_t*>(sum));
+    });
+  });
+}
+
+void add_bias(Precision precision, int64_t elements, int64_t channels, int64_t inner,
+              const void* bias, void* output, const Stream&) {
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
-    OneThread<scalar_t, acc_t>::sum_splits(problem, splits, static_cast<const acc_t*>(workspace),
-                                           static_cast<scalar_t*>(grad_weight));
+    run_blocks<One, NoStorage>(kFewBlocks, [&](const One& ctx, NoStorage&) {
+      add_bias_block<acc_t>(ctx, elements, channels, inner, static_cast<const scalar_t*>(bias),
+                            static_cast<scalar_t*>(output));
+    });
+  });
+}
+
+void roi_pool_forward(Precision precision, const DeformRoIPoolShape& shape, const void* input,
+                      const void* rois, const void* offset, void* output, const Stream&) {
+  dispatch(precision, [&](auto scalar, auto acc) {
+    using scalar_t = typename decltype(scalar)::type;
+    using acc_t = typename decltype(acc)::type;
+    HostRoIPool<One, scalar_t, acc_t>::forward(
+        shape, static_cast<const scalar_t*>(input), static_cast<const acc_t*>(rois),
+        static_cast<const acc_t*>(offset), static_cast<scalar_t*>(output));
+  });
+}
+
+void roi_pool_backward(Precision precision, const DeformRoIPoolShape& shape,
+                       const void* grad_output, const void* input, const void* rois,
+                       const void* offset, void* grad_input, void* grad_offset, const Stream&) {
+  dispatch(precision, [&](auto scalar, auto acc) {
+    using scalar_t = typename decltype(scalar)::type;
+    using acc_t = typename decltype(acc)::type;
+    HostRoIPool<One, scalar_t, acc_t>::backward(
+        shape, static_cast<const scalar_t*>(grad_output), static_cast<const scalar_t*>(input),
+        static_cast<const acc_t*>(rois), static_cast<const acc_t*>(offset),
+        static_cast<acc_t*>(grad_input), static_cast<acc_t*>(grad_offset));
+  });
+}
+
+void aggregate_forward(Precision precision, const AggregateProblem& problem, const void* input,
+                       const void* offset, const void* mask, void* output, const Stream&) {
+  dispatch(precision, [&](auto scalar, auto acc) {
+    using scalar_t = typename decltype(scalar)::type;
+    using acc_t = typename decltype(acc)::type;
+    HostAggregate<One, scalar_t, acc_t>::forward(
+        problem, static_cast<const scalar_t*>(input), static_cast<const acc_t*>(offset),
+        static_cast<const acc_t*>(mask), static_cast<scalar_t*>(output));
+  });
+}
+
+void aggregate_backward(Precision precision, const AggregateProblem& problem,
+                        const void* grad_output, const void* input, const void* offset,
+                        const void* mask, void* grad_input, void* grad_offset, void* grad_mask,
+                        const Stream&) {
+  dispatch(precision, [&](auto scalar, auto acc) {
+    using scalar_t = typename decltype(scalar)::type;
+    using acc_t = typename decltype(acc)::type;
+    HostAggregate<One, scalar_t, acc_t>::backward(
+        problem, static_cast<const scalar_t*>(grad_output), static_cast<const scalar_t*>(input),
+        static_cast<const acc_t*>(offset), static_cast<const acc_t*>(mask),
+        static_cast<acc_t*>(grad_input), static_cast<acc_t*>(grad_offset),
+        static_cast<acc_t*>(grad_mask));
   });
 }
 
 }  // namespace mmdcn::cuda
 
-extern "C" __attribute__((visibility("default"))) void mmdcn_host_use_tensor_cores(int use) {
-  using namespace mmdcn::cuda;
-  wanted_kernels = use ? Kernels::kTensorCore : Kernels::kSimple;
-  tensor_core_launches = 0;
+extern "C" __attribute__((visibility("default"))) void mmdcn_host_set_memory(int64_t chunk_bytes,
+                                                                             int64_t copy_bytes) {
+  mmdcn::cuda::chunk_bytes_wanted = chunk_bytes;
+  mmdcn::cuda::copy_bytes_wanted = copy_bytes;
 }
 
-extern "C" __attribute__((visibility("default"))) int mmdcn_host_tensor_core_launches() {
-  return mmdcn::cuda::tensor_core_launches;
-}
-
-// Every header is included by now: what follows renames the dispatch key and the operators'
-// namespace in the registration itself, and nothing else.
+// Every header but the products' is included by now: what follows renames the dispatch key and the
+// operators' namespace in the registration itself, and nothing else.
 namespace mmdcn_host {
 using namespace mmdcn;
 namespace cuda {
 using namespace mmdcn::cuda;
-mmdcn::cuda::Kernels kernels_of_environment();
-}  // namespace cuda
+}
 }  // namespace mmdcn_host
 #define mmdcn mmdcn_host
 #define CUDA CPU
-#include "../../mmdcn/csrc/cuda/deform_conv2d/operator.cpp"
-// The choice that the environment makes; here only cuda_kernels() tells it.
-#define chosen_kernels kernels_of_environment
-#include "../../mmdcn/csrc/cuda/deform_conv2d/choice.cpp"
+#include "../../mmdcn/csrc/cuda/deform_aggregate/operator.cpp"
+#include "../../mmdcn/csrc/cuda/deform_conv/operator.cpp"
+#include "../../mmdcn/csrc/cuda/deform_conv/product.cpp"
+#include "../../mmdcn/csrc/cuda/deform_roi_pool/operator.cpp"

@@ -45,4 +45,9 @@ struct Type {
   using type = T;
 };
 
+template <int N>
+struct Int {
+  constexpr int operator()() const { return N; }
+};
+
 }  // namespace mmdcn::cuda

@@ -10,10 +10,11 @@
 namespace mmdcn::cuda {
 namespace {
 
-// At least two blocks per multiprocessor, which leaves a thread 128 registers; in double precision
-// those would spill, and one block gets twice as many.
-#define MMDCN_KERNEL \
-  __global__ void __launch_bounds__(DeviceContext::kThreads, sizeof(acc_t) == 4 ? 2 : 1)
+// At least so many blocks per multiprocessor, which leaves a thread 256 registers for one block,
+// 128 for two, 80 for three and 64 for four. In double precision fewer would spill.
+#define MMDCN_KERNEL_OF(blocks) \
+  __global__ void __launch_bounds__(DeviceContext::kThreads, sizeof(acc_t) == 4 ? (blocks) : 1)
+#define MMDCN_KERNEL MMDCN_KERNEL_OF(2)
 
 // Calls run(Type<scalar_t>, Type<acc_t>) for a precision.
 template <typename Run>

@@ -12,7 +12,8 @@ namespace {
 Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& weight,
                      const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
                      const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                     const std::optional<Tensor>& mask, bool /* allow_tf32 */) {
+                     const std::optional<Tensor>& mask, bool /* allow_tf32 */,
+                     bool /* matmul_tf32 */) {
   const DeformConv2dShape shape =
       deform_conv2d_shape(input, offset, weight, bias, stride, padding, dilation, mask);
   return with_element_type(input, [&](auto element) {
@@ -27,7 +28,7 @@ Gradients deform_conv2d_backward(const Tensor& grad_output, const Tensor& input,
                                  const std::vector<int64_t>& dilation,
                                  const std::optional<Tensor>& mask,
                                  const std::vector<bool>& output_mask, bool /* allow_tf32 */,
-                                 bool /* deterministic: it always is */) {
+                                 bool /* matmul_tf32 */, bool /* deterministic: it always is */) {
   const DeformConv2dShape shape =
       deform_conv2d_shape(input, offset, weight, std::nullopt, stride, padding, dilation, mask);
   check_grad_output(shape, grad_output, input, output_mask);

@@ -249,7 +249,8 @@ Gradients backward(const DeformConvNdShape<R>& shape, const Tensor& grad_output,
 Tensor deform_conv_nd(const Tensor& input, const Tensor& offset, const Tensor& weight,
                       const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
                       const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                      const std::optional<Tensor>& mask) {
+                      const std::optional<Tensor>& mask, bool /* allow_tf32 */,
+                      bool /* matmul_tf32 */) {
   const auto shape = deform_conv_nd_shape<kConvNdRank>(input, offset, weight, bias, stride, padding,
                                                        dilation, mask);
   return with_element_type(input, [&](auto element) {
@@ -263,7 +264,8 @@ Gradients deform_conv_nd_backward(const Tensor& grad_output, const Tensor& input
                                   const std::vector<int64_t>& padding,
                                   const std::vector<int64_t>& dilation,
                                   const std::optional<Tensor>& mask,
-                                  const std::vector<bool>& output_mask) {
+                                  const std::vector<bool>& output_mask, bool /* allow_tf32 */,
+                                  bool /* matmul_tf32 */, bool /* deterministic: it always is */) {
   const auto shape = deform_conv_nd_shape<kConvNdRank>(input, offset, weight, std::nullopt, stride,
                                                        padding, dilation, mask);
   check_grad_output(shape, grad_output, input, output_mask);

@@ -1,0 +1,399 @@
+// deform_conv2d and deform_conv_nd on CUDA: layouts, memory, device and stream around the kernels
+// and products.
+#include <torch/csrc/stable/library.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../../deform_conv_nd_tensors.h"
+#include "../device.h"
+#include "../views.h"
+#include "chunks.h"
+#include "kernels.h"
+#include "product.h"
+
+namespace mmdcn::cuda {
+namespace {
+
+// How many images to work on at a time, if the copies of each take so much memory.
+int64_t images_at_a_time(int64_t batch, int64_t bytes) {
+  if (bytes == 0) return batch;
+  return std::clamp<int64_t>(copy_bytes() / bytes, 1, batch);
+}
+
+// The dimensions of a tensor (N, C, ...) as (N, ..., C), of the same memory.
+Tensor channels_last_view(const Tensor& tensor) {
+  const int64_t dimensions = tensor.dim();
+  std::vector<int64_t> size, stride;
+  for (int64_t d = 0; d < dimensions; ++d) {
+    const int64_t from = d == 0 ? 0 : d == dimensions - 1 ? 1 : d + 1;
+    size.push_back(tensor.size(from));
+    stride.push_back(tensor.stride(from));
+  }
+  return view(tensor, size, stride);
+}
+
+bool is_aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+}
+
+// Whether the kernels can take a tensor as it is: its channels are last, and its address is one
+// that they can load vectors from.
+bool is_usable(const Tensor& tensor) {
+  return is_aligned(tensor) && channels_last_view(tensor).is_contiguous();
+}
+
+// The same elements as the kernels take them: a copy, where they are not so already.
+Tensor channels_last(const Tensor& any) {
+  const Tensor tensor = as_contiguous(channels_last_view(any));
+  return is_aligned(tensor) ? tensor : torch::stable::clone(tensor);
+}
+
+// Some images of a batch, by their numbers.
+struct Images {
+  int64_t first, count;
+
+  Tensor of(Tensor tensor) const { return torch::stable::narrow(tensor, 0, first, count); }
+  std::optional<Tensor> of(const std::optional<Tensor>& tensor) const {
+    if (!tensor.has_value()) return std::nullopt;
+    return of(*tensor);
+  }
+};
+
+template <typename Run>
+void for_each_span(int64_t batch, int64_t images, const Run& run) {
+  for (int64_t first = 0; first < batch; first += images) {
+    run(Images{first, std::min(images, batch - first)});
+  }
+}
+
+template <int R>
+ProductShape product_shape(const ConvProblem<R>& problem) {
+  return {problem.shape.groups, problem.group_out_channels, problem.columns, problem.pixels};
+}
+
+// Whatever the tensors' layouts are, what a call needs of them.
+template <int R>
+struct Context {
+  DeformConvNdShape<R> shape;
+  Precision precision;
+  OnDevice device;
+  Stream stream;
+  ProductCalls calls;
+
+  Context(const char* op, const DeformConvNdShape<R>& shape, const Tensor& input, bool tf32,
+          bool matmul_tf32, bool deterministic)
+      : shape(shape),
+        precision(precision_of(op, input)),
+        device(input),
+        stream(device.current_stream()),
+        calls(precision, tf32, matmul_tf32, deterministic, stream.device) {}
+
+  // The problem of some images alone.
+  ConvProblem<R> problem(const Images& images) const {
+    DeformConvNdShape<R> of_images = shape;
+    of_images.batch = images.count;
+    return ConvProblem<R>(of_images);
+  }
+
+  Chunks chunks(const ConvProblem<R>& problem, int64_t element_size) const {
+    const int64_t most = chunk_bytes(stream.device) / (problem.row * element_size);
+    return Chunks(problem.shape.batch, problem.pixels, most);
+  }
+};
+
+template <int R>
+Tensor forward(const char* op, const Tensor& input, const Tensor& offset, const Tensor& weight,
+               const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
+               const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+               const std::optional<Tensor>& mask, bool tf32, bool matmul_tf32) {
+  const Context<R> context(
+      op, deform_conv_nd_shape<R>(input, offset, weight, bias, stride, padding, dilation, mask, op),
+      input, tf32, matmul_tf32, false);
+  const DeformConvNdShape<R>& shape = context.shape;
+  const MemoryFormat format = R == 2 ? layout_of(input) : MemoryFormat::Contiguous;
+  const bool to_channels_last = format == MemoryFormat::ChannelsLast;
+  const Tensor output = new_tensor(input, output_size(shape), input.scalar_type(), format);
+  if (output.numel() == 0) return output;
+
+  const Tensor weights = channels_last(weight), offsets = as_contiguous(offset);
+  const std::optional<Tensor> masks = as_contiguous(mask);
+  const int64_t image_bytes = shape.positions() * shape.channels * input.element_size();
+  const int64_t images = images_at_a_time(shape.batch, is_usable(input) ? 0 : image_bytes);
+  std::optional<Tensor> columns;
+  for_each_span(shape.batch, images, [&](const Images& span) {
+    const ConvProblem<R> problem = context.problem(span);
+    const Tensor features = channels_last(span.of(input));
+    const Tensor span_offsets = span.of(offsets), result = span.of(output);
+    const std::optional<Tensor> span_masks = span.of(masks);
+    const Chunks chunks = context.chunks(problem, input.element_size());
+    if (!columns.has_value()) {
+      columns = new_tensor(input, {chunks.largest(), problem.row}, input.scalar_type());
+    }
+    chunks.for_each([&](const Chunk& chunk) {
+      const PixelRange range = chunk.range(problem.pixels);
+      gather(context.precision, problem, range, features.const_data_ptr(),
+             span_offsets.const_data_ptr(), pointer(span_masks), columns->mutable_data_ptr(), false,
+             context.stream);
+      multiply_output(context.calls, product_shape(problem), *columns, chunk.images, chunk.pixels,
+                      weights, result, to_channels_last, range.first);
+    });
+  });
+  if (bias.has_value()) {
+    add_bias(context.precision, output.numel(), shape.out_channels,
+             to_channels_last ? 1 : shape.pixels(), as_contiguous(*bias).const_data_ptr(),
+             output.mutable_data_ptr(), context.stream);
+  }
+  return output;
+}
+
+// The backward pass of some images, which adds to what those before them left.
+template <int R>
+class Backward {
+  const Context<R>& context_;
+  const bool deterministic_;
+  const Tensor weight_;       // channels last
+  const Tensor& grad_input_;  // these four of no elements where not wanted
+  const Tensor &grad_offset_, &grad_mask_;
+  const std::optional<Tensor>& grad_weight_sum_;  // in the type of offsets, channels last
+  bool first_chunk_ = true;
+
+ public:
+  Backward(const Context<R>& context, bool deterministic, const Tensor& weight,
+           const Tensor& grad_input, const Tensor& grad_offset,
+           const std::optional<Tensor>& grad_weight_sum, const Tensor& grad_mask)
+      : context_(context),
+        deterministic_(deterministic),
+        weight_(channels_last(weight)),
+        grad_input_(grad_input),
+        grad_offset_(grad_offset),
+        grad_mask_(grad_mask),
+        grad_weight_sum_(grad_weight_sum) {}
+
+  void run(const Images& span, const Tensor& grad_output, const Tensor& input, const Tensor& offset,
+           const std::optional<Tensor>& mask) {
+    const ConvProblem<R> problem = context_.problem(span);
+    const Tensor features = channels_last(span.of(input));
+    const Tensor gradients = channels_last(span.of(grad_output));
+    const Tensor offsets = span.of(offset);
+    const std::optional<Tensor> masks = span.of(mask);
+    const bool to_input = grad_input_.numel() > 0;
+    const bool to_samples = to_input || grad_offset_.numel() > 0 || grad_mask_.numel() > 0;
+    const bool wide =
+        grad_weight_sum_.has_value() && context_.calls.wide_columns(context_.precision);
+    const Tensor wide_gradients = wide ? converted(gradients, offset.scalar_type()) : gradients;
+
+    InputSum sum(*this, problem, span, gradients, masks, offset.scalar_type());
+    const int64_t element_size = wide ? offset.element_size() : input.element_size();
+    context_.chunks(problem, element_size).for_each([&](const Chunk& chunk) {
+      const PixelRange range = chunk.range(problem.pixels);
+      if (grad_weight_sum_.has_value()) {
+        const ScalarType type = wide ? offset.scalar_type() : input.scalar_type();
+        const Tensor columns = new_tensor(input, {range.count, problem.row}, type);
+        gather(context_.precision, problem, range, features.const_data_ptr(),
+               offsets.const_data_ptr(), pointer(masks), columns.mutable_data_ptr(), wide,
+               context_.stream);
+        add_to_weight(problem, range, columns, wide_gradients);
+      }
+      if (!to_samples) return;
+      const Tensor columns = new_tensor(input, {range.count, problem.row}, input.scalar_type());
+      multiply_grad_columns(context_.calls, product_shape(problem), gradients, range.first,
+                            range.count, weight_, columns);
+      scatter(context_.precision, problem, range, columns.const_data_ptr(),
+              features.const_data_ptr(), offsets.const_data_ptr(), pointer(masks), sum.target(),
+              pointer_to(grad_offset_, span), pointer_to(grad_mask_, span), context_.stream);
+    });
+    sum.finish();
+  }
+
+ private:
+  static void* pointer_to(const Tensor& gradient, const Images& span) {
+    return gradient.numel() == 0 ? nullptr : span.of(gradient).mutable_data_ptr();
+  }
+
+  void add_to_weight(const ConvProblem<R>& problem, const PixelRange& range, const Tensor& columns,
+                     const Tensor& gradients) {
+    const Tensor& sum = *grad_weight_sum_;
+    const Tensor result = first_chunk_ ? sum : new_tensor(sum, sizes_of(sum), sum.scalar_type());
+    multiply_grad_weight(context_.calls, product_shape(problem), columns, gradients, range.first,
+                         range.count, result);
+    if (!first_chunk_) {
+      accumulate(context_.precision, sum.numel(), result.const_data_ptr(), sum.mutable_data_ptr(),
+                 context_.stream);
+    }
+    first_chunk_ = false;
+  }
+
+  // Where the gradient of the span's input is added up, if it is wanted.
+  class InputSum {
+    const Backward& backward_;
+    const ConvProblem<R>& problem_;
+    std::optional<Tensor> result_;  // channels last, as the gradient is returned
+    std::optional<Tensor> sum_, fixed_, magnitudes_;
+
+   public:
+    InputSum(const Backward& backward, const ConvProblem<R>& problem, const Images& span,
+             const Tensor& gradients, const std::optional<Tensor>& masks, ScalarType type)
+        : backward_(backward), problem_(problem) {
+      if (backward.grad_input_.numel() == 0) return;
+      result_ = channels_last_view(span.of(backward.grad_input_));
+      const bool apart =
+          result_->scalar_type() != type || !is_usable(span.of(backward.grad_input_));
+      sum_ = apart ? new_tensor(*result_, sizes_of(*result_), type) : *result_;
+      if (!backward.deterministic_) {
+        torch::stable::zero_(*sum_);
+        return;
+      }
+      magnitudes_ = new_tensor(*result_, {kMagnitudes}, ScalarType::Int);
+      torch::stable::zero_(*magnitudes_);
+      fixed_ = new_tensor(*result_, {result_->numel()}, ScalarType::Long);
+      torch::stable::zero_(*fixed_);
+      find_magnitudes(backward.context_.precision, problem, gradients.const_data_ptr(),
+                      backward.weight_.const_data_ptr(), pointer(masks),
+                      data<int32_t>(*magnitudes_), backward.context_.stream);
+    }
+
+    GradInput target() const {
+      GradInput target;
+      if (fixed_.has_value()) {
+        target.fixed = data<int64_t>(*fixed_);
+        target.magnitudes = data<int32_t>(*magnitudes_);
+      } else if (sum_.has_value()) {
+        target.sum = sum_->mutable_data_ptr();
+      }
+      return target;
+    }
+
+    void finish() {
+      if (!result_.has_value()) return;
+      if (fixed_.has_value()) {
+        from_fixed(backward_.context_.precision, problem_, target(), sum_->mutable_data_ptr(),
+                   backward_.context_.stream);
+      }
+      if (sum_->mutable_data_ptr() != result_->mutable_data_ptr()) {
+        torch::stable::copy_(*result_, *sum_);
+      }
+    }
+  };
+};
+
+// Bytes that the copies and sums of one image take in the backward pass.
+int64_t backward_image_bytes(const Tensor& grad_output, const Tensor& input, const Tensor& offset,
+                             bool to_input, bool deterministic) {
+  const auto image = [](const Tensor& tensor) { return tensor.numel() / tensor.size(0); };
+  int64_t bytes = 0;
+  if (!is_usable(input)) bytes += image(input) * input.element_size();
+  if (!is_usable(grad_output)) {
+    bytes += image(grad_output) * grad_output.element_size();
+  }
+  if (to_input && (bytes > 0 || input.scalar_type() != offset.scalar_type())) {
+    bytes += image(input) * offset.element_size();
+  }
+  if (to_input && deterministic) bytes += image(input) * sizeof(int64_t);
+  return bytes;
+}
+
+template <int R>
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const char* op, const Tensor& grad_output, const Tensor& input, const Tensor& offset,
+    const Tensor& weight, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+    const std::vector<int64_t>& dilation, const std::optional<Tensor>& mask,
+    const std::vector<bool>& output_mask, bool tf32, bool matmul_tf32, bool deterministic) {
+  const DeformConvNdShape<R> shape = deform_conv_nd_shape<R>(input, offset, weight, std::nullopt,
+                                                             stride, padding, dilation, mask, op);
+  check_grad_output(op, grad_output, output_size(shape), input, output_mask, 4);
+  const Context<R> context(op, shape, input, tf32, matmul_tf32, deterministic);
+  const bool to_input = output_mask[0], to_offset = output_mask[1], to_weight = output_mask[2];
+  const bool to_mask = output_mask[3] && mask.has_value();
+  const auto format_of = [](const Tensor& tensor) {
+    return R == 2 ? layout_of(tensor) : MemoryFormat::Contiguous;
+  };
+  const auto gradient = [&](bool wanted, const Tensor& of, MemoryFormat format) {
+    return wanted ? new_tensor(input, sizes_of(of), of.scalar_type(), format)
+                  : new_tensor(input, {0}, of.scalar_type());
+  };
+  const Tensor& mask_or_offset = mask.has_value() ? *mask : offset;
+  Tensor grad_input = gradient(to_input, input, format_of(input));
+  Tensor grad_offset = gradient(to_offset, offset, MemoryFormat::Contiguous);
+  Tensor grad_weight = gradient(to_weight, weight, format_of(weight));
+  Tensor grad_mask = gradient(to_mask, mask_or_offset, MemoryFormat::Contiguous);
+
+  if (grad_output.numel() == 0 || input.numel() == 0) {
+    // Sums over nothing, and samples of nothing.
+    for (Tensor* tensor : {&grad_input, &grad_offset, &grad_weight, &grad_mask}) {
+      torch::stable::zero_(*tensor);
+    }
+  } else {
+    std::optional<Tensor> grad_weight_sum;
+    if (to_weight) {
+      grad_weight_sum =
+          new_tensor(input, sizes_of(channels_last_view(weight)), offset.scalar_type());
+    }
+    Backward<R> pass(context, deterministic, weight, grad_input, grad_offset, grad_weight_sum,
+                     grad_mask);
+    const int64_t bytes = backward_image_bytes(grad_output, input, offset, to_input, deterministic);
+    const Tensor offsets = as_contiguous(offset);
+    const std::optional<Tensor> masks = as_contiguous(mask);
+    for_each_span(shape.batch, images_at_a_time(shape.batch, bytes),
+                  [&](const Images& span) { pass.run(span, grad_output, input, offsets, masks); });
+    if (to_weight) {
+      Tensor result = channels_last_view(grad_weight);
+      torch::stable::copy_(result, *grad_weight_sum);
+    }
+  }
+  // The kernels write planes; each gradient has the layout of what it is the gradient of.
+  const auto in_layout = [&](bool wanted, const Tensor& gradient, const Tensor& of) {
+    return wanted && format_of(of) == MemoryFormat::ChannelsLast
+               ? torch::stable::contiguous(gradient, MemoryFormat::ChannelsLast)
+               : gradient;
+  };
+  return {grad_input, in_layout(to_offset, grad_offset, offset), grad_weight,
+          in_layout(to_mask, grad_mask, mask_or_offset)};
+}
+
+Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& weight,
+                     const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
+                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                     const std::optional<Tensor>& mask, bool allow_tf32, bool matmul_tf32) {
+  return forward<2>("deform_conv2d", input, offset, weight, bias, stride, padding, dilation, mask,
+                    allow_tf32, matmul_tf32);
+}
+
+Tensor deform_conv_nd(const Tensor& input, const Tensor& offset, const Tensor& weight,
+                      const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
+                      const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                      const std::optional<Tensor>& mask, bool allow_tf32, bool matmul_tf32) {
+  return forward<kConvNdRank>("deform_conv_nd", input, offset, weight, bias, stride, padding,
+                              dilation, mask, allow_tf32, matmul_tf32);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& offset, const Tensor& weight,
+    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+    const std::vector<int64_t>& dilation, const std::optional<Tensor>& mask,
+    const std::vector<bool>& output_mask, bool allow_tf32, bool matmul_tf32, bool deterministic) {
+  return backward<2>("deform_conv2d_backward", grad_output, input, offset, weight, stride, padding,
+                     dilation, mask, output_mask, allow_tf32, matmul_tf32, deterministic);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv_nd_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& offset, const Tensor& weight,
+    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+    const std::vector<int64_t>& dilation, const std::optional<Tensor>& mask,
+    const std::vector<bool>& output_mask, bool allow_tf32, bool matmul_tf32, bool deterministic) {
+  return backward<kConvNdRank>("deform_conv_nd_backward", grad_output, input, offset, weight,
+                               stride, padding, dilation, mask, output_mask, allow_tf32,
+                               matmul_tf32, deterministic);
+}
+
+}  // namespace
+}  // namespace mmdcn::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(mmdcn, CUDA, m) {
+  m.impl("deform_conv2d", TORCH_BOX(&mmdcn::cuda::deform_conv2d));
+  m.impl("deform_conv2d_backward", TORCH_BOX(&mmdcn::cuda::deform_conv2d_backward));
+  m.impl("deform_conv_nd", TORCH_BOX(&mmdcn::cuda::deform_conv_nd));
+  m.impl("deform_conv_nd_backward", TORCH_BOX(&mmdcn::cuda::deform_conv_nd_backward));
+}

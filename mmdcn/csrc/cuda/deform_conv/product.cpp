@@ -1,0 +1,243 @@
+// The matrix products of deformable convolution, by calls of torch's operators.
+#include "product.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <string>
+
+#include "../../integers.h"
+
+namespace mmdcn::cuda {
+namespace {
+
+constexpr int kMostDevices = 64;
+
+// The calls in force, kMatmul being number 0. The first device is the CPU, which has number -1 and
+// is where the tests run.
+std::atomic<int> chosen[1 + kMostDevices][kProducts][kArithmetics];
+
+const char* const kProductNames[kProducts] = {"output", "grad_columns", "grad_weight"};
+const char* const kArithmeticNames[kArithmetics] = {"float64", "float32", "tf32", "float16",
+                                                    "bfloat16"};
+const char* const kCallNames[kCalls] = {"matmul", "matmul_to_float", "cudnn", "convolution"};
+
+template <int N>
+int number_of(const char* argument, const std::string& name, const char* const (&names)[N]) {
+  for (int i = 0; i < N; ++i) {
+    if (name == names[i]) return i;
+  }
+  STD_TORCH_CHECK(false, "mmdcn::set_cuda_product: ", argument, ": unknown: ", name);
+}
+
+std::atomic<int>& choice(int64_t device, int product, int arithmetic) {
+  STD_TORCH_CHECK(device >= -1 && device < kMostDevices, "mmdcn: no device has number ", device);
+  return chosen[1 + device][product][arithmetic];
+}
+
+void set_cuda_product(int64_t device, std::string product, std::string arithmetic,
+                      std::string call) {
+  choice(device, number_of("product", product, kProductNames),
+         number_of("arithmetic", arithmetic, kArithmeticNames)) =
+      number_of("call", call, kCallNames);
+}
+
+std::string cuda_product(int64_t device, std::string product, std::string arithmetic) {
+  return kCallNames[choice(device, number_of("product", product, kProductNames),
+                           number_of("arithmetic", arithmetic, kArithmeticNames))];
+}
+
+Arithmetic arithmetic_of(Precision precision, bool tf32) {
+  switch (precision) {
+    case Precision::kFloat64:
+      return Arithmetic::kFloat64;
+    case Precision::kFloat32:
+      return tf32 ? Arithmetic::kTF32 : Arithmetic::kFloat32;
+    case Precision::kFloat16:
+      return Arithmetic::kFloat16;
+    default:
+      return Arithmetic::kBFloat16;
+  }
+}
+
+// Matrices in a tensor's memory, from element number `first` on.
+struct Matrices {
+  int64_t count, rows, columns;
+  int64_t strides[3];  // from one to the next, from row to row, from column to column
+
+  Tensor in(const Tensor& tensor, int64_t first = 0) const {
+    return view(tensor, {count, rows, columns}, {strides[0], strides[1], strides[2]}, first);
+  }
+  Matrices transposed() const {
+    return {count, columns, rows, {strides[0], strides[2], strides[1]}};
+  }
+};
+
+Matrices columns_of(const ProductShape& shape, int64_t pixels) {
+  return {shape.groups, pixels, shape.columns, {shape.columns, shape.row(), 1}};
+}
+Matrices weights_of(const ProductShape& shape) {
+  return {shape.groups,
+          shape.out_channels,
+          shape.columns,
+          {shape.out_channels * shape.columns, shape.columns, 1}};
+}
+Matrices outputs_of(const ProductShape& shape, int64_t pixels) {
+  return {
+      shape.groups, pixels, shape.out_channels, {shape.out_channels, shape.all_out_channels(), 1}};
+}
+
+void matmul(const Tensor& left, const Tensor& right, const Tensor& result) {
+  call("aten::bmm", "out", left, right, result);
+}
+
+// Pixels of `channels` channels each, as one image of width 1, channels last.
+Tensor as_image(const Tensor& tensor, int64_t channels, int64_t pixels, int64_t first = 0) {
+  return view(tensor, {1, channels, pixels, 1}, {pixels * channels, 1, channels, channels}, first);
+}
+
+// A weight of (rows, columns) as a convolution's with a kernel of one pixel.
+Tensor as_kernel(const Tensor& weight, int64_t rows, int64_t columns) {
+  return view(weight, {rows, columns, 1, 1}, {columns, 1, columns, columns});
+}
+
+void convolve(const ProductCalls& calls, int64_t groups, const Tensor& image, const Tensor& kernel,
+              const Tensor& result) {
+  const std::vector<int64_t> zeros = {0, 0}, ones = {1, 1};
+  const bool benchmark = false;
+  call("aten::cudnn_convolution", "out", image, kernel, zeros, ones, ones, groups, benchmark,
+       calls.deterministic, calls.tf32, result);
+}
+
+// The gradient of a kernel of one pixel, in the settings that torch has for convolutions.
+Tensor convolution_grad_kernel(int64_t groups, const Tensor& grad_output, const Tensor& image,
+                               const Tensor& kernel) {
+  using torch::stable::detail::from;
+  const std::vector<int64_t> zeros = {0, 0}, ones = {1, 1};
+  constexpr bool wanted[] = {false, true, false};
+  const torch::headeronly::HeaderOnlyArrayRef<bool> output_mask(wanted);
+  std::array<StableIValue, 11> stack{from(grad_output),  from(image),      from(kernel),
+                                     from(std::nullopt), from(ones),       from(zeros),
+                                     from(ones),         from(false),      from(zeros),
+                                     from(groups),       from(output_mask)};
+  call_on(stack, "aten::convolution_backward");
+  torch::stable::detail::to<Tensor>(stack[0]);
+  torch::stable::detail::to<Tensor>(stack[2]);
+  return torch::stable::detail::to<Tensor>(stack[1]);
+}
+
+void matmul_output(const ProductShape& shape, const Tensor& columns, int64_t images, int64_t pixels,
+                   const Tensor& weight, const Tensor& output, bool channels_last, int64_t pixel) {
+  const int64_t channels = shape.all_out_channels();
+  const Matrices weights = weights_of(shape);
+  if (channels_last) {
+    return matmul(columns_of(shape, images * pixels).in(columns), weights.transposed().in(weight),
+                  outputs_of(shape, images * pixels).in(output, pixel * channels));
+  }
+  // In planes of channels, with no copy in between: the product is transposed.
+  if (shape.groups == 1) {
+    const Matrices each = {images, shape.columns, pixels, {pixels * shape.row(), 1, shape.row()}};
+    const Matrices shared = {images, channels, shape.columns, {0, shape.columns, 1}};
+    const Matrices planes = {images, channels, pixels, {channels * shape.pixels, shape.pixels, 1}};
+    const int64_t image = divide(pixel, shape.pixels);
+    return matmul(shared.in(weight), each.in(columns),
+                  planes.in(output, pixel + image * (channels - 1) * shape.pixels));
+  }
+  for (int64_t i = 0; i < images; ++i) {
+    const int64_t image = divide(pixel, shape.pixels) + i;
+    const int64_t in_image = pixel - divide(pixel, shape.pixels) * shape.pixels;
+    const Matrices planes = {shape.groups,
+                             shape.out_channels,
+                             pixels,
+                             {shape.out_channels * shape.pixels, shape.pixels, 1}};
+    matmul(weights.in(weight),
+           columns_of(shape, pixels).transposed().in(columns, i * pixels * shape.row()),
+           planes.in(output, image * channels * shape.pixels + in_image));
+  }
+}
+
+}  // namespace
+
+ProductCalls::ProductCalls(Precision precision, bool tf32, bool matmul_tf32, bool deterministic,
+                           int device)
+    : tf32(tf32), deterministic(deterministic) {
+  const Arithmetic arithmetic = arithmetic_of(precision, tf32);
+  const auto chosen_call = [&](Product product) {
+    return static_cast<Call>(
+        choice(device, static_cast<int>(product), static_cast<int>(arithmetic)).load());
+  };
+  output = chosen_call(Product::kOutput);
+  grad_columns = chosen_call(Product::kGradColumns);
+  grad_weight = chosen_call(Product::kGradWeight);
+  if (arithmetic == Arithmetic::kFloat32 && matmul_tf32) {
+    // A product of matrices would not be exact.
+    output = grad_columns = Call::kCudnn;
+    grad_weight = Call::kConvolution;
+  }
+}
+
+void multiply_output(const ProductCalls& calls, const ProductShape& shape, const Tensor& columns,
+                     int64_t images, int64_t pixels, const Tensor& weight, const Tensor& output,
+                     bool channels_last, int64_t pixel) {
+  if (calls.output != Call::kCudnn) {
+    return matmul_output(shape, columns, images, pixels, weight, output, channels_last, pixel);
+  }
+  const int64_t channels = shape.all_out_channels();
+  const Tensor image = as_image(columns, shape.row(), images * pixels);
+  const Tensor kernel = as_kernel(weight, channels, shape.columns);
+  if (channels_last) {
+    const Tensor result = as_image(output, channels, images * pixels, pixel * channels);
+    return convolve(calls, shape.groups, image, kernel, result);
+  }
+  const Tensor result = new_tensor(columns, {images, pixels, channels}, columns.scalar_type());
+  convolve(calls, shape.groups, image, kernel, as_image(result, channels, images * pixels));
+  const int64_t first_image = divide(pixel, shape.pixels);
+  Tensor planes =
+      view(output, {images, pixels, channels}, {channels * shape.pixels, 1, shape.pixels},
+           pixel + first_image * (channels - 1) * shape.pixels);
+  torch::stable::copy_(planes, result);
+}
+
+void multiply_grad_columns(const ProductCalls& calls, const ProductShape& shape,
+                           const Tensor& grad_output, int64_t pixel, int64_t pixels,
+                           const Tensor& weight, const Tensor& grad_columns) {
+  const int64_t channels = shape.all_out_channels();
+  if (calls.grad_columns != Call::kCudnn) {
+    return matmul(outputs_of(shape, pixels).in(grad_output, pixel * channels),
+                  weights_of(shape).in(weight), columns_of(shape, pixels).in(grad_columns));
+  }
+  const Tensor transposed = as_contiguous(weights_of(shape).transposed().in(weight));
+  convolve(calls, shape.groups, as_image(grad_output, channels, pixels, pixel * channels),
+           as_kernel(transposed, shape.row(), shape.out_channels),
+           as_image(grad_columns, shape.row(), pixels));
+}
+
+void multiply_grad_weight(const ProductCalls& calls, const ProductShape& shape,
+                          const Tensor& columns, const Tensor& grad_output, int64_t pixel,
+                          int64_t pixels, const Tensor& grad_weight) {
+  const int64_t channels = shape.all_out_channels(), first = pixel * channels;
+  if (calls.grad_weight == Call::kConvolution) {
+    const Tensor kernel = as_kernel(grad_weight, channels, shape.columns);
+    Tensor result = kernel;
+    const Tensor gradient = convolution_grad_kernel(
+        shape.groups, as_image(grad_output, channels, pixels, first),
+        as_image(columns, shape.row(), pixels), converted(kernel, columns.scalar_type()));
+    torch::stable::copy_(result, gradient);
+    return;
+  }
+  const Tensor left = outputs_of(shape, pixels).transposed().in(grad_output, first);
+  const Tensor right = columns_of(shape, pixels).in(columns);
+  const Tensor result = weights_of(shape).in(grad_weight);
+  if (calls.grad_weight == Call::kMatmulToFloat) {
+    return call("aten::bmm", "dtype_out", left, right, ScalarType::Float, result);
+  }
+  matmul(converted(left, columns.scalar_type()), right, result);
+}
+
+}  // namespace mmdcn::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(mmdcn, CompositeExplicitAutograd, m) {
+  m.impl("set_cuda_product", TORCH_BOX(&mmdcn::cuda::set_cuda_product));
+  m.impl("cuda_product", TORCH_BOX(&mmdcn::cuda::cuda_product));
+}

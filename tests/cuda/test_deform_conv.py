@@ -1,0 +1,375 @@
+"""The CUDA source of deformable convolution, run on the host: kernels, products, registration.
+
+What the products need of cuDNN and cuBLAS stands in for them: the same calls, by what the CPU has.
+"""
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.cuda.promises import assert_promises_kept
+from tests.ops.problems import (
+    DTYPES,
+    LINE_VOLUME,
+    NAMES,
+    TOLERANCE,
+    VOLUME,
+    Problem,
+    assert_samples_nothing,
+    compare,
+    largest_error,
+    problems,
+    run,
+    wide,
+)
+
+# In fixed point sums have fewer bits than in float64.
+DETERMINISTIC_TOLERANCE = {**TOLERANCE, torch.float64: 1e-10}
+# Bytes of columns, and of copies, at a time: single pixels, pieces of images, images, all.
+MEMORY = [(1, 1), (1000, 1), (3000, 3000), (20_000, 6000), (10**8, 10**8)]
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
+class HostDeformConv(torch.autograd.Function):
+    """What ``mmdcn.ops`` does around the operators, around the host's build of them."""
+
+    @staticmethod
+    def forward(ctx, input, offset, weight, bias, mask, geometry, options, deterministic):
+        name = "deform_conv2d" if input.dim() == 4 else "deform_conv_nd"
+        ctx.operator = getattr(torch.ops.mmdcn_host, f"{name}_backward")
+        offset, mask = (None if t is None else t.to(wide(input.dtype)) for t in (offset, mask))
+        ctx.geometry, ctx.options, ctx.deterministic = geometry, options, deterministic
+        ctx.save_for_backward(input, offset, weight, mask)
+        operator = getattr(torch.ops.mmdcn_host, name)
+        return operator(input, offset, weight, bias, *geometry, mask, **options)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
+        *tensors, mask = ctx.saved_tensors
+        options = {**ctx.options, "deterministic": ctx.deterministic}
+        gradients = ctx.operator(grad_output, *tensors, *ctx.geometry, mask, wanted, **options)
+        gradients = [g if want else None for g, want in zip(gradients, wanted)]
+        grad_bias = (
+            grad_output.transpose(0, 1).flatten(1).sum(1) if ctx.needs_input_grad[3] else None
+        )
+        return *gradients[:3], grad_bias, gradients[3], None, None, None
+
+
+def host_deform_conv(
+    input,
+    offset,
+    weight,
+    bias=None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    mask=None,
+    deterministic=False,
+    **options,
+) -> Tensor:
+    rank = input.dim() - 2
+    geometry = [
+        [number] * rank if isinstance(number, int) else list(number)
+        for number in (stride, padding, dilation)
+    ]
+    arguments = (input, offset, weight, bias, mask, geometry, options, deterministic)
+    return HostDeformConv.apply(*arguments)
+
+
+@pytest.fixture(autouse=True)
+def operators(host_operators, set_memory):
+    set_memory(3000, 3000)
+    return host_operators
+
+
+# -------------------------------------------------------------------------------- the mathematics
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(problem=problems(ranks=(2, 3)), memory=st.sampled_from(MEMORY))
+def test_matches_reference(set_memory, dtype, problem, memory):
+    set_memory(*memory)
+    compare(problem, dtype, host_deform_conv)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("memory", MEMORY, ids=str)
+@pytest.mark.parametrize(
+    "problem",
+    [
+        # Vectors of channels, in each of the layouts.
+        Problem(3, 16, (7, 6), 6),
+        Problem(3, 16, (7, 6), 6, channels_last=True),
+        # Groups and offset groups, the one in the other and neither.
+        Problem(2, 48, (7, 6), 4, groups=2, deform_groups=3),
+        Problem(2, 48, (7, 6), 12, groups=3, deform_groups=1, channels_last=True),
+        Problem(2, 12, (7, 6), 12, groups=12, deform_groups=4),
+        Problem(2, 12, (7, 6), 4, groups=1, deform_groups=12, has_mask=False),
+    ],
+    ids=str,
+)
+def test_matches_reference_in_chunks(set_memory, dtype, problem, memory):
+    set_memory(*memory)
+    compare(problem, dtype, host_deform_conv)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, -1e30, 3e9])
+@pytest.mark.parametrize("problem", [Problem(), LINE_VOLUME, VOLUME], ids=["2d", "line", "volume"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_offsets_that_reach_nothing(dtype, value, problem):
+    tensors = problem.tensors(dtype)
+    with torch.no_grad():
+        tensors["offset"].fill_(value)
+        tensors["mask"].fill_(float("nan"))
+    assert_samples_nothing(host_deform_conv, tensors, **problem.arguments())
+
+
+@pytest.mark.parametrize("channels", [3, 16])
+def test_what_counts_for_nothing_is_not_read(channels):
+    """Pixels that no sample reaches may hold anything."""
+    tensors = Problem(1, channels, (6, 6), 8).tensors(torch.float32)
+    with torch.no_grad():
+        # Samples lie on pixels of the rows above, and slopes need the next row too.
+        tensors["offset"].zero_()
+        tensors["offset"][..., 3:, :] = 50.0
+        tensors["input"][:, :, 5] = float("nan")
+    for name, result in run(host_deform_conv, tensors, padding=1).items():
+        assert torch.isfinite(result).all(), name
+
+
+# ------------------------------------------------------------------------- promises of the operator
+
+
+@pytest.mark.parametrize("wanted", range(16))
+@pytest.mark.parametrize("problem", [Problem(1, 40, (6, 5), 6), VOLUME], ids=["2d", "volume"])
+def test_gradients_not_asked_for_are_empty(problem, wanted):
+    tensors = {name: tensor.detach() for name, tensor in problem.tensors().items()}
+    x, offset, weight, _, mask = (tensors[name] for name in NAMES)
+    geometry = [list(numbers) for numbers in problem.arguments().values()]
+    grad_output = torch.randn(problem.out_shape, dtype=torch.float64)
+    output_mask = [bool(wanted >> i & 1) for i in range(4)]
+    name = "deform_conv2d_backward" if problem.rank == 2 else "deform_conv_nd_backward"
+    operator = getattr(torch.ops.mmdcn_host, name)
+
+    def backward(output_mask):
+        return operator(grad_output, x, offset, weight, *geometry, mask, output_mask)
+
+    for gradient, every, want in zip(backward(output_mask), backward([True] * 4), output_mask):
+        if want:
+            torch.testing.assert_close(gradient, every)
+        else:
+            assert gradient.shape == (0,)
+
+
+@pytest.mark.parametrize("batch, out_channels", [(0, 6), (2, 6)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_to_sum(dtype, batch, out_channels):
+    """An empty batch, and an input without pixels under a padding that gives outputs."""
+    problem = Problem(
+        batch=batch, out_channels=out_channels, size=(0 if batch else 7, 8), padding=(2, 1)
+    )
+    tensors = problem.tensors(dtype)
+    results = run(host_deform_conv, tensors, **problem.arguments())
+    assert results["output"].shape == (batch, out_channels, *problem.out_size)
+    bias = tensors["bias"].detach().view(1, -1, 1, 1)
+    assert torch.equal(results["output"], bias.expand_as(results["output"]))
+    for name in NAMES:
+        assert results[f"grad_{name}"].shape == tensors[name].shape
+        if name != "bias":
+            assert torch.count_nonzero(results[f"grad_{name}"]) == 0
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("rank", [2, 3])
+def test_results_are_the_fake_kernels(rank, dtype, channels_last, batch):
+    """Results have the shapes and strides promised to the compiler, whatever is asked for."""
+    problem = VOLUME if rank == 3 else Problem(channels_last=channels_last)
+    x, offset, weight, bias, mask = (problem.tensors(dtype)[name].detach() for name in NAMES)
+    offset, mask = offset[:batch].float(), mask[:batch].float()
+    if channels_last:
+        memory_format = torch.channels_last if rank == 2 else torch.channels_last_3d
+        x, offset, mask, weight = (
+            t.contiguous(memory_format=memory_format) for t in (x, offset, mask, weight)
+        )
+    geometry = [list(numbers) for numbers in problem.arguments().values()]
+    grad_output = torch.randn(batch, *problem.out_shape[1:]).to(dtype)
+    grad_output = grad_output.transpose(2, 3).contiguous().transpose(2, 3)
+    name = "deform_conv2d" if rank == 2 else "deform_conv_nd"
+    calls = [(name, [x[:batch], offset, weight, bias, *geometry, mask])]
+    for wanted in range(16):
+        output_mask = [bool(wanted >> i & 1) for i in range(4)]
+        arguments = [grad_output, x[:batch], offset, weight, *geometry, mask, output_mask]
+        calls.append((f"{name}_backward", arguments))
+    assert_promises_kept(calls)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+def test_addresses_need_not_be_aligned(channels_last):
+    problem = Problem(2, 32, (6, 5), 8, channels_last=channels_last, weight_channels_last=True)
+    tensors = problem.tensors(torch.float16)
+    expected = run(host_deform_conv, tensors, padding=1)
+    shifted = {}
+    for name, tensor in tensors.items():
+        memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:]
+        copy = memory.as_strided(tensor.shape, tensor.stride(), memory.storage_offset())
+        shifted[name] = copy.copy_(tensor.detach()).requires_grad_()
+    actual = run(host_deform_conv, shifted, padding=1)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+# ------------------------------------------------------------------------------------ deterministic
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(problem=problems(ranks=(2, 3)), memory=st.sampled_from(MEMORY))
+def test_deterministic_gradients_match_reference(set_memory, dtype, problem, memory):
+    set_memory(*memory)
+    compare(
+        problem,
+        dtype,
+        host_deform_conv,
+        tolerance=DETERMINISTIC_TOLERANCE[dtype],
+        deterministic=True,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1e-30, 1e30], ids=str)
+def test_deterministic_gradients_of_any_size(dtype, scale):
+    """The unit follows the values: nothing overflows and nothing is rounded to zero."""
+    grad_output = torch.randn(2, 6, 7, 8, dtype=torch.float64).to(dtype)
+    expected, actual = (
+        run(host_deform_conv, Problem().tensors(dtype), grad, padding=1, deterministic=scaled)
+        for grad, scaled in ((grad_output, False), (grad_output * scale, True))
+    )
+    gradient = actual["grad_input"].double() / scale
+    assert largest_error(gradient, expected["grad_input"].double()) <= 4 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_deterministic_gradient_of_what_is_not_finite_is_nan(value):
+    tensors = Problem().tensors(torch.float32)
+    grad_output = torch.zeros(2, 6, 7, 8)
+    grad_output[0, 1, 2, 3] = value
+    results = run(host_deform_conv, tensors, grad_output, padding=1, deterministic=True)
+    assert results["grad_input"][0].isnan().all()
+
+
+def test_deterministic_gradient_of_what_half_precision_cannot_hold_is_nan():
+    """The columns' gradients are too large for float16, as loss scales make them at first."""
+    tensors = Problem(1).tensors(torch.float16)
+    with torch.no_grad():
+        tensors["weight"].fill_(100.0)
+    grad_output = torch.full((1, 6, 7, 8), 6e4).half()
+    results = run(host_deform_conv, tensors, grad_output, padding=1, deterministic=True)
+    assert results["grad_input"].isnan().all()
+
+
+# ----------------------------------------------------------------------------------------- products
+
+
+@contextlib.contextmanager
+def calls_in_force(product: str, arithmetic: str, call: str):
+    """The call that computes a product, on the host, and stand-ins for what CUDA alone has."""
+    made = []
+
+    def cudnn_convolution(
+        self, weight, padding, stride, dilation, groups, benchmark, deterministic, tf32, *, out
+    ):
+        assert (padding, stride, dilation) == ([0, 0], [1, 1], [1, 1])
+        assert not benchmark
+        for tensor in (self, weight, out):  # or cuDNN's front would copy it
+            assert tensor.is_contiguous(memory_format=torch.channels_last)
+        made.append(("cudnn", tf32, deterministic))
+        return out.copy_(F.conv2d(self, weight, groups=groups))
+
+    def bmm_to_float(self, mat2, dtype, *, out):
+        assert dtype == out.dtype == torch.float32
+        assert self.dtype == mat2.dtype in HALF_DTYPES
+        made.append(("matmul_to_float",))
+        return out.copy_(self.float() @ mat2.float())
+
+    library = torch.library.Library("aten", "IMPL")
+    choose = torch.ops.mmdcn_host.set_cuda_product
+    try:
+        library.impl("cudnn_convolution.out", cudnn_convolution, "CPU")
+        library.impl("bmm.dtype_out", bmm_to_float, "CPU")
+        choose(-1, product, arithmetic, call)
+        assert torch.ops.mmdcn_host.cuda_product(-1, product, arithmetic) == call
+        yield made
+    finally:
+        choose(-1, product, arithmetic, "matmul")
+        library._destroy()
+
+
+CANDIDATES = [
+    *itertools.product(
+        ["output", "grad_columns"], ["float32", "tf32", "float16", "bfloat16"], ["cudnn"]
+    ),
+    *itertools.product(["grad_weight"], ["float32", "tf32"], ["convolution"]),
+    *itertools.product(["grad_weight"], ["float16", "bfloat16"], ["matmul_to_float"]),
+]
+
+
+@pytest.mark.parametrize("product, arithmetic, call", CANDIDATES, ids="-".join)
+@settings(max_examples=15)
+@given(problem=problems(ranks=(2, 3)), memory=st.sampled_from(MEMORY))
+def test_every_call_matches_reference(set_memory, product, arithmetic, call, problem, memory):
+    set_memory(*memory)
+    tf32 = arithmetic == "tf32"
+    dtype = torch.float32 if tf32 else getattr(torch, arithmetic)
+    options = {"allow_tf32": True} if tf32 else {}
+    with calls_in_force(product, arithmetic, call) as made:
+        compare(problem, dtype, host_deform_conv, **options)
+    if call != "convolution":
+        assert made
+    for name, *flags in made:
+        assert name == call
+        assert flags == ([tf32, False] if call == "cudnn" else [])
+
+
+def test_float32_is_exact_where_torch_multiplies_matrices_in_tf32():
+    with calls_in_force("output", "float32", "matmul") as made:
+        compare(Problem(), torch.float32, host_deform_conv, matmul_tf32=True)
+        assert made == [("cudnn", False, False)] * len(made) != []
+        made.clear()
+        compare(Problem(), torch.float32, host_deform_conv)
+        compare(Problem(), torch.float64, host_deform_conv, allow_tf32=True)
+        assert not made
+
+
+def test_convolutions_are_told_to_be_deterministic():
+    with calls_in_force("grad_columns", "float16", "cudnn") as made:
+        compare(Problem(), torch.float16, host_deform_conv, deterministic=True)
+    assert made == [("cudnn", False, True)] * len(made) != []
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((0, "outputs", "float32", "matmul"), "product: unknown: outputs"),
+        ((0, "output", "int8", "matmul"), "arithmetic: unknown: int8"),
+        ((0, "output", "float32", "gemm"), "call: unknown: gemm"),
+        ((64, "output", "float32", "matmul"), "no device has number 64"),
+    ],
+)
+def test_an_unknown_choice_is_refused(operators, arguments, message):
+    with pytest.raises(RuntimeError, match=message):
+        operators.set_cuda_product(*arguments)
+
+
+# --------------------------------------------------------------------------------------- sanitizers
+
+
+def test_sanitizers(check_with_sanitizers):
+    check_with_sanitizers("deform_conv", 12)
