@@ -40,6 +40,18 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, size_t shared_bytes,
   check(cudaGetLastError());
 }
 
+inline int device_attribute(int device, cudaDeviceAttr which) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+// Whether a device adds vectors of floats to memory in one operation. Others add single elements,
+// which neighbouring lanes should have next to each other.
+inline bool adds_vectors_at_once(int device) {
+  return device_attribute(device, cudaDevAttrComputeCapabilityMajor) >= 9;
+}
+
 template <typename T>
 struct Type {
   using type = T;

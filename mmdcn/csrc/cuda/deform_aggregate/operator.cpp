@@ -24,7 +24,7 @@ Tensor deform_aggregate(const Tensor& input, const Tensor& offset, const Tensor&
                  input.scalar_type());
   if (output.numel() == 0) return output;
 
-  const Tensor features = as_contiguous(input);
+  const Tensor features = aligned(as_contiguous(input));
   const Tensor offsets = aggregate_points(offset), masks = aggregate_points(mask);
   const AggregateProblem problem = {shape, aggregate_layout(offsets), aggregate_layout(masks)};
   aggregate_forward(precision, problem, features.const_data_ptr(), offsets.const_data_ptr(),
@@ -59,8 +59,8 @@ std::tuple<Tensor, Tensor, Tensor> deform_aggregate_backward(
     return {grad_input, grad_offset, grad_mask};
   }
 
-  const Tensor gradients = as_contiguous(grad_output);
-  const Tensor features = as_contiguous(input);
+  const Tensor gradients = aligned(as_contiguous(grad_output));
+  const Tensor features = aligned(as_contiguous(input));
   const Tensor offsets = aggregate_points(offset), masks = aggregate_points(mask);
   const AggregateProblem problem = {shape, aggregate_layout(offsets), aggregate_layout(masks)};
   // Half types are summed in float.

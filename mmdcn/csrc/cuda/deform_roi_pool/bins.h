@@ -3,7 +3,8 @@
 //
 // A block pools kBins bins of one offset group each, of all RoIs, at the same time. Along each
 // dimension the pixels of up to kBinPoints points are listed in shared memory by one thread for
-// each bin; then all threads work on channels. Bins of more points take several rounds.
+// each bin; then a team of lanes works on the channels of each bin, V at once. Bins of more points
+// take several rounds.
 #pragma once
 
 #ifdef __CUDACC__
@@ -13,14 +14,11 @@
 #endif
 
 #include "../../deform_roi_pool_shape.h"
-#include "../../integers.h"
-#include "../../sampling.h"
-#include "../context.h"
+#include "../sample.h"
 
 namespace mmdcn::cuda {
 
-constexpr int kBins = 8;
-constexpr int kBinChannels = 32;  // that a block works on together, of each of its bins
+constexpr int kBins = 32;
 constexpr int kBinPoints = 8;
 
 // One bin, of one offset group of one RoI.
@@ -106,33 +104,36 @@ MMDCN_BLOCK void find_bins(const Ctx& ctx, const DeformRoIPoolShape& shape, cons
   }
 }
 
-// Calls visit(i, bin, channel) for each work item of this thread, one channel of one bin that
-// exists; i < kPerThread. Consecutive threads have consecutive channels.
-template <typename Ctx>
-struct BinItems {
-  static constexpr int kItems = kBins * kBinChannels;
-  static constexpr int kPerThread = kItems / Ctx::kThreads;
-  static_assert(kPerThread * Ctx::kThreads == kItems, "uneven");
+// How the threads of a block are shared out to its bins, with V channels for each lane.
+template <typename Ctx, int V>
+struct BinTeams {
+  static constexpr int kLanes = Ctx::kLanes < 8 ? Ctx::kLanes : 8;
+  static constexpr int kChannels = kLanes * V;  // of a bin, that are worked on together
+  static constexpr int kPerThread = kBins * kLanes / Ctx::kThreads;  // bins of a thread
+  static_assert(kPerThread * Ctx::kThreads == kBins * kLanes, "uneven");
 
+  MMDCN_BLOCK static int lane(const Ctx& ctx) { return ctx.thread() % kLanes; }
+
+  // Calls visit(i, bin, channel) for each bin of this thread that exists, and the first of its
+  // channels from first_channel on, if there is one; i < kPerThread.
   template <typename acc_t, typename Visit>
   MMDCN_BLOCK static void for_each(const Ctx& ctx, const DeformRoIPoolShape& shape,
                                    const BinStorage<acc_t>& storage, int64_t first_channel,
                                    const Visit& visit) {
+    const int64_t channel = first_channel + lane(ctx) * V;
     MMDCN_UNROLL
     for (int i = 0; i < kPerThread; ++i) {
-      const int item = ctx.thread() + i * Ctx::kThreads;
-      const int place = item / kBinChannels;
-      const int64_t channel = first_channel + item % kBinChannels;
+      const int place = (ctx.thread() + i * Ctx::kThreads) / kLanes;
       const bool exists = storage.bin[place].image >= 0 && channel < shape.deform_group_channels();
       if (exists) visit(i, place, channel);
     }
   }
 };
 
-// Calls visit(i, bin, channel, position, row, column) for every pixel that the items read, of
-// kBinChannels channels of an offset group from first_channel on; `position` is in elements of the
-// input. All threads of the block must call it together.
-template <typename Ctx, typename acc_t, typename Visit>
+// Calls visit(i, position, row, column) for every pixel that the bins of this thread read, i being
+// the bin's number in the thread; `position` is in elements of the input, of the first of the
+// thread's channels from first_channel on. All threads of the block must call it together.
+template <int V, typename Ctx, typename acc_t, typename Visit>
 MMDCN_BLOCK void for_each_pixel(const Ctx& ctx, const DeformRoIPoolShape& shape,
                                 int64_t first_channel, BinStorage<acc_t>& storage,
                                 const Visit& visit) {
@@ -146,7 +147,7 @@ MMDCN_BLOCK void for_each_pixel(const Ctx& ctx, const DeformRoIPoolShape& shape,
       }
       ctx.sync();
     }
-    BinItems<Ctx>::for_each(
+    BinTeams<Ctx, V>::for_each(
         ctx, shape, storage, first_channel, [&](int i, int place, int64_t channel) {
           const Bin& bin = storage.bin[place];
           const BinSide<acc_t>& rows = storage.side[0][place];
@@ -158,8 +159,7 @@ MMDCN_BLOCK void for_each_pixel(const Ctx& ctx, const DeformRoIPoolShape& shape,
             for (int x = 0; x < columns.pixels; ++x) {
               const BinPixel<acc_t>& row = rows.pixel[y];
               const BinPixel<acc_t>& column = columns.pixel[x];
-              visit(i, place, channel,
-                    start + (row.position * shape.width + column.position) * shape.channels, row,
+              visit(i, start + (row.position * shape.width + column.position) * shape.channels, row,
                     column);
             }
           }
