@@ -1,16 +1,16 @@
 // The execution context of a thread block.
 //
-// Every kernel here is written once, as a function template over a context `Ctx`, which is all a
-// block's program may ask of the machine:
+// Every kernel is written once, as a function template over a context `Ctx`, which has everything
+// that a block's program may use of the machine:
 //
-//   Ctx::kRows, Ctx::kColumns  the block's threads seen as a grid that shares a product tile
+//   Ctx::kRows, Ctx::kColumns  the block's threads as a grid, over which a product tile is divided
 //   Ctx::kThreads              their number
 //   thread()                   this thread's number, in [0, kThreads)
 //   block(), blocks()          this block's number and how many there are, for strided loops
 //   sync()                     barrier of the block
 //   atomic_add(address, value) addition that other blocks may make to the same address
 //   atomic_max(address, value) likewise
-//   store(address, value)      writes an element of a result; made once per element
+//   store(address, value)      writes an element of a result, each element once
 //
 // Programs that multiply on tensor cores ask for more:
 //

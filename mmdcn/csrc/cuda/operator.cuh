@@ -1,5 +1,5 @@
-// What binds the block programs of operators to the GPU: kernels, launches (see launch.h), element
-// types.
+// Helpers that bind the operators' block programs to the GPU: kernels, element types, and launches
+// (see launch.h).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,8 +10,8 @@
 namespace mmdcn::cuda {
 namespace {
 
-// At least two blocks per multiprocessor, which leaves a thread 128 registers; in double precision
-// those would spill, and one block gets twice as many.
+// Declares a kernel of at least two blocks per multiprocessor, which leaves a thread 128 registers.
+// In double precision 128 would spill, so one block per multiprocessor has twice as many.
 #define MMDCN_KERNEL \
   __global__ void __launch_bounds__(DeviceContext::kThreads, sizeof(acc_t) == 4 ? 2 : 1)
 

@@ -5,7 +5,8 @@
 
 namespace mmdcn::cuda {
 
-// Rows and columns of a product tile, and how much of the summed dimension is staged at a time.
+// Rows and columns of a product tile, and the length of the summed dimension that is staged in
+// shared memory at a time.
 constexpr int kTile = 64;
 constexpr int kDepth = 32;
 

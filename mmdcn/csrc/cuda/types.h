@@ -1,4 +1,4 @@
-// Layouts, precisions and streams: what every operator's launches are given, without a header of
+// Layouts, precisions and streams, the arguments of every operator's launches, without a header of
 // PyTorch's or CUDA's.
 #pragma once
 
@@ -8,8 +8,8 @@
 
 namespace mmdcn::cuda {
 
-// Distances, in elements, between neighbours of a dense 4-D tensor whose two inner dimensions are
-// flattened: contiguous (NCHW) has position = 1, channels last (NHWC) has channel = 1.
+// Strides, in elements, of a dense 4-D tensor whose two spatial dimensions are flattened into
+// positions: contiguous (NCHW) has position = 1, channels last (NHWC) has channel = 1.
 struct Layout {
   int64_t batch, channel, position;
 

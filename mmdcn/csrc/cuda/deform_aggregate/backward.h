@@ -30,10 +30,10 @@ MMDCN_BLOCK void aggregate_backward_block(const Ctx& ctx, const AggregateProblem
   const bool through_samples = grad_offset || grad_mask;
   const int64_t points = all_points(shape);
   for (int64_t first = ctx.block() * kPoints; first < points; first += ctx.blocks() * kPoints) {
-    ctx.sync();  // The previous points have been worked through.
+    ctx.sync();  // All threads are done with the previous points.
     find_points(ctx, shape, first, storage.points);
     for (int64_t round = 0; round < rounds(shape); ++round) {
-      ctx.sync();  // The points are there; the samples of the previous round have been read.
+      ctx.sync();  // The points are set, and all threads have read the previous round's samples.
       locate_samples(ctx, problem, offset, mask, round, storage.points);
       ctx.sync();
       for (int k = 0; k < taps_of(shape, round); ++k) {
@@ -67,7 +67,7 @@ MMDCN_BLOCK void aggregate_backward_block(const Ctx& ctx, const AggregateProblem
         }
         if (!through_samples) continue;
 
-        ctx.sync();  // The sums of the previous tap have been read.
+        ctx.sync();  // All threads have read the sums of the previous tap.
         MMDCN_UNROLL
         for (int i = 0; i < Items::kPerThread; ++i) {
           const int item = ctx.thread() + i * Ctx::kThreads;

@@ -14,14 +14,14 @@ MMDCN_BLOCK void aggregate_forward_block(const Ctx& ctx, const AggregateProblem&
   const DeformAggregateShape& shape = problem.shape;
   const int64_t points = all_points(shape), all_rounds = rounds(shape);
   for (int64_t first = ctx.block() * kPoints; first < points; first += ctx.blocks() * kPoints) {
-    ctx.sync();  // The previous points have been worked through.
+    ctx.sync();  // All threads are done with the previous points.
     find_points(ctx, shape, first, storage);
     ctx.sync();
     for (int64_t channel = 0; channel < shape.group_channels(); channel += kBlockChannels) {
       acc_t sum[Items::kPerThread] = {};
       for (int64_t round = 0; round < all_rounds; ++round) {
         if (channel == 0 || all_rounds > 1) {
-          ctx.sync();  // The samples of the previous round have been read.
+          ctx.sync();  // All threads have read the samples of the previous round.
           locate_samples(ctx, problem, offset, mask, round, storage);
           ctx.sync();
         }

@@ -1,9 +1,9 @@
-// What both passes of deformable aggregation share on CUDA: which points a block works on, and
-// where their samples lie.
+// The points that a block of threads works on, and their samples, for both passes of deformable
+// aggregation on CUDA. A point is one group of one output pixel.
 //
-// A block works on kPoints points, output pixels of one group each, at the same time. The corners
-// of up to kTaps of their samples are located in shared memory, once for all channels of the group;
-// then all threads work on channels. Kernels of more taps take several rounds.
+// A block works on kPoints points at the same time. The corners of up to kTaps samples of each are
+// located in shared memory, once for all channels of the group; then all threads work on channels.
+// Kernels of more taps take several rounds.
 #pragma once
 
 #include "../../integers.h"
@@ -13,18 +13,19 @@
 
 namespace mmdcn::cuda {
 
-constexpr int kPoints = 16;
-constexpr int kBlockChannels = 16;  // that a block works on together, of each of its points
-constexpr int kTaps = 10;
+constexpr int kPoints = 16;         // that a block works on at the same time
+constexpr int kBlockChannels = 16;  // of each point, likewise
+constexpr int kTaps = 10;           // of one round
 
-// An output pixel, numbered over the whole batch, and a group.
+// One group of one output pixel; pixels are numbered over the whole batch.
 struct AggregatePoint {
   int64_t pixel, group;
-  int64_t start;  // of the image's channels of the group, in elements of the input
+  int64_t start;  // index in the input of the group's first channel of the image's first pixel
   bool exists;
 };
 
-// One sample. Its corners are in pixels of the image; none exists where it reaches nothing.
+// One sample. The positions of its corners are pixels of the image; all are -1 where the sample
+// contributes nothing.
 template <typename acc_t>
 struct AggregateSample {
   acc_t modulation;
@@ -67,7 +68,7 @@ MMDCN_BLOCK void find_points(const Ctx& ctx, const DeformAggregateShape& shape, 
   }
 }
 
-// Locates the samples of one round of taps of the points that have been found.
+// Locates the samples of one round of taps, for the points that find_points() has set.
 template <typename Ctx, typename acc_t>
 MMDCN_BLOCK void locate_samples(const Ctx& ctx, const AggregateProblem& problem,
                                 const acc_t* offset, const acc_t* mask, int64_t round,

@@ -26,7 +26,7 @@ MMDCN_BLOCK void deform_roi_pool_backward_block(const Ctx& ctx, const DeformRoIP
   using Items = BinItems<Ctx>;
   const int64_t bins = all_bins(shape), channels = shape.deform_group_channels();
   for (int64_t first = ctx.block() * kBins; first < bins; first += ctx.blocks() * kBins) {
-    ctx.sync();  // The previous bins have been worked through.
+    ctx.sync();  // All threads are done with the previous bins.
     find_bins(ctx, shape, rois, offset, first, storage.bins);
     ctx.sync();
 
@@ -70,7 +70,7 @@ MMDCN_BLOCK void deform_roi_pool_backward_block(const Ctx& ctx, const DeformRoIP
       for (const BinGradient<acc_t>& part : storage.partial[place]) {
         sum = {sum.y + part.y, sum.x + part.x};
       }
-      // The box of a bin that reaches nothing may be infinite.
+      // A bin that reaches nothing may have an infinite box, and infinity times 0 is NaN.
       const acc_t reach_y = storage.bins.side[0][place].reach;
       const acc_t reach_x = storage.bins.side[1][place].reach;
       ctx.store(&grad_offset[roi_offset_index(shape, bin.roi, bin.group, 0, bin.bin)],

@@ -1,9 +1,9 @@
-// What both passes of deformable RoI pooling share on CUDA: which bins a block pools, and the
-// pixels that their points read.
+// The bins that a block of threads pools, and the pixels that their samples read, for both passes
+// of deformable RoI pooling on CUDA.
 //
-// A block pools kBins bins of one offset group each, of all RoIs, at the same time. Along each
-// dimension the pixels of up to kBinPoints points are listed in shared memory by one thread for
-// each bin; then all threads work on channels. Bins of more points take several rounds.
+// A block pools kBins bins at the same time, each of one offset group of one RoI. Along each
+// dimension one thread for each bin lists the pixels of up to kBinSamples samples in shared memory;
+// then all threads work on channels. Bins of more samples take several rounds.
 #pragma once
 
 #ifdef __CUDACC__
@@ -21,27 +21,27 @@ namespace mmdcn::cuda {
 
 constexpr int kBins = 8;
 constexpr int kBinChannels = 32;  // that a block works on together, of each of its bins
-constexpr int kBinPoints = 8;
+constexpr int kBinSamples = 8;    // of a bin along one dimension, in one round
 
 // One bin, of one offset group of one RoI.
 struct Bin {
-  int64_t roi, group, bin, image;  // image: -1 in a block's part beyond the last bin
+  int64_t roi, group, bin, image;  // image: -1 beyond the last bin
 };
 
 template <typename acc_t>
 struct BinSide {
-  BinPoints<acc_t> points;
-  int64_t begin, end;  // points that may reach the features
+  BinSamples<acc_t> samples;
+  int64_t begin, end;  // samples that may reach the features
   acc_t reach;         // pixels that the bin moves by for an offset of 1
   int pixels;          // listed
-  BinPixel<acc_t> pixel[2 * kBinPoints];
+  BinPixel<acc_t> pixel[2 * kBinSamples];
 
-  MMDCN_BLOCK int64_t rounds() const { return divide_up(end - begin, kBinPoints); }
-  // Lists the pixels of a round of points.
+  MMDCN_BLOCK int64_t rounds() const { return divide_up(end - begin, kBinSamples); }
+  // Lists the pixels of a round of samples.
   MMDCN_BLOCK void list(int64_t round) {
-    const int64_t first = begin + round * kBinPoints;
-    const int64_t last = smaller(first + kBinPoints, end);
-    pixels = first < last ? static_cast<int>(points.list_pixels(first, last, pixel)) : 0;
+    const int64_t first = begin + round * kBinSamples;
+    const int64_t last = smaller(first + kBinSamples, end);
+    pixels = first < last ? static_cast<int>(samples.list_pixels(first, last, pixel)) : 0;
   }
 };
 
@@ -50,7 +50,7 @@ struct BinStorage {
   Bin bin[kBins];
   BinSide<acc_t> side[2][kBins];  // y, x
 
-  // The rounds that it takes to list all points along a dimension.
+  // The rounds that it takes to list all samples along a dimension.
   MMDCN_BLOCK int64_t rounds(int d) const {
     int64_t most = 0;
     for (int i = 0; i < kBins; ++i) {
@@ -65,9 +65,9 @@ MMDCN_BLOCK int64_t all_bins(const DeformRoIPoolShape& shape) {
   return shape.rois * shape.deform_groups * shape.bins();
 }
 
-// Ends the program with an error where a RoI is on no image. Without waiting for the GPU there is
-// no other way to refuse what only the GPU sees; PyTorch reports it as it does an index out of
-// range.
+// Stops the kernel where a RoI is on no image. Only the GPU sees the number of the image, and the
+// operator does not wait for the GPU, so an assertion is the only way to refuse it; PyTorch reports
+// it as it reports an index out of range.
 MMDCN_BLOCK void require_image(bool image_of_roi_exists) {
 #ifdef __CUDACC__
   assert(image_of_roi_exists);
@@ -97,9 +97,9 @@ MMDCN_BLOCK void find_bins(const Ctx& ctx, const DeformRoIPoolShape& shape, cons
       const acc_t moved =
           offset ? offset[roi_offset_index(shape, bin.roi, bin.group, d, bin.bin)] : acc_t(0);
       side.reach = roi.reach;
-      side.points =
+      side.samples =
           roi.bin(shape.sampling_ratio, d == 0 ? row : bin.bin - row * shape.out_width, moved);
-      side.points.reaching(side.begin, side.end);
+      side.samples.reaching(side.begin, side.end);
     }
     side.list(0);
     if (d == 0) storage.bin[place] = bin;
