@@ -8,10 +8,10 @@
 // sample, CornerArrays has the samples of a loop that is vectorised.
 //
 // RoI pooling uses Corners on the CPU too, in one dimension, and by a border rule of its own,
-// locate_with_border(). The average over a bin's grid of samples is a product of one factor for each
-// dimension (see deform_roi_pool_shape.h), so a bin locates a few samples along each dimension, two
-// by default, and merges their corners into one list. There is no long loop over samples that could
-// be vectorised; the kernels are vectorised over channels instead.
+// locate_with_border(). The average over a bin's grid of samples is a product of one factor for
+// each dimension (see deform_roi_pool_shape.h), so a bin locates a few samples along each dimension
+// and merges their corners into one list. There is no long loop over samples that could be
+// vectorised; the kernels are vectorised over channels instead.
 //
 // In each dimension only floor(p) and floor(p) + 1 can have a non-zero weight, so a sample over R
 // dimensions reads 2^R corners. Corner number q has bit d set when it lies on the high side of

@@ -1,6 +1,6 @@
-// Compares the weights and slopes of a bin's pixels in RoI pooling, which are products of one factor
-// for each dimension, with the average of Corners over the bin's grid of samples: prints what
-// differs, and fails.
+// Compares the weights and slopes of a bin's pixels in RoI pooling, which are products of one
+// factor for each dimension, with the average of Corners over the bin's grid of samples: prints
+// what differs, and fails.
 #include <cmath>
 #include <cstdio>
 #include <limits>

@@ -114,8 +114,8 @@ class SharedGradients {
         most_(most_ranges()),
         partial_(most_ > 1 ? most_ * target.numel() : 0) {}
 
-  // Where a range writes its sums, or null. No two ranges write to the same element, as the ranges
-  // of one offset group differ in memory.
+  // Where a range writes its sums, or null. No two ranges write to the same element, as each range
+  // of an offset group has memory of its own.
   A* target_for(const ChannelRange& range) const {
     if (target_.numel() == 0) return nullptr;
     if (most_ == 1) return data<A>(target_);
