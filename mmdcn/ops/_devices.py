@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import _library
+from . import _library, _products
 from ._determinism import products_are_refused
 
 _logger = logging.getLogger("mmdcn")
@@ -122,6 +122,8 @@ def describe(device: torch.device) -> str:
 def _decide(device: torch.device) -> Service:
     problem = _problem_of_kernels(device)
     if problem is None:
+        if not products_are_refused():
+            _products.choose(device)
         return Service(kernels=True)
     return Service(False, frozenset(name for name in _offered if _runs(name, device)), problem)
 

@@ -78,10 +78,10 @@ struct Check {
                         data(out.grad_input), data(out.grad_offset), data(out.grad_mask));
       return out;
     };
-    const bool whole = shape.group_channels() % 2 == 0 && draw.between(0, 3) > 0;
+    const bool vectors = shape.group_channels() % 2 == 0 && draw.between(0, 3) > 0;
     const auto run = [&](auto context) {
-      return whole ? run_with(context, std::integral_constant<int, 2>{})
-                   : run_with(context, std::integral_constant<int, 1>{});
+      return vectors ? run_with(context, std::integral_constant<int, 2>{})
+                     : run_with(context, std::integral_constant<int, 1>{});
     };
     const Results<T> one = run(Type<HostContext<1, 1>>{}), several = run(Type<Several>{});
     const bool failed = differ("output", one.output, several.output) ||

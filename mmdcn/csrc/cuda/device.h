@@ -1,4 +1,4 @@
-// What the CUDA registration files have in common: optional tensors, precision, device and stream.
+// Helpers of the CUDA registration files: optional tensors, precision, device and stream.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -1,4 +1,4 @@
-// Deformable aggregation on CUDA: what the registration file calls. No PyTorch and no CUDA header.
+// The launches of deformable aggregation on CUDA, without a header of PyTorch's or CUDA's.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@ namespace mmdcn::cuda {
 
 struct AggregateProblem {
   DeformAggregateShape shape;
-  AggregateLayout offset, mask;  // not of their gradients, which are contiguous
+  AggregateLayout offset, mask;  // their gradients are contiguous
 };
 
 // Channels that a lane loads at once, for elements of so many bytes: four lanes have the sixteen

@@ -2,8 +2,8 @@
 // pixels that their points read.
 //
 // A block pools kBins bins of one offset group each, of all RoIs, at the same time. Along each
-// dimension the pixels of up to kBinPoints points are listed in shared memory by one thread for
-// each bin; then a team of lanes works on the channels of each bin, V at once. Bins of more points
+// dimension the pixels of up to kBinSamples samples are listed in shared memory by one thread for
+// each bin; then a team of lanes works on the channels of each bin, V at once. Bins of more samples
 // take several rounds.
 #pragma once
 
@@ -19,27 +19,27 @@
 namespace mmdcn::cuda {
 
 constexpr int kBins = 32;
-constexpr int kBinPoints = 8;
+constexpr int kBinSamples = 8;
 
 // One bin, of one offset group of one RoI.
 struct Bin {
-  int64_t roi, group, bin, image;  // image: -1 in a block's part beyond the last bin
+  int64_t roi, group, bin, image;  // image: -1 beyond the last bin
 };
 
 template <typename acc_t>
 struct BinSide {
-  BinPoints<acc_t> points;
-  int64_t begin, end;  // points that may reach the features
+  BinSamples<acc_t> samples;
+  int64_t begin, end;  // samples that may reach the features
   acc_t reach;         // pixels that the bin moves by for an offset of 1
   int pixels;          // listed
-  BinPixel<acc_t> pixel[2 * kBinPoints];
+  BinPixel<acc_t> pixel[2 * kBinSamples];
 
-  MMDCN_BLOCK int64_t rounds() const { return divide_up(end - begin, kBinPoints); }
-  // Lists the pixels of a round of points.
+  MMDCN_BLOCK int64_t rounds() const { return divide_up(end - begin, kBinSamples); }
+  // Lists the pixels of a round of samples.
   MMDCN_BLOCK void list(int64_t round) {
-    const int64_t first = begin + round * kBinPoints;
-    const int64_t last = smaller(first + kBinPoints, end);
-    pixels = first < last ? static_cast<int>(points.list_pixels(first, last, pixel)) : 0;
+    const int64_t first = begin + round * kBinSamples;
+    const int64_t last = smaller(first + kBinSamples, end);
+    pixels = first < last ? static_cast<int>(samples.list_pixels(first, last, pixel)) : 0;
   }
 };
 
@@ -48,7 +48,7 @@ struct BinStorage {
   Bin bin[kBins];
   BinSide<acc_t> side[2][kBins];  // y, x
 
-  // The rounds that it takes to list all points along a dimension.
+  // The rounds that it takes to list all samples along a dimension.
   MMDCN_BLOCK int64_t rounds(int d) const {
     int64_t most = 0;
     for (int i = 0; i < kBins; ++i) {
@@ -95,9 +95,9 @@ MMDCN_BLOCK void find_bins(const Ctx& ctx, const DeformRoIPoolShape& shape, cons
       const acc_t moved =
           offset ? offset[roi_offset_index(shape, bin.roi, bin.group, d, bin.bin)] : acc_t(0);
       side.reach = roi.reach;
-      side.points =
+      side.samples =
           roi.bin(shape.sampling_ratio, d == 0 ? row : bin.bin - row * shape.out_width, moved);
-      side.points.reaching(side.begin, side.end);
+      side.samples.reaching(side.begin, side.end);
     }
     side.list(0);
     if (d == 0) storage.bin[place] = bin;

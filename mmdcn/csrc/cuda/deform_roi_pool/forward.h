@@ -13,7 +13,7 @@ MMDCN_BLOCK void deform_roi_pool_forward_block(const Ctx& ctx, const DeformRoIPo
   using Teams = BinTeams<Ctx, V>;
   const int64_t bins = all_bins(shape), channels = shape.deform_group_channels();
   for (int64_t first = ctx.block() * kBins; first < bins; first += ctx.blocks() * kBins) {
-    ctx.sync();  // The previous bins have been pooled.
+    ctx.sync();  // All threads are done with the previous bins.
     find_bins(ctx, shape, rois, offset, first, storage);
     ctx.sync();
     for (int64_t channel = 0; channel < channels; channel += Teams::kChannels) {

@@ -1,4 +1,4 @@
-// Deformable RoI pooling on CUDA: what the registration file calls. No PyTorch and no CUDA header.
+// The launches of deformable RoI pooling on CUDA, without a header of PyTorch's or CUDA's.
 #pragma once
 
 #include <cstddef>

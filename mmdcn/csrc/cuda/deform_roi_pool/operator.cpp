@@ -1,4 +1,4 @@
-// deform_roi_pool on CUDA: layouts, memory, device and stream around the kernels.
+// Registration of deform_roi_pool on CUDA: layouts, memory, device and stream around the kernels.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
