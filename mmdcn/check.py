@@ -12,7 +12,7 @@ import torch
 import mmdcn
 from mmdcn import ops, self_test
 from mmdcn.machine import driver, installed
-from mmdcn.ops import _devices, _library
+from mmdcn.ops import _devices, _library, _products
 
 # Package names of the toolbox and of its maintained fork, and of the peers.
 PACKAGES = (
@@ -82,6 +82,8 @@ def check(device: torch.device) -> bool:
     try:
         _devices.service(device)
         print(f"{_devices.describe(device)}.")
+        if device.type == "cuda" and _devices.service(device).kernels:
+            print(f"Products of convolutions there: {_products.describe(device)}.")
     except RuntimeError as problem:
         right = False
         print(f"FAILED to find out what computes there: {_devices.first_line(problem)}")

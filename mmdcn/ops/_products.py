@@ -89,6 +89,14 @@ def chosen(device: torch.device) -> dict[tuple[str, str], str]:
     }
 
 
+def describe(device: torch.device) -> str:
+    """The calls that are in force on a device, where there is a choice, in a line for people."""
+    products = {product: [] for product in CALLS}
+    for (product, arithmetic), call in chosen(device).items():
+        products[product].append(f"{arithmetic} by {call}")
+    return "; ".join(f"{product}: {', '.join(calls)}" for product, calls in products.items())
+
+
 def _number(device: torch.device) -> int:
     return -1 if device.type == "cpu" else device.index
 

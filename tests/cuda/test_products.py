@@ -53,6 +53,7 @@ def test_calls_that_compute_something_else_are_not_chosen(wrong, caplog):
 
 def test_without_a_choice_products_are_by_matmul():
     assert set(_products.chosen(CPU).values()) == {"matmul"}
+    assert "; grad_weight: tf32 by matmul, float16 by matmul" in _products.describe(CPU)
 
 
 def test_every_choice_ends_with_what_always_works():

@@ -66,7 +66,7 @@ int64_t chunk_bytes(int device) {
   return std::clamp(int64_t{device_attribute(device, cudaDevAttrL2CacheSize)} / 2, kLeast, kMost);
 }
 
-int64_t copy_bytes() { return INT64_C(16) << 20; }
+int64_t copy_bytes() { return INT64_C(8) << 20; }
 
 template <int R>
 void gather(Precision precision, const ConvProblem<R>& problem, const PixelRange& range,

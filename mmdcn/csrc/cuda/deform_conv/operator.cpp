@@ -67,7 +67,7 @@ ProductShape product_shape(const ConvProblem<R>& problem) {
   return {problem.shape.groups, problem.group_out_channels, problem.columns, problem.pixels};
 }
 
-// Whatever the tensors' layouts are, what a call needs of them.
+// The part of a call that its tensors' layouts do not change.
 template <int R>
 struct Context {
   DeformConvNdShape<R> shape;
