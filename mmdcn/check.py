@@ -80,8 +80,7 @@ def check(device: torch.device) -> bool:
     right = True
     print(f"\n{device}: {description(device)}")
     try:
-        _devices.service(device)
-        print(f"{_devices.describe(device)}.")
+        print(f"{_devices.describe(device, _devices.service(device))}.")
     except RuntimeError as problem:
         right = False
         print(f"FAILED to find out what computes there: {_devices.first_line(problem)}")

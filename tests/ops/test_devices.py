@@ -267,7 +267,7 @@ NO_IMAGE = "mmdcn: CUDA refused to launch a kernel: no kernel image is available
 
 def test_a_gpu_on_which_our_kernels_run(gpu, caplog):
     assert _devices.server("deform_conv2d", GPU) == _devices.OURS
-    assert gpu == [GPU]  # The error of a kernel shows when it has run.
+    assert gpu == [GPU, GPU]  # An error of a kernel shows when it has run; of others', before.
     assert not caplog.records
 
 
@@ -278,7 +278,7 @@ def test_a_gpu_on_which_they_do_not_run(gpu, monkeypatch, caplog):
         for operator in OPERATORS:
             assert _devices.server(operator, GPU) == _devices.REFERENCE
     assert len(calls) == 1
-    assert gpu == [GPU]  # which clears the error
+    assert gpu == [GPU, GPU]  # before, and to clear the error
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     message = record.getMessage()
@@ -322,6 +322,21 @@ def test_small_calls_run_on_mmcvs_kernels(mmcv_offered):
     mmcv_kernels.offer(None, None, lambda *arguments: apply(theirs, *arguments))
     assert not _devices._runs("deform_roi_pool", CPU)
     assert not _devices._runs("deform_conv2d", CPU)
+
+
+def test_an_error_of_what_ran_before_is_not_caught(gpu, monkeypatch):
+    calls = failing(monkeypatch, RuntimeError("must not be called"))
+    error = torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    def synchronize(device):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(torch.AcceleratorError) as caught:
+        _devices.service(GPU)
+    assert caught.value is error
+    assert not calls
+    assert not _devices.DECIDED
 
 
 @pytest.mark.parametrize(
