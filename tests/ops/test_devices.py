@@ -4,6 +4,7 @@ import logging
 import re
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -360,7 +361,12 @@ def test_nothing_is_decided_while_a_graph_is_captured(gpu, monkeypatch):
 
 def test_threads_decide_once(gpu, monkeypatch):
     calls = []
-    monkeypatch.setattr(_devices, "_run_kernels", lambda _: calls.append(threading.get_ident()))
+
+    def run(arguments):
+        calls.append(arguments)
+        time.sleep(0.05)  # so that all others come meanwhile
+
+    monkeypatch.setattr(_devices, "_run_kernels", run)
     barrier = threading.Barrier(8)
 
     def ask():
