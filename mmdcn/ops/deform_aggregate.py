@@ -7,7 +7,7 @@ import math
 
 from torch import Tensor
 
-from . import _library, reference
+from . import reference
 from ._checks import (
     check_channels,
     check_number,
@@ -45,7 +45,8 @@ def dcnv3(
     A sample with a coordinate that is not finite, or outside (-1, H) × (-1, W), contributes zero
     and has zero gradient. float16 and bfloat16 accumulate in float32. On the CPU the result is the
     same, bit for bit, for any number of threads; on CUDA the gradient of the input is not, and
-    raises under ``torch.use_deterministic_algorithms(True)``.
+    raises under ``torch.use_deterministic_algorithms(True)``. On a device that our kernels do not
+    serve, the reference computes.
 
     Args:
         input: features of shape (N, H, W, C); float32, float64, float16 or bfloat16. N may be 0.
@@ -67,7 +68,6 @@ def dcnv3(
     Raises:
         TypeError: an argument is no tensor or number, or has another dtype than it must.
         ValueError: a shape, a device or a number does not fit the others.
-        RuntimeError: there is no compiled kernel for the device of the input.
 
     Example:
         >>> offset, mask = torch.randn(1, 8, 8, 2 * 9 * 2), torch.randn(1, 8, 8, 2, 9)
@@ -129,7 +129,6 @@ def dcnv4(
 
 
 def _aggregate(input: Tensor, offset: Tensor, mask: Tensor, geometry: tuple) -> Tensor:
-    _library.require_kernels_for(input.device)
     wide = coordinate_dtype(input.dtype)
     return _OPERATOR(input, offset.to(wide), mask.to(wide), *geometry)
 
