@@ -9,6 +9,7 @@
 :mod:`~.detectors`       whole detectors, in training and at inference
 :mod:`~.tables`          all that as Markdown
 :mod:`~.report`          the published page, its picture, and README's table
+:mod:`~.paper`           what the operator takes on a GPU, computed from counted instructions
 :mod:`~.cli`             the arguments of `tools/benchmark.py`
 ======================== ==========================================================================
 
