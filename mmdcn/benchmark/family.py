@@ -7,7 +7,7 @@ equation in plain PyTorch.
 import functools
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -181,6 +181,21 @@ def _problems() -> Iterator[Problem]:
 
 PROBLEMS = list(_problems())
 OPERATORS = list(dict.fromkeys(problem.operator for problem in PROBLEMS))
+
+
+def small_problems() -> list[Problem]:
+    """One of each operator in a tiny size, to go through everything quickly."""
+    small = {
+        "deform_conv1d": functools.partial(_convolution, 2, 4, (9,)),
+        "deform_conv3d": functools.partial(_convolution, 1, 4, (3, 4, 5)),
+        "dcnv3": functools.partial(_aggregation, 3, 2, 4, 6),
+        "dcnv4": functools.partial(_aggregation, 4, 2, 4, 6),
+        "deform_roi_pool": functools.partial(_roi_pooling, 4, 3, (16, 20), 2),
+    }
+    return [
+        replace(problem, label="small", bind=small[problem.operator])
+        for problem in {problem.operator: problem for problem in PROBLEMS}.values()
+    ]
 
 
 # -------------------------------------------------------------------------------------- measuring

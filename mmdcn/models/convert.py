@@ -53,7 +53,8 @@ def convert_to_deformable(model: nn.Module, dcn: Mapping[str, Any], select: Sele
         model: any module; its convolutions may be anywhere inside.
         dcn: the layer, as in a backbone's ``dcn=``: ``dict(type='DCN')`` or
             ``dict(type='DCNv2', deform_groups=4)``. ``type`` is a registered name (without the
-            toolbox there are none) or a class, and derives from :class:`mmdcn.layers.DeformConv2dPack` or
+            toolbox there are none) or a class, and derives from
+            :class:`mmdcn.layers.DeformConv2dPack` or
             :class:`mmdcn.layers.ModulatedDeformConv2dPack`. With ``fallback_on_stride=True``,
             convolutions whose stride is not 1 stay plain.
         select: which convolutions, by their names in ``model.named_modules()``: a pattern like

@@ -140,7 +140,7 @@ def outside_one_rounding(actual: Tensor, exact: Tensor) -> float:
     parts of a sum, leaves many.
     """
     eps = torch.finfo(actual.dtype).eps
-    rounding = torch.ldexp(torch.tensor(eps / 2).double().to(exact), torch.frexp(exact).exponent)
+    rounding = eps / 2 * torch.exp2(torch.frexp(exact).exponent.double())
     # Where terms cancel, what float32 leaves is more than that; it is of the terms' size.
     allowed = rounding + 1e-4 * exact.square().mean().sqrt()
     return float(((actual.double() - exact).abs() > allowed).double().mean())

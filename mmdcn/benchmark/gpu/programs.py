@@ -227,32 +227,36 @@ def counters_of(output: str) -> list[dict]:
 
 def beside(settings: Settings) -> list[Case]:
     """The same calls by this mmdcn and by another, in processes of their own, one after another."""
-    folders = {"this": str(_library.FOLDER.parent), "other": settings.beside}
     if settings.beside is None:
         reason = NotRun("no other wheel was named by --beside")
         return [Case("another mmdcn", functools.partial(_raise, reason))]
+    folders = {"this": str(_library.FOLDER.parent), "another": settings.beside}
     return [
-        Case(f"{shape.name}, batch 2, {dtype}, {which}", functools.partial(run, which, folder))
-        for dtype in ("float16", "float32", "bfloat16")
-        for shape in settings.shapes
-        for run in [functools.partial(_time_other, settings, shape, dtype)]
+        Case(f"{which} mmdcn", functools.partial(_time_mmdcn, settings, which, folder))
         for which, folder in folders.items()
     ]
 
 
-def _time_other(settings: Settings, shape, dtype: str, which: str, folder: str) -> dict:
-    fields = vars(shape) | {"batch": 2, "dtype": dtype}
-    result = settings.file(f"beside {which} {shape.name} {dtype}.json")
-    result.unlink(missing_ok=True)
-    order = {"case": fields, "device": settings.device, "result": str(result)}
-    order["budget"] = vars(settings.budget)
+def _time_mmdcn(settings: Settings, which: str, folder: str) -> dict:
+    result = settings.file(f"{which} mmdcn.json")
+    order = {
+        "cases": [
+            vars(shape) | {"batch": 2, "dtype": dtype}
+            for dtype in ("float16", "float32", "bfloat16")
+            for shape in settings.shapes
+        ],
+        "device": settings.device,
+        "budget": vars(settings.budget),
+        "result": str(result),
+    }
     source = Path(other_mmdcn.__file__).read_text()
     # Not by its path, whose folder's modules would then come before all others.
     command = [sys.executable, "-c", source, json.dumps(order)]
     environment = {**os.environ, "PYTHONPATH": folder}
-    status, output = processes.run(
-        command, result.with_suffix(".log"), env=environment, cwd=settings.folder
-    )
-    if status != 0 or not result.is_file():
-        raise Wrong([f"it ended with {status}: {' '.join(output.split())[-300:]}"], {})
-    return json.loads(result.read_text())
+    log = settings.file(f"{which} mmdcn.log")
+    status, output = processes.run(command, log, env=environment, cwd=settings.folder)
+    found = json.loads(result.read_text()) if result.is_file() else {"rows": []}
+    if status != 0:
+        said = " ".join(output.split())[-300:]
+        raise Wrong([f"it ended with {status}: {said}"], found)
+    return found

@@ -260,12 +260,19 @@ def _counters(results: list[dict]) -> list[str]:
 
 
 def _beside(results: list[dict]) -> list[str]:
-    rows = [
-        [r["case"], *(_ms(r["milliseconds"][n]) for n in ("forward", "forward_backward"))]
-        + [_cell(r["mmdcn"])]
-        for r in results
-    ]
-    return table(["case", "forward, ms", "forward + backward, ms", "mmdcn"], rows)
+    names = [result["case"] for result in results]
+    found = [{(r["stage"], r["dtype"]): r for r in result["rows"]} for result in results]
+    rows = []
+    for key in found[0]:
+        both = [each.get(key) for each in found]
+        for direction in ("forward", "forward_backward"):
+            taken = [row and row["milliseconds"][direction] for row in both]
+            means = [f"{row['mean_of_output']:.4g}" if row else NOTHING for row in both]
+            ratio = _over(taken[-1], taken[0])
+            rows.append([*key, direction.replace("_", " + "), *map(_ms, taken), ratio, *means])
+    header = ["stage", "dtype", "", *(f"{name}, ms" for name in names), "last ÷ first"]
+    lines = [f"{result['case']}: {_cell(result.get('mmdcn', NOTHING))}." for result in results]
+    return [*lines, "", *table([*header, *(f"{n}, mean" for n in names)], rows, left=3)]
 
 
 _TABLES: dict[str, Callable[[list[dict]], list[str]]] = {

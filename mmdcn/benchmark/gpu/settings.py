@@ -58,14 +58,12 @@ class Settings:
         """The 3×3 convolutions of R-50 at 800×1333, c3 to c5."""
         if not self.tiny:
             return SHAPES["r50"]
-        return tuple(
-            replace(case, channels=16, out_channels=8, height=7, width=6) for case in SHAPES["r50"]
-        )
+        return (replace(SHAPES["r50"][1], channels=16, out_channels=8, height=7, width=6),)
 
     @property
     def batches(self) -> tuple[int, ...]:
         """Batch sizes, those first that say most should the time not suffice for all."""
-        return (2, 1) if self.tiny else (2, 8, 1)
+        return (2,) if self.tiny else (2, 8, 1)
 
     def file(self, name: str) -> Path:
         return Path(self.folder) / name.replace("/", "_").replace(" ", "_")

@@ -107,9 +107,7 @@ def _offsets(settings: Settings, case: cases.Case, arithmetic: str, std: float) 
 
 def other_operators(settings: Settings) -> list[Case]:
     """What :mod:`mmdcn.benchmark.family` measures, and ours in float16 besides."""
-    problems = family.PROBLEMS
-    if settings.tiny:
-        problems = list({problem.operator: problem for problem in problems}.values())
+    problems = family.small_problems() if settings.tiny else family.PROBLEMS
     return [
         Case(f"{problem.operator}, {problem.label}", functools.partial(_other, settings, problem))
         for problem in problems

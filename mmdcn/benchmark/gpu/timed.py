@@ -151,7 +151,7 @@ def _row(settings: Settings, case: cases.Case, arithmetic: str) -> dict:
             row["extra_mb"][direction] = {
                 name: memory.extra_bytes(bound, direction, settings.target) / 1e6
                 for name, bound in calls.items()
-                if "," not in name and memory.can_measure(settings.target)
+                if "," not in name and settings.device == "cuda"
             }
             samples = timing.interleave(_timed(calls, direction), settings.target, settings.budget)
             row["milliseconds"][direction] = {n: timing.median(t) for n, t in samples.items()}
