@@ -45,7 +45,8 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@$(RUN) -m pytest -m "not slow and not cuda" \
-	    $(if $(ARGS),$(ARGS),--numprocesses $(WORKERS) --dist loadfile)
+	    $(if $(ARGS),$(ARGS),--numprocesses $(WORKERS) --dist loadfile \
+	        --no-loadscope-reorder)
 
 test-slow: $(INSTALLED)
 	@$(RUN) -m pytest -m slow $(ARGS)

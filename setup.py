@@ -7,7 +7,8 @@ the environment that mmdcn is installed into, also from inside pip's isolated bu
 Environment variables:
     MMDCN_WITH_CUDA       0 leaves the CUDA library out, 1 insists on it; by default it is built
                           where nvcc is found, with or without a GPU
-    TORCH_CUDA_ARCH_LIST  as for torch's own extensions; default "8.0;9.0+PTX"
+    TORCH_CUDA_ARCH_LIST  as for torch's own extensions, such as "8.0;9.0+PTX"; by default all of
+                          CUDA_ARCHITECTURES that nvcc knows, and PTX for the newest of them
     CUDA_HOME, CXX        the CUDA toolkit and the C++ compiler to use
     MAX_JOBS              compilers that run side by side; default: the number of cores
     MMDCN_WERROR          1 makes compiler warnings errors
@@ -37,6 +38,8 @@ AVX512 = [
 ]
 # Where in a cache line the multiplication begins its loops decides about a tenth of its time.
 ALIGNED_LOOPS = "-falign-loops=64"
+# GPUs that people train on: T4 and RTX 20, A100, RTX 30, RTX 40 and L4, H100, B200, RTX 50.
+CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 CPU_CAPABILITIES = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -113,10 +116,24 @@ def cuda_home(nvcc: str) -> Path:
     return Path(top.group(1)).resolve()
 
 
-def cuda_architectures() -> list[str]:
+def known_architectures(nvcc: str) -> str:
+    """The default for TORCH_CUDA_ARCH_LIST."""
+    said = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
+    listed = said.stdout.split()
+    known = [a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}" in listed]
+    if not known:
+        raise SystemExit(
+            f"{nvcc} compiles for none of {', '.join(CUDA_ARCHITECTURES)}; it lists "
+            f"{said.stdout.strip() or said.stderr.strip()!r}. Name architectures in "
+            "TORCH_CUDA_ARCH_LIST, or install another CUDA toolkit."
+        )
+    return ";".join(known) + "+PTX"
+
+
+def cuda_architectures(nvcc: str) -> list[str]:
     """nvcc's -gencode arguments for TORCH_CUDA_ARCH_LIST."""
     arguments = []
-    listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or known_architectures(nvcc)
     for entry in re.split(r"[;, ]+", listed.strip("; ,")):
         match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", entry)
         if match is None:
@@ -221,7 +238,7 @@ class BuildOperators(build_ext):
         commands = []
         for source in sorted((CSRC / "cuda").rglob("*.cu")):
             target = self.object_path(source)
-            command = [nvcc, "-std=c++17", "-O3", *cuda_architectures(), "-ccbin", self.cxx[0]]
+            command = [nvcc, "-std=c++17", "-O3", *cuda_architectures(nvcc), "-ccbin", self.cxx[0]]
             command += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra", "-Xptxas", "-v"]
             if self.strict:
                 command += ["-Werror", "all-warnings", "-Xcompiler", "-Werror"]
@@ -245,7 +262,8 @@ class BuildOperators(build_ext):
         said = self.run_command([*command, "-MMD", "-MF", str(included)])
         # What ptxas says of each kernel's registers and memory is kept for the tests to read.
         about_kernels = [line for line in said if re.match(r"ptxas info|\s+\d+ bytes", line)]
-        target.with_suffix(".kernels").write_text("\n".join(about_kernels))
+        if about_kernels:
+            target.with_suffix(".kernels").write_text("\n".join(about_kernels))
         for line in said:
             if line not in about_kernels:
                 print(line, file=sys.stderr, flush=True)

@@ -1,21 +1,31 @@
-"""The report of ``python -m mmdcn.check``: what is installed and loaded, and if it computes.
+"""The report of ``python -m mmdcn.check``: what is installed, what computes where, and if it does.
 
 Its output belongs in a bug report. The exit status is 1 where something does not work.
 """
 
 import platform
 import sys
+from collections.abc import Iterator
 
 import torch
 
 import mmdcn
-from mmdcn.machine import installed
-from mmdcn.ops import _library, deform_conv2d, reference
+from mmdcn import ops, self_test
+from mmdcn.machine import driver, installed
+from mmdcn.ops import _devices, _library, _products
 
 # Package names of the toolbox and of its maintained fork, and of the peers.
 PACKAGES = (
     *("mmengine", "mmcv", "mmdet", "onedl-mmengine", "onedl-mmcv", "onedl-mmdetection"),
     *("torchvision", "numpy"),
+)
+
+WHAT_TO_DO = (
+    "What to do: where a test is WRONG or FAILED, trust no result of that operator with that dtype "
+    "on that device, and use one with which it is ok. Compile mmdcn on this machine, for this "
+    f"torch ({_library.REBUILD}), and run this check again; if the test still fails, report it "
+    "with all of this output. Further tests on a device that is LOST mean nothing: run them again "
+    "with CUDA_LAUNCH_BLOCKING=1, which shows where it happened."
 )
 
 
@@ -30,7 +40,9 @@ def _versions() -> dict[str, str]:
 
 def _libraries() -> dict[str, str]:
     if _library.cuda_is_loaded():
-        cuda = f"loaded, {torch.ops.mmdcn.cuda_kernels()} kernels"
+        cuda = "loaded"
+    elif _library.CUDA_PROBLEM is not None:
+        cuda = f"built; does not load: {_library.CUDA_PROBLEM}"
     elif _library.CUDA_LIBRARY.is_file():
         cuda = "built; not loaded, as torch sees no GPU"
     else:
@@ -42,61 +54,85 @@ def _libraries() -> dict[str, str]:
     }
 
 
-def _largest_error(device: torch.device, dtype: torch.dtype) -> float:
-    """The error of the output and all gradients of one call, against the reference in float64."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = {
-        "input": (2, 8, 12, 11),
-        "offset": (2, 18, 12, 11),
-        "weight": (4, 8, 3, 3),
-        "bias": (4,),
-        "mask": (2, 9, 12, 11),
-    }
-    values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    # The offsets are multiples of 1/8, so that no dtype moves a sample across a pixel's border.
-    values["offset"] = (values["offset"] * 8).round() / 8
-    grad_output = torch.randn(2, 4, 12, 11, generator=generator).to(dtype)
+def devices() -> list[torch.device]:
+    """The CPU, and every device of the accelerator that torch has."""
+    found = [torch.device("cpu")]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        count = torch.accelerator.device_count()
+        found += [torch.device(accelerator.type, index) for index in range(count)]
+    return found
 
-    def results(function, target_device: torch.device | str, target: torch.dtype) -> list:
-        leaves = {
-            name: value.to(dtype).to(target_device, target).detach().requires_grad_()
-            for name, value in values.items()
-        }
-        output = function(**leaves, padding=1)
-        output.backward(grad_output.to(target_device, target))
-        return [output.detach(), *(leaf.grad for leaf in leaves.values())]
 
-    ours = results(deform_conv2d, device, dtype)
-    exact = results(reference.deform_conv2d, "cpu", torch.float64)
-    return max(
-        float((a.double().cpu() - b).abs().max() / b.abs().max()) for a, b in zip(ours, exact)
+def description(device: torch.device) -> str:
+    """What the device is; of a GPU, its compute capability and its driver."""
+    if device.type != "cuda":
+        return platform.processor() or platform.machine() if device.type == "cpu" else device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return (
+        f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}, "
+        f"driver {driver() or 'unknown'} (up to CUDA {_devices.driver_cuda()})"
     )
+
+
+def check(device: torch.device) -> bool:
+    """Print what the device is, what computes on it and why, and test it; whether all is right."""
+    right = True
+    print(f"\n{device}: {description(device)}")
+    try:
+        _devices.service(device)
+        print(f"{_devices.describe(device)}.")
+        if device.type == "cuda" and _devices.service(device).kernels:
+            print(f"Products of convolutions there: {_products.describe(device)}.")
+    except RuntimeError as problem:
+        right = False
+        print(f"FAILED to find out what computes there: {_devices.first_line(problem)}")
+    for name in ops.__all__:
+        results = []
+        for passed, result in _results(name, device):
+            right &= passed
+            results.append(result)
+        print(f"{device} {name}: {', '.join(results)}")
+        if _is_lost(device):
+            print(f"{device} is LOST to this process.")
+            return False
+    return right
+
+
+def _results(name: str, device: torch.device) -> Iterator[tuple[bool, str]]:
+    """Whether the operator passes the self-test in each dtype, and what to print of it."""
+    for dtype, tolerance in self_test.TOLERANCE.items():
+        if device.type == "mps" and dtype == torch.float64:
+            continue  # which it does not have
+        label = str(dtype).removeprefix("torch.")
+        try:
+            error = self_test.largest_error(name, device, dtype)
+        except Exception as problem:  # Whatever it is, the other tests are to be seen too.
+            yield False, f"{label} FAILED ({type(problem).__name__}: {problem})"
+            continue
+        passed = error <= tolerance  # not of NaN
+        yield passed, f"{label} {'ok' if passed else 'WRONG'} ({error:.0e})"
+
+
+def _is_lost(device: torch.device) -> bool:
+    """Whether nothing runs on the device any more, as after an illegal access of its memory."""
+    try:
+        return torch.zeros(1, device=device).add(1).item() != 1
+    except RuntimeError:
+        return True
 
 
 def main() -> int:
     for name, value in {**_versions(), **_libraries()}.items():
         print(f"{name:18} {value}")
-    devices = [torch.device("cpu")]
-    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    print(
+        "\nEvery operator, forward and backward, against the reference in float64: the largest "
+        "error of output and gradients, relative to the largest element"
+    )
     failed = False
-    for device in devices:
-        label = str(device)
-        if device.type == "cuda":
-            label += f" ({torch.cuda.get_device_name(device)})"
-        for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-            name = str(dtype).removeprefix("torch.")
-            try:
-                error = _largest_error(device, dtype)
-            except RuntimeError as problem:
-                failed = True
-                print(f"{label:18} {name}: FAILED: {problem}")
-                continue
-            right = error < 32 * torch.finfo(dtype).eps
-            failed |= not right
-            print(
-                f"{label:18} {name}: forward and backward {'ok' if right else 'WRONG'}, "
-                f"largest relative error {error:.1e}"
-            )
+    for device in devices():
+        failed |= not check(device)
+    print(f"\n{WHAT_TO_DO}\n" if failed else "")
     plugin = getattr(mmdcn, "plugin", None)
     print(plugin.report() if plugin else "The toolbox (mmengine and mmcv) is not installed.")
     return int(failed)

@@ -3,6 +3,8 @@
 import importlib.metadata
 import os
 import platform
+import shutil
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -50,7 +52,7 @@ def versions(*names: str) -> dict[str, str]:
         "torch CPU kernels": torch.backends.cpu.get_cpu_capability(),
     }
     if _library.cuda_is_loaded():
-        found["mmdcn CUDA kernels"] = torch.ops.mmdcn.cuda_kernels()
+        found["mmdcn CUDA library"] = "loaded"
     if torch.version.cuda:
         found |= {"CUDA": torch.version.cuda, "cuDNN": str(torch.backends.cudnn.version())}
     for name, packages in PACKAGES.items():
@@ -68,6 +70,16 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def driver() -> str | None:
+    """The version of NVIDIA's driver, where nvidia-smi tells."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return None
+    query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    return answer[0] if answer else None
 
 
 def _cores() -> int:

@@ -27,6 +27,9 @@ them. What configs build is an instance of our layer and, at the same time, of m
 same name, so that whoever asks (mmengine does, for ``paramwise_cfg``) keeps recognising it as
 deformable.
 
+mmcv's own kernels stay in reach: on a device that ours do not serve, our operators run on them,
+wherever the call comes from (:mod:`mmdcn.mmcv_kernels`).
+
 Out of reach is a function of mmcv's that was kept elsewhere than in a module before the
 installation: in a closure, say.
 """
@@ -45,7 +48,7 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS, MODELS, Registry
 from torch import Tensor, nn
 
-from mmdcn import layers, models
+from mmdcn import layers, mmcv_kernels, models
 from mmdcn.engine import checkpoint, complexity, old_keys
 from mmdcn.engine.sampling_hook import SamplingVisualizationHook
 from mmdcn.functions import deform_conv2d, deform_roi_pool, modulated_deform_conv2d
@@ -154,6 +157,12 @@ if _mmcv_ops is not None:
             deform_roi_pool,
             _mmcv_roi_pool.DeformRoIPoolFunction,
         ),
+    )
+
+    mmcv_kernels.offer(
+        _mmcv_v1.deform_conv2d,
+        _mmcv_v2.modulated_deform_conv2d,
+        _mmcv_roi_pool.deform_roi_pool,
     )
 
 _replaced_layers: dict[str, Any] | None = None  # the layers that we replaced; None: not installed

@@ -7,9 +7,11 @@ from torch import nn
 pytest.importorskip("mmcv.ops")
 
 import mmcv.ops
+from mmengine.registry import MODELS
 
 from mmdcn import ops, plugin
 from tests.kernel_calls import KernelCalls
+from tests.switched_off import switch_off
 
 
 @pytest.fixture(autouse=True)
@@ -141,3 +143,47 @@ def test_v1_function_refuses_a_bias_tensor():
     (x, offset, _, weight), bias = problem()
     with pytest.raises(ValueError, match="bias: expected False"):
         mmcv.ops.deform_conv2d(x, offset, weight, 1, 1, 1, 2, 2, bias)
+
+
+# ---------------------------------------------------------- where our kernels do not run
+
+
+@pytest.mark.parametrize("name", ["deform_conv2d", "modulated_deform_conv2d"])
+def test_stand_ins_run_on_mmcvs_kernels_where_ours_do_not_run(name, monkeypatch):
+    """As before the plugin took mmcv's functions away: forward, backward, and the same numbers."""
+    (x, offset, mask, weight), _ = problem()
+    tensors = (x, offset, weight) if name == "deform_conv2d" else (x, offset, mask, weight)
+
+    def run():
+        function = getattr(mmcv.ops, name)
+        output = function(*tensors, padding=1, groups=2, deform_groups=2)
+        return [output, *torch.autograd.grad(output.square().sum(), tensors)]
+
+    expected = run()
+    switch_off(monkeypatch, "deform_conv2d")
+    with KernelCalls() as calls:
+        actual = run()
+    assert (calls.forward, calls.backward) == (0, 0)
+    assert calls.mmcv == (3 if name == "deform_conv2d" else 2)
+    for mine, theirs in zip(actual, expected):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("theirs", [False, True], ids=["ours", "mmcvs"])
+@pytest.mark.parametrize("name", ["DCN", "DCNv2"])
+def test_layers_run_on_mmcvs_kernels_where_ours_do_not_run(name, theirs, monkeypatch):
+    """What configs build, and mmcv's own layers; without the plugin's functions too."""
+    classes = {"DCN": mmcv.ops.DeformConv2dPack, "DCNv2": mmcv.ops.ModulatedDeformConv2dPack}
+    build = classes[name] if theirs else MODELS.get(name)
+    layer = build(4, 4, 3, padding=1)
+    x = torch.randn(33, 4, 5, 5, requires_grad=True)  # no multiple of mmcv's im2col_step
+    expected = layer(x)
+    switch_off(monkeypatch, "deform_conv2d")
+    for _ in range(1 if theirs else 2):
+        with KernelCalls() as calls:
+            actual = layer(x)
+            actual.sum().backward()
+        assert (calls.forward, calls.backward) == (0, 0)
+        assert calls.mmcv > 1
+        torch.testing.assert_close(actual, expected)
+        plugin.uninstall()

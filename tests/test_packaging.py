@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdcn.ops import _library
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -109,7 +107,8 @@ def test_wheel_works_installed(wheel, tmp_path):
     done = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert str(tmp_path / "site") in done.stdout
-    assert done.stdout.count("forward and backward ok") == 4
+    assert done.stdout.count(" ok (") == 6 * 4  # operators, and dtypes
+    assert "mmdcn's kernels compute on cpu." in done.stdout
     assert "CUDA library       not built" in done.stdout
     assert "toolbox (mmengine and mmcv) is not installed" in done.stdout
 
@@ -153,23 +152,6 @@ def test_library_that_does_not_load_names_the_fix(source, tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError:") and f"under torch {torch.__version__}" in last
     assert "pip install ." in last
-
-
-@pytest.mark.parametrize("built", [False, True])
-def test_cuda_without_library_names_the_fix(monkeypatch, tmp_path, built):
-    library = tmp_path / "_cuda.abi3.so"
-    if built:
-        library.touch()
-    monkeypatch.setattr(_library, "CUDA_LIBRARY", library)
-    monkeypatch.setattr(_library, "cuda_is_loaded", lambda: False)
-    expected = "torch.cuda.is_available" if built else "nvcc.*pip install"
-    with pytest.raises(RuntimeError, match=f"input is on cuda:1.*{expected}"):
-        _library.require_kernels_for(torch.device("cuda", 1))
-
-
-def test_other_devices_are_refused():
-    with pytest.raises(RuntimeError, match=r"input is on mps.*cpu and cuda"):
-        _library.require_kernels_for(torch.device("mps"))
 
 
 @pytest.mark.parametrize(

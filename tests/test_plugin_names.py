@@ -20,6 +20,7 @@ from mmengine.registry import MODELS
 from mmdcn import layers, plugin
 from tests.kernel_calls import KernelCalls
 from tests.layer_types import LAYER_TYPES
+from tests.switched_off import switch_off
 
 
 @pytest.fixture(autouse=True)
@@ -280,3 +281,14 @@ def test_mmcvs_own_roi_layers_run_our_kernels(name):
     passes = 1 if name == "DeformRoIPool" else 2
     assert (calls.roi_pool_forward, calls.roi_pool_backward, calls.mmcv) == (passes, passes, 0)
     assert torch.equal(pooled, ours(x, ROIS))
+
+
+def test_roi_pooling_runs_on_the_reference_where_no_kernels_run(monkeypatch):
+    x = torch.randn(2, 4, 16, 16, requires_grad=True)
+    expected = mmcv.ops.deform_roi_pool(x, ROIS, None, 3, 0.125, 2)
+    switch_off(monkeypatch, "deform_conv2d")
+    with KernelCalls() as calls:
+        actual = mmcv.ops.deform_roi_pool(x, ROIS, None, 3, 0.125, 2)
+        actual.sum().backward()
+    assert (calls.roi_pool_forward, calls.roi_pool_backward, calls.mmcv) == (0, 0, 0)
+    torch.testing.assert_close(actual, expected)

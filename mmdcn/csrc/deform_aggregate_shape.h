@@ -1,10 +1,10 @@
-// The sizes of one grouped deformable aggregation, the operator of DCNv3 and DCNv4, and where its
-// taps sample the input, for every device:
+// The sizes of one grouped deformable aggregation, the operator of DCNv3 and DCNv4, and the
+// positions of its taps on the input, for every device:
 //
 //   Y(p0) = sum_k m_k X(p0 + s (p_k + dp_k))
 //
 // in each channel of a group, with the group's own modulations m_k and offsets dp_k, and offset
-// scale s. p0 is where the middle of the kernel lies.
+// scale s. p0 is the input position under the middle of the kernel.
 #pragma once
 
 #include <cstdint>
@@ -37,13 +37,14 @@ struct DeformAggregateShape {
   MMDCN_HOST_DEVICE int64_t pixels() const { return y.out_size * x.out_size; }
   MMDCN_HOST_DEVICE int64_t group_channels() const { return channels / groups; }
   MMDCN_HOST_DEVICE int64_t taps() const { return y.kernel * x.kernel - (remove_center ? 1 : 0); }
-  // Taps are numbered column by column, from the top of each; this is the number with the middle.
+  // The tap's number in the whole kernel, the middle one included. Taps are numbered column by
+  // column, each from its top.
   MMDCN_HOST_DEVICE int64_t full_tap(int64_t tap) const {
     return tap + (remove_center && tap >= y.kernel * x.kernel / 2 ? 1 : 0);
   }
 };
 
-// Where the offsets, or the modulations, lie. The taps of a group lie together.
+// Strides, in elements, of the offsets or of the modulations; the taps of a group are contiguous.
 struct AggregateLayout {
   int64_t pixel_stride, group_stride;
 };

@@ -1,4 +1,4 @@
-// Reads the sizes of a deformable aggregation off its arguments, for the registration files.
+// The tensors that deform_aggregate takes, checked, and its sizes.
 #pragma once
 
 #include "deform_aggregate_shape.h"
@@ -63,17 +63,17 @@ inline void check_grad_output(const DeformAggregateShape& shape, const Tensor& g
                     output_mask, 3);
 }
 
-// Offsets or modulations, (N, Ho, Wo, G, taps), or else a copy of them, that the kernels can read:
-// pixels that follow one another, and the taps of a group together.
-inline Tensor aggregate_points(const Tensor& tensor) {
+// Offsets or modulations, (N, Ho, Wo, G, taps), in a layout that the kernels can read: all pixels
+// at one stride, and the taps of a group contiguous. A tensor in another layout is copied.
+inline Tensor readable_taps(const Tensor& tensor) {
   const int64_t width = tensor.size(2), height = tensor.size(1);
   const bool rows = height == 1 || tensor.stride(1) == width * tensor.stride(2);
   const bool images = tensor.size(0) == 1 || tensor.stride(0) == height * width * tensor.stride(2);
-  const bool together = tensor.size(4) == 1 || tensor.stride(4) == 1;
-  return rows && images && together ? tensor : as_contiguous(tensor);
+  const bool taps = tensor.size(4) == 1 || tensor.stride(4) == 1;
+  return rows && images && taps ? tensor : as_contiguous(tensor);
 }
 
-// Of a tensor that aggregate_points() gave.
+// The layout of a tensor that readable_taps() returned.
 inline AggregateLayout aggregate_layout(const Tensor& tensor) {
   return {tensor.size(2) == 1 ? tensor.stride(1) : tensor.stride(2), tensor.stride(3)};
 }

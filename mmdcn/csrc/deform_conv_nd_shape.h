@@ -1,5 +1,5 @@
-// The sizes of one deformable convolution over R dimensions, and where its taps sample the input,
-// for every device. Two dimensions have tuned kernels of their own: see deform_conv2d_shape.h.
+// The sizes of one deformable convolution over R dimensions, and the positions of its samples on
+// the input, for every device. Two dimensions have tuned kernels and deform_conv2d_shape.h.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,8 @@
 
 namespace mmdcn {
 
-// Arrays are by dimension, outermost first; positions and taps are numbered row-major.
+// Arrays have one element for each dimension, outermost first; positions and taps are numbered in
+// row-major order.
 template <int R>
 struct DeformConvNdShape {
   int64_t batch, channels, out_channels;
@@ -27,11 +28,11 @@ struct DeformConvNdShape {
   MMDCN_HOST_DEVICE int64_t group_channels() const { return channels / groups; }
   MMDCN_HOST_DEVICE int64_t group_out_channels() const { return out_channels / groups; }
   MMDCN_HOST_DEVICE int64_t deform_group_channels() const { return channels / deform_groups; }
-  // Samples of one output pixel: channels of the mask.
+  // Samples of one output pixel, which are the channels of the mask.
   MMDCN_HOST_DEVICE int64_t samples() const { return deform_groups * taps(); }
 
-  // Locates sample number `sample`, of one tap for one offset group, of pixel number `pixel` of an
-  // image, from the offsets of that image, (samples, R, pixels).
+  // Locates sample number `sample`, of one tap for one offset group, at output pixel number `pixel`
+  // of an image whose offsets, (samples, R, pixels), are given. Returns whether it contributes.
   template <typename coord_t>
   MMDCN_HOST_DEVICE bool locate(int64_t pixel, int64_t sample, const coord_t* offset,
                                 Corners<coord_t, R>& corners) const {

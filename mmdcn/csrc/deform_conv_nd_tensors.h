@@ -1,5 +1,5 @@
-// What the registration files of all devices do with the tensors of a deformable convolution over R
-// dimensions.
+// The tensors that a deformable convolution over R dimensions takes, checked, its sizes, and the
+// tensors of its gradients.
 #pragma once
 
 #include <tuple>
@@ -9,11 +9,11 @@
 
 namespace mmdcn {
 
-// The rank that the operator is compiled for: two dimensions have an operator of their own, and one
-// runs as an image of height one.
+// The rank that deform_conv_nd is compiled for. Two dimensions have an operator of their own, which
+// also takes one dimension, as an image of height one.
 constexpr int kConvNdRank = 3;
 
-// Reads the sizes of a deformable convolution over R dimensions off its arguments.
+// Checks the arguments against one another, and reads the sizes off them.
 template <int R>
 DeformConvNdShape<R> deform_conv_nd_shape(const Tensor& input, const Tensor& offset,
                                           const Tensor& weight, const std::optional<Tensor>& bias,
@@ -90,11 +90,11 @@ void check_grad_output(const DeformConvNdShape<R>& shape, const Tensor& grad_out
 
 namespace {
 
-// The gradients that the operator gives.
+// The gradients that deform_conv_nd_backward returns.
 struct ConvNdGradients {
   Tensor input, offset, weight, mask;
 
-  // New ones for arguments as given, of no elements where they are not wanted.
+  // Uninitialised, of no elements where they are not wanted.
   ConvNdGradients(const Tensor& input_, const Tensor& offset_, const Tensor& weight_,
                   const std::optional<Tensor>& mask_, const std::vector<bool>& wanted)
       : input(like(input_, wanted[0])),

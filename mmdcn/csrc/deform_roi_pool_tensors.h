@@ -1,4 +1,4 @@
-// Reads the sizes of a deformable RoI pooling off its arguments, for the registration files.
+// The tensors that deform_roi_pool takes, checked, and its sizes.
 #pragma once
 
 #include "deform_roi_pool_shape.h"
@@ -18,7 +18,7 @@ inline DeformRoIPoolShape deform_roi_pool_shape(const Tensor& input, const Tenso
   MMDCN_REQUIRE(output_size.size() == 2);
   MMDCN_REQUIRE(output_size[0] > 0 && output_size[0] < kTooLong);
   MMDCN_REQUIRE(output_size[1] > 0 && output_size[1] < kTooLong);
-  MMDCN_REQUIRE(sampling_ratio <= kMostBinPoints);
+  MMDCN_REQUIRE(sampling_ratio <= kMostBinSamples);
   MMDCN_REQUIRE(rois.scalar_type() == coordinate_type(input.scalar_type()));
   MMDCN_REQUIRE(rois.device() == input.device());
   DeformRoIPoolShape shape = {};
@@ -34,9 +34,9 @@ inline DeformRoIPoolShape deform_roi_pool_shape(const Tensor& input, const Tenso
   shape.spatial_scale = spatial_scale;
   shape.gamma = gamma;
   shape.position_sensitive = position_sensitive;
-  const int64_t parts = position_sensitive ? shape.bins() : 1;
-  MMDCN_REQUIRE(input.size(1) > 0 && input.size(1) % parts == 0);
-  shape.out_channels = shape.channels / parts;
+  const int64_t sections = position_sensitive ? shape.bins() : 1;  // of the input's channels
+  MMDCN_REQUIRE(input.size(1) > 0 && input.size(1) % sections == 0);
+  shape.out_channels = shape.channels / sections;
   if (offset.has_value()) {
     MMDCN_REQUIRE(offset->dim() == 4 && offset->size(0) == shape.rois);
     MMDCN_REQUIRE(offset->size(1) > 0 && offset->size(1) % 2 == 0);

@@ -17,7 +17,7 @@ STABLE_TORCH_LIBRARY(mmdcn, m) {
       "int[2] stride, int[2] padding, int[2] dilation, Tensor? mask, bool[4] output_mask, *, "
       "bool allow_tf32=False, bool matmul_tf32=False, bool deterministic=False) -> "
       "(Tensor grad_input, Tensor grad_offset, Tensor grad_weight, Tensor grad_mask)");
-  // The same over three dimensions.
+  // The same over the number of dimensions that the kernels are compiled for, which is three.
   m.def(
       "deform_conv_nd(Tensor input, Tensor offset, Tensor weight, Tensor? bias, int[] stride, "
       "int[] padding, int[] dilation, Tensor? mask, *, bool allow_tf32=False, "

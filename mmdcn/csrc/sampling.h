@@ -1,15 +1,21 @@
-// Fractional sampling of a feature map: equations (3) and (4) of the design,
+// Fractional sampling of a feature map: equations (3) and (4) of mmdcn/ops/reference.py,
 //
 //   X(p)    = sum_q G(q, p) X(q)                         over integer positions q that exist
 //   G(q, p) = prod_d max(0, 1 - |q_d - p_d|)
 //
 // and the derivative of X(p) with respect to p. Every deformable operator on every device samples
-// through this header, so that the CPU tests exercise the mathematics the GPU runs: sample by
-// sample with Corners, or many side by side with CornerArrays.
+// through this header, so that the CPU tests exercise the mathematics the GPU runs: Corners has one
+// sample, CornerArrays has the samples of a loop that is vectorised.
 //
-// In each dimension only floor(p) and floor(p) + 1 have a non-zero weight, so a sample of rank R
-// reads 2^R corners. Corner number q has bit d set when it lies on the high side of dimension d,
-// counted from the innermost (x is bit 0, y is bit 1).
+// RoI pooling uses Corners on the CPU too, in one dimension, and by a border rule of its own,
+// locate_with_border(). The average over a bin's grid of samples is a product of one factor for
+// each dimension (see deform_roi_pool_shape.h), so a bin locates a few samples along each dimension
+// and merges their corners into one list. There is no long loop over samples that could be
+// vectorised; the kernels are vectorised over channels instead.
+//
+// In each dimension only floor(p) and floor(p) + 1 can have a non-zero weight, so a sample over R
+// dimensions reads 2^R corners. Corner number q has bit d set when it lies on the high side of
+// dimension d, counted from the innermost (x is bit 0, y is bit 1).
 #pragma once
 
 #include <cstdint>
@@ -19,25 +25,26 @@
 
 namespace mmdcn {
 
-// How the regular grid of one convolution maps an output position and a tap to the input.
+// The regular grid of a convolution along one dimension: where on the input the taps of an output
+// position are without offsets.
 struct GridAxis {
   int64_t stride, padding, dilation;
 
-  // Coordinate of tap `tap` of output position `position`, before its offset.
+  // The coordinate of tap `tap` of output position `position`, before its offset is added.
   MMDCN_HOST_DEVICE int64_t base(int64_t position, int64_t tap) const {
     return position * stride - padding + tap * dilation;
   }
 };
 
 // Whether a sample with this coordinate can contribute: it is finite and lies inside (-1, size).
-// The comparison is made in floating point and is false for NaN, so that no coordinate that an
-// integer cannot hold is ever converted to one.
+// The comparison is made in floating point and is false for NaN, so no coordinate that an integer
+// cannot hold is ever converted to one.
 template <typename coord_t>
 MMDCN_HOST_DEVICE bool reaches(coord_t p, int64_t size) {
   return p > coord_t(-1) && p < coord_t(size);
 }
 
-// floor(p) and what is left of p, for a coordinate that reaches.
+// Splits a coordinate for which reaches() holds into its floor and its fraction.
 template <typename coord_t, typename index_t>
 MMDCN_HOST_DEVICE void split(coord_t p, index_t& low, coord_t& fraction) {
   // Without a library call: truncation rounds towards zero, and p is above -1.
@@ -47,8 +54,8 @@ MMDCN_HOST_DEVICE void split(coord_t p, index_t& low, coord_t& fraction) {
   fraction = p - coord_t(low);
 }
 
-// The border rule along one dimension: whether a position exists. It is a single comparison, as
-// negative numbers become large ones.
+// The border rule along one dimension: whether a position exists. One comparison does, as negative
+// numbers are large ones when they are taken for unsigned.
 template <typename index_t>
 MMDCN_HOST_DEVICE bool exists(index_t position, index_t size) {
   using unsigned_t = std::make_unsigned_t<index_t>;
@@ -88,8 +95,8 @@ struct Corners {
   coord_t weight[kCount];              // G(q, p); 0 where q does not exist
   coord_t weight_gradient[R][kCount];  // dG(q, p) / dp_d, outermost dimension first; 0 likewise
 
-  // Fills the corners of point p in a feature map of the given size. Returns false, with nothing
-  // filled, when the sample contributes nothing.
+  // Fills the corners of the sample at p in a feature map of the given size. Returns false, with
+  // nothing filled, when the sample contributes nothing.
   MMDCN_HOST_DEVICE bool locate(const coord_t (&p)[R], const index_t (&size)[R]) {
     coord_t fraction[R];
     return locate(p, size, fraction);
@@ -106,15 +113,15 @@ struct Corners {
     return true;
   }
 
-  // The same in a feature map whose border goes on for one more pixel on every side, as RoI pooling
-  // has it: a point in [-1, size] is moved to the nearest one in [0, size - 1], and does not move
-  // with p where that is another one, or the last pixel.
+  // The same with the border rule of RoI pooling, whose feature maps go on for one more pixel on
+  // every side: a coordinate in [-1, size] is clamped to [0, size - 1]. The derivative with respect
+  // to a coordinate that is clamped, or lies on the last pixel, is zero.
   MMDCN_HOST_DEVICE bool locate_with_border(const coord_t (&p)[R], const int64_t (&size)[R]) {
     int64_t low[R];
     coord_t fraction[R];
     bool held[R];
     for (int d = 0; d < R; ++d) {
-      // False for NaN.
+      // The comparisons are false for NaN.
       if (!(p[d] >= coord_t(-1) && p[d] <= coord_t(size[d])) || size[d] < 1) return false;
       const coord_t last = coord_t(size[d] - 1);
       held[d] = p[d] < coord_t(0) || p[d] >= last;
@@ -129,7 +136,7 @@ struct Corners {
     return true;
   }
 
-  // Fills the corners of the point low + fraction.
+  // Fills the corners of the sample at low + fraction.
   MMDCN_HOST_DEVICE void fill(const index_t (&low)[R], const coord_t (&fraction)[R],
                               const index_t (&size)[R]) {
     for (int q = 0; q < kCount; ++q) {
@@ -152,16 +159,17 @@ struct Corners {
   }
 };
 
-// The corners of N samples in two dimensions, one array for each quantity: loops over samples that
-// use these functions are vectorised. Corners are numbered as above.
+// The corners of N samples in two dimensions, one array for each quantity, so that loops over the
+// samples that call these functions are vectorised. Corners are numbered as above.
 template <typename coord_t, int N>
 struct CornerArrays {
-  static constexpr int32_t kNowhere = -2;  // neither this row nor the next exists
+  static constexpr int32_t kNowhere = -2;  // a row that does not exist, nor does the next
 
-  int32_t low_y[N], low_x[N];  // floor of the coordinates; low_y is kNowhere of what adds nothing
+  int32_t low_y[N], low_x[N];  // floors of the coordinates; of a sample that contributes nothing,
+                               // low_y is kNowhere
   coord_t fraction_y[N], fraction_x[N];
 
-  // Locates sample number i at (p_y, p_x). Returns whether it contributes anything.
+  // Locates sample number i at (p_y, p_x). Returns whether it contributes.
   MMDCN_HOST_DEVICE bool locate(int64_t i, coord_t p_y, coord_t p_x, int64_t height,
                                 int64_t width) {
     const bool there = reaches(p_y, height) & reaches(p_x, width);
@@ -173,7 +181,7 @@ struct CornerArrays {
     return there;
   }
 
-  // Whether the rows, or columns, on the low or high side of sample number i exist.
+  // Whether the row, or the column, on the low or high side of sample number i exists.
   MMDCN_HOST_DEVICE bool row_exists(int high, int64_t i, int32_t height) const {
     return mmdcn::exists(low_y[i] + high, height);
   }
@@ -185,7 +193,7 @@ struct CornerArrays {
     return row_exists(q >> 1, i, height) & column_exists(q & 1, i, width);
   }
 
-  // The factors of G(q, p), which is their product, and its derivatives with respect to y and x.
+  // The factors of G(q, p), their product, and its derivatives with respect to y and x.
   MMDCN_HOST_DEVICE coord_t weight_y(int high, int64_t i) const {
     return weight_along(fraction_y[i], high);
   }

@@ -1,4 +1,4 @@
-// What the registration files of all devices do with torch's tensors, on its stable ABI.
+// Helpers for torch's tensors on its stable ABI, for the registration files of all devices.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -16,8 +16,8 @@
 
 #include "sampling.h"
 
-// What torch 2.13 and newer have: the message of the error behind a call of theirs that failed.
-// Null under older releases, as it is not part of the stable ABI that we compile against.
+// The message of the error behind a call of torch's that failed. Torch has it from 2.13 on, beyond
+// the stable ABI that is compiled against; under older releases the pointer is null.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace mmdcn {
@@ -26,8 +26,8 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Whether a 4-D tensor is dense in channels-last order and in no other: what channels-last out
-// follows from.
+// Whether a 4-D tensor is dense in channels-last order and in no other. If the input is, so is the
+// output.
 inline bool is_channels_last(const Tensor& tensor) {
   if (tensor.is_contiguous()) return false;
   int64_t expected = 1;
@@ -72,8 +72,8 @@ inline std::string cause_of_failure(const char* most_likely) {
   return most_likely;
 }
 
-// Throws the error of a call of torch's that failed, made for a tensor of these sizes. What torch's
-// own check says is the call and its line here, which tells a user nothing.
+// Throws an error for a call of torch's that failed on a tensor of these sizes. Torch's own check
+// would name the call and its line here, which tells a user nothing.
 [[noreturn]] inline void throw_failure(const char* doing, const std::vector<int64_t>& size,
                                        ScalarType type) {
   const bool half = type == ScalarType::Half || type == ScalarType::BFloat16;
@@ -88,7 +88,8 @@ inline std::string cause_of_failure(const char* most_likely) {
                            cause_of_failure("most likely, the device is out of memory"));
 }
 
-// What `make` gives, a tensor like the given one; it calls operators of torch's.
+// Returns make(), which calls operators of torch's to make a tensor of this one's sizes; if they
+// fail, throws the error of throw_failure().
 template <typename F>
 Tensor copied(const char* doing, const Tensor& tensor, ScalarType type, const F& make) {
   try {
@@ -98,10 +99,10 @@ Tensor copied(const char* doing, const Tensor& tensor, ScalarType type, const F&
   }
 }
 
-// What torch::stable has for these looks for its operator by name, whether there is anything to do
-// or not: small layers wait for that.
+// The functions of torch::stable look up their operator by name whether there is anything to do or
+// not, which small layers would feel; the following call them only if there is.
 
-// The tensor itself if it is contiguous, or else a copy that is.
+// The tensor itself if it is contiguous, otherwise a copy that is.
 inline Tensor as_contiguous(const Tensor& tensor) {
   if (tensor.is_contiguous()) return tensor;
   return copied("to make a contiguous copy of a tensor", tensor, tensor.scalar_type(),
@@ -112,14 +113,14 @@ inline std::optional<Tensor> as_contiguous(const std::optional<Tensor>& tensor) 
   return as_contiguous(*tensor);
 }
 
-// The tensor itself if it has this type, or else a copy that has.
+// The tensor itself if it has this type, otherwise a copy that has.
 inline Tensor converted(const Tensor& tensor, ScalarType type) {
   if (tensor.scalar_type() == type) return tensor;
   return copied("to convert a tensor", tensor, type,
                 [&] { return torch::stable::to(tensor, type); });
 }
 
-// A tensor with memory as it comes, on the device of `like`. Channels-last order is for images.
+// An uninitialised tensor on the device of `like`. Only 4-D tensors can be channels-last.
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& size, ScalarType type,
                          MemoryFormat layout = MemoryFormat::Contiguous) {
   const int64_t dimensions = static_cast<int64_t>(size.size());
@@ -127,8 +128,8 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& size, S
   constexpr int64_t order[] = {0, 2, 3, 1};
   std::vector<int64_t> stride(dimensions);
   int64_t elements = 1;
-  for (int64_t place = dimensions - 1; place >= 0; --place) {
-    const int64_t d = channels_last ? order[place] : place;
+  for (int64_t i = dimensions - 1; i >= 0; --i) {
+    const int64_t d = channels_last ? order[i] : i;
     stride[d] = elements;
     elements *= std::max(size[d], INT64_C(1));
   }
@@ -144,8 +145,8 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& size, S
   return Tensor(tensor);
 }
 
-// Output positions along an axis of the input of this size; -1 where there is none, or where the
-// axis makes no sense. Its numbers may be anything.
+// The number of output positions along one dimension of an input of this size. -1 if there is none,
+// or if the stride, padding or dilation, which may be any number, is not a valid one.
 inline int64_t outputs(const GridAxis& axis, int64_t size, int64_t kernel) {
   constexpr int64_t most = INT64_C(1) << 31;
   if (axis.stride < 1 || axis.padding < 0 || axis.padding > most || axis.dilation < 1) return -1;
@@ -154,18 +155,18 @@ inline int64_t outputs(const GridAxis& axis, int64_t size, int64_t kernel) {
   return (room - axis.dilation * (kernel - 1)) / axis.stride + 1;
 }
 
-// Refuses arguments that do not fit together, in a function with the operator's name in `op`. What
-// is checked keeps every memory access in bounds for those who call a compiled operator directly;
-// its function in mmdcn.ops finds out what is at fault, and says what must change.
+// Refuses arguments that do not fit together, in a function that has the operator's name in `op`.
+// These checks keep every memory access in bounds for those who call a compiled operator directly;
+// the operator's function in mmdcn.ops has the errors that tell a user what must change.
 #define MMDCN_REQUIRE(condition)                                       \
   STD_TORCH_CHECK(condition, "mmdcn::", op, ": expected ", #condition, \
                   ", which does not hold; the function in mmdcn.ops says what must change")
 
-// Lengths along one dimension are counted in 32 bits.
+// Lengths of dimensions must be below this, as kernels count positions along one in 32 bits.
 constexpr int64_t kTooLong = INT64_C(1) << 30;
 
-// Checks what a backward operator is given beside the arguments of the forward one: the gradient of
-// an output of these sizes, and which of so many gradients are wanted.
+// Checks the arguments that a backward operator has in addition to the forward one's: the gradient
+// of an output of these sizes, and a mask that says which of `gradients` gradients are wanted.
 inline void check_grad_output(const char* op, const Tensor& grad_output,
                               const std::vector<int64_t>& output_size, const Tensor& input,
                               const std::vector<bool>& output_mask, size_t gradients) {

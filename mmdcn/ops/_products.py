@@ -56,6 +56,8 @@ CALLS = {
     },
 }
 
+_OPERATORS = torch.ops.mmdcn  # in tests, what is compiled for the host
+
 # The largest error of a call that is right, relative to the largest element: a few roundings.
 _TOLERANCE = {"tf32": 4e-3, "float16": 4e-3, "bfloat16": 3e-2}
 # The results that show whether a product is right: the output, or gradients by their number.
@@ -81,20 +83,32 @@ def choose(device: torch.device) -> dict[tuple[str, str], str]:
 def chosen(device: torch.device) -> dict[tuple[str, str], str]:
     """The calls that are in force on a device."""
     return {
-        (product, arithmetic): torch.ops.mmdcn.cuda_product(device.index, product, arithmetic)
+        (product, arithmetic): _OPERATORS.cuda_product(_number(device), product, arithmetic)
         for product, arithmetics in CALLS.items()
         for arithmetic in arithmetics
     }
 
 
+def describe(device: torch.device) -> str:
+    """The calls that are in force on a device, where there is a choice, in a line for people."""
+    products = {product: [] for product in CALLS}
+    for (product, arithmetic), call in chosen(device).items():
+        products[product].append(f"{arithmetic} by {call}")
+    return "; ".join(f"{product}: {', '.join(calls)}" for product, calls in products.items())
+
+
+def _number(device: torch.device) -> int:
+    return -1 if device.type == "cpu" else device.index
+
+
 def _first_right(device: torch.device, product: str, arithmetic: str, calls: tuple) -> str:
     for call in calls[:-1]:
-        torch.ops.mmdcn.set_cuda_product(device.index, product, arithmetic, call)
+        _OPERATORS.set_cuda_product(_number(device), product, arithmetic, call)
         problem = _problem(device, product, arithmetic)
         if problem is None:
             return call
         _logger.info(f"{product} in {arithmetic} on {device}: not by {call}: {problem}")
-    torch.ops.mmdcn.set_cuda_product(device.index, product, arithmetic, calls[-1])
+    _OPERATORS.set_cuda_product(_number(device), product, arithmetic, calls[-1])
     return calls[-1]
 
 
@@ -134,7 +148,7 @@ def _results(device: torch.device, product: str, arithmetic: str) -> list[tuple[
     }
     x, offset, weight, mask = ours.values()
     if product == "output":
-        output = torch.ops.mmdcn.deform_conv2d(x, offset, weight, None, *geometry, mask, **options)
+        output = _OPERATORS.deform_conv2d(x, offset, weight, None, *geometry, mask, **options)
         return [(output, reference.deform_conv2d(**exact, padding=1))]
     leaves = {name: value.requires_grad_() for name, value in exact.items()}
     with torch.enable_grad():
@@ -143,7 +157,7 @@ def _results(device: torch.device, product: str, arithmetic: str) -> list[tuple[
         expected = torch.autograd.grad(output, list(leaves.values()), grad_output)
     shown = _SHOWN_BY[product]
     wanted = [i in shown for i in range(4)]
-    gradients = torch.ops.mmdcn.deform_conv2d_backward(
+    gradients = _OPERATORS.deform_conv2d_backward(
         grad_output.to(device, dtype), x, offset, weight, *geometry, mask, wanted, **options
     )
     return [(gradients[i], expected[i]) for i in shown]

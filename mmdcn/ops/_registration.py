@@ -7,22 +7,23 @@ formulas. Casting under autocast is here too, as operators have it in common.
 """
 
 import dataclasses
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _library
+from . import _determinism, _devices, _library
 from ._checks import HALF_DTYPES, coordinate_dtype
 
 _library.load()
 
 _LIBRARY = torch.library.Library("mmdcn", "FRAGMENT")
 OPERATORS: dict[str, "Operator"] = {}  # by the compiled operator's name
+
+PLAIN = (Tensor, nn.Parameter)  # because subclasses may stand for something else
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +45,42 @@ class Operator:
     own_pass: str
 
     def __call__(self, *arguments, **options) -> Tensor:
-        """The compiled operator, or the reference where that alone has what is asked for."""
+        """The compiled operator, or what computes in its place.
+
+        That is the reference for transformations that our kernels do not know, and on devices that
+        they do not serve, mmcv's kernels or the reference.
+        """
         if is_transformed():
             return self.by_reference(*arguments)
+        input = arguments[0]
+        server = _devices.server(self.name, input.device)
+        if server != _devices.OURS:
+            return self.elsewhere(server, *arguments)
+        if self.multiplies and input.is_cuda:
+            _determinism.alert_products(self.public)
         return self.forward(*arguments, **options)
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether a product of matrices is part of it."""
+        return "weight" in self.arguments
+
+    # mmcv's functions break every graph; the reference's, for sizes that vary, take too long.
+    @torch.compiler.disable(reason="mmdcn's kernels do not compute on this device")
+    def elsewhere(self, server: str, *arguments) -> Tensor:
+        """The operator on a device that our kernels do not serve.
+
+        mmcv's kernels know no tensors but plain ones, and add up gradients in no fixed order.
+        """
+        output = None
+        if server == _devices.MMCV and not torch.are_deterministic_algorithms_enabled():
+            tensors = (a for a in arguments if isinstance(a, Tensor))
+            if all(type(tensor) in PLAIN for tensor in tensors):
+                output = _devices.substitute(self.name, *arguments)
+        if output is None:
+            output = self.by_reference(*arguments)
+        ours = self.output(**dict(zip(self.arguments, arguments)))
+        return output.contiguous(memory_format=memory_format(ours))
 
     def by_reference(self, *arguments) -> Tensor:
         """The reference by the compiled operator's arguments, in the precision of the kernels."""
@@ -293,28 +326,13 @@ def _first_order(operator: Operator) -> _Derivative:
 
 def _order_of_addition(operator: Operator, options: dict, wanted: dict[str, bool]) -> None:
     """On CUDA, request a fixed order of additions if torch wants one, or report its absence."""
+    if operator.multiplies:
+        _determinism.alert_products(operator.public)
     if "deterministic" in operator.backward_options:
         if torch.are_deterministic_algorithms_enabled():
             options["deterministic"] = True
     elif wanted["input"]:
-        _alert_not_deterministic(operator.public)
-
-
-def _alert_not_deterministic(public: str) -> None:
-    """Report that a gradient has no fixed order of additions, as torch's own operators do.
-
-    Under ``torch.use_deterministic_algorithms(True)`` this raises a RuntimeError, or warns where
-    ``warn_only=True`` was given.
-    """
-    if not torch.are_deterministic_algorithms_enabled():
-        return
-    message = (
-        f"the gradient of {public} with respect to its input is not deterministic on CUDA, and "
-        "torch.use_deterministic_algorithms(True) is set: set warn_only=True to accept that"
-    )
-    if not torch.is_deterministic_algorithms_warn_only_enabled():
-        raise RuntimeError(message)
-    warnings.warn(message, stacklevel=2)
+        _determinism.alert_gradient(operator.public)
 
 
 def _second_order(operator: Operator) -> _Derivative:

@@ -7,7 +7,7 @@ import math
 
 from torch import Tensor
 
-from . import _library, reference
+from . import reference
 from ._checks import (
     check_channels,
     check_number,
@@ -67,7 +67,6 @@ def dcnv3(
     Raises:
         TypeError: an argument is no tensor or number, or has another dtype than it must.
         ValueError: a shape, a device or a number does not fit the others.
-        RuntimeError: there is no compiled kernel for the device of the input.
 
     Example:
         >>> offset, mask = torch.randn(1, 8, 8, 2 * 9 * 2), torch.randn(1, 8, 8, 2, 9)
@@ -129,7 +128,6 @@ def dcnv4(
 
 
 def _aggregate(input: Tensor, offset: Tensor, mask: Tensor, geometry: tuple) -> Tensor:
-    _library.require_kernels_for(input.device)
     wide = coordinate_dtype(input.dtype)
     return _OPERATOR(input, offset.to(wide), mask.to(wide), *geometry)
 

@@ -6,10 +6,11 @@ The mathematics is in :mod:`mmdcn.ops.reference`; the kernels are in ``csrc/``.
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import _library, reference
+from . import _devices, reference
 from ._checks import (
+    HALF_DTYPES,
     check_channels,
     check_sides,
     check_tensors,
@@ -19,9 +20,7 @@ from ._checks import (
     numbers,
     output_size,
 )
-from ._registration import autocast_features, is_transformed, memory_format, register
-
-_PLAIN = (Tensor, nn.Parameter)  # because subclasses may stand for something else
+from ._registration import PLAIN, autocast_features, is_transformed, memory_format, register
 
 
 def deform_conv2d(
@@ -72,7 +71,9 @@ def deform_conv2d(
     Raises:
         TypeError: an argument is no tensor or number, or has another dtype than it must.
         ValueError: a shape, a device or a number does not fit the others.
-        RuntimeError: there is no compiled kernel for the device of the input.
+        RuntimeError: on CUDA, if ``torch.use_deterministic_algorithms(True)`` is set, and not
+            what cuBLAS needs for it: the message says what. A device that our kernels do not serve
+            is no error: there mmcv's or the reference compute.
 
     Example:
         >>> input, weight = torch.randn(1, 8, 32, 32), torch.randn(16, 8, 3, 3)
@@ -82,6 +83,7 @@ def deform_conv2d(
     """
     return deform_conv(
         _OPERATOR,
+        _OPERATOR.forward,
         ("height", "width"),
         input,
         offset,
@@ -95,51 +97,75 @@ def deform_conv2d(
 
 
 def deform_conv(
-    operator, sides: tuple[str, ...], input, offset, weight, bias, stride, padding, dilation, mask
+    operator,
+    straight,
+    sides: tuple[str, ...],
+    input,
+    offset,
+    weight,
+    bias,
+    stride,
+    padding,
+    dilation,
+    mask,
 ) -> Tensor:
-    """The operator on checked arguments; `sides` names the dimensions of an image."""
+    """The operator on checked arguments.
+
+    Args:
+        operator: takes the compiled operator's arguments and options, for any device.
+        straight: the same, for calls that :func:`_goes_straight` finds to be for our kernels.
+        sides: what the dimensions of an image are called.
+    """
     rank = len(sides)
     stride = numbers("stride", stride, rank, 1)
     padding = numbers("padding", padding, rank, 0)
     dilation = numbers("dilation", dilation, rank, 1)
-    # Passed only where they matter: graphs that others translate stay free of them.
-    options = _float32_options(input) if getattr(input, "is_cuda", False) else {}
+    refusal = None
     if _goes_straight(input, offset, weight, bias, mask):
         # The operator itself refuses arguments that do not fit together. The checks that find what
         # is at fault run only after such a refusal, because their time counts for small layers.
         arguments = (input, offset, weight, bias, stride, padding, dilation, mask)
+        options = _options(input) if input.is_cuda else {}
         try:
             if torch.is_grad_enabled():
-                return operator(*arguments, **options)
+                return straight(*arguments, **options)
             with torch._C._AutoDispatchBelowAutograd():
-                return operator(*arguments, **options)
-        except (RuntimeError, TypeError, ValueError, IndexError):
-            pass
-    check_tensors(
-        {"input": 2 + rank, "offset": 2 + rank, "weight": 2 + rank, "bias": 1, "mask": 2 + rank},
-        optional=("bias", "mask"),
-        input=input,
-        offset=offset,
-        weight=weight,
-        bias=bias,
-        mask=mask,
-    )
-    input, weight, bias = autocast_features(input, weight, bias)
-    check_types(input, {"weight": weight, "bias": bias}, {"offset": offset, "mask": mask})
-    _check_shapes(sides, input, offset, weight, bias, stride, padding, dilation, mask)
-    _library.require_kernels_for(input.device)
+                return straight(*arguments, **options)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            refusal = error
+    try:
+        check_tensors(
+            {"input": 2 + rank, "offset": 2 + rank, "weight": 2 + rank}
+            | {"bias": 1, "mask": 2 + rank},
+            optional=("bias", "mask"),
+            input=input,
+            offset=offset,
+            weight=weight,
+            bias=bias,
+            mask=mask,
+        )
+        input, weight, bias = autocast_features(input, weight, bias)
+        check_types(input, {"weight": weight, "bias": bias}, {"offset": offset, "mask": mask})
+        _check_shapes(sides, input, offset, weight, bias, stride, padding, dilation, mask)
+        if refusal is not None:
+            # The arguments are not at fault, so it is an error of the device or of its memory.
+            # Another call would give the same, or another one that hides the cause.
+            raise refusal
+    finally:
+        del refusal  # as it has this frame, and so would keep all tensors until it is collected
     wide = coordinate_dtype(input.dtype)
     mask = None if mask is None else mask.to(wide)
-    options = (
-        _float32_options(input) if input.is_cuda else {}
-    )  # autocast may have changed the dtype
+    options = _options(input) if input.is_cuda else {}
     return operator(
         input, offset.to(wide), weight, bias, stride, padding, dilation, mask, **options
     )
 
 
-def _float32_options(input: Tensor) -> dict[str, bool]:
-    """What torch's settings say about float32 on CUDA, as options of the compiled operator."""
+def _options(input: Tensor) -> dict[str, bool]:
+    """The options of a call on CUDA: only what differs from the operator's own defaults.
+
+    So graphs that others translate stay free of them.
+    """
     if input.dtype != torch.float32:
         return {}
     convolutions, products = _tf32_settings()
@@ -163,12 +189,12 @@ def _goes_straight(
     The time of this check counts for small layers, and most of it goes to code that other work has
     driven from the caches. It therefore makes only calls that are quick.
     """
-    if not (
-        type(input) in _PLAIN
-        and type(offset) in _PLAIN
-        and type(weight) in _PLAIN
-        and (bias is None or type(bias) in _PLAIN)
-        and (mask is None or type(mask) in _PLAIN)
+    if torch.compiler.is_dynamo_compiling() or not (
+        type(input) in PLAIN
+        and type(offset) in PLAIN
+        and type(weight) in PLAIN
+        and (bias is None or type(bias) in PLAIN)
+        and (mask is None or type(mask) in PLAIN)
     ):
         return False
     if input.is_cpu:
@@ -185,12 +211,17 @@ def _goes_straight(
             and weight.is_cuda
             and (bias is None or bias.is_cuda)
             and (mask is None or mask.is_cuda)
+            and _devices.DECIDED.get(input.device, _devices.UNDECIDED).kernels
+            # Then there is something to be looked at before the call.
+            and not torch.are_deterministic_algorithms_enabled()
         )
-    # Tracers other than Dynamo need no check: their tensors have a type of their own.
-    return on_one_device and not (
-        torch.compiler.is_dynamo_compiling()
-        or is_transformed()
-        or torch._C._is_any_autocast_enabled()
+    return (
+        on_one_device
+        # Coordinates in half precision are to be converted.
+        and offset.dtype not in HALF_DTYPES
+        and (mask is None or mask.dtype not in HALF_DTYPES)
+        # Tracers other than Dynamo need no check: their tensors have a type of their own.
+        and not (is_transformed() or torch._C._is_any_autocast_enabled())
     )
 
 

@@ -5,6 +5,8 @@ mathematics is in :mod:`mmdcn.ops.reference`; the kernels are in ``csrc/``, for 
 is an image of height one, and has the kernels that are tuned for images.
 """
 
+import functools
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -52,6 +54,7 @@ def deform_conv1d(
     """
     return deform_conv(
         _over_height_one,
+        _straight_over_height_one,
         ("length",),
         input,
         offset,
@@ -65,11 +68,11 @@ def deform_conv1d(
 
 
 def _over_height_one(
-    input, offset, weight, bias, stride, padding, dilation, mask, **options
+    input, offset, weight, bias, stride, padding, dilation, mask, operator=_OPERATOR_2D, **options
 ) -> Tensor:
     """The operator over two dimensions, on a sequence: no offset leads out of its one row."""
     y_and_x = F.pad(offset.unsqueeze(2), (0, 0, 1, 0)).flatten(1, 2)
-    output = _OPERATOR_2D(
+    output = operator(
         input.unsqueeze(2),
         y_and_x.unsqueeze(2),
         weight.unsqueeze(2),
@@ -81,6 +84,9 @@ def _over_height_one(
         **options,
     )
     return output.squeeze(2)
+
+
+_straight_over_height_one = functools.partial(_over_height_one, operator=_OPERATOR_2D.forward)
 
 
 def deform_conv3d(
@@ -122,6 +128,7 @@ def deform_conv3d(
     """
     return deform_conv(
         _OPERATOR_3D,
+        _OPERATOR_3D.forward,
         ("depth", "height", "width"),
         input,
         offset,

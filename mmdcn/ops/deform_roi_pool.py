@@ -7,7 +7,7 @@ import math
 
 from torch import Tensor
 
-from . import _library, reference
+from . import reference
 from ._checks import (
     LONGEST_SIDE,
     check_channels,
@@ -81,10 +81,9 @@ def deform_roi_pool(
     Raises:
         TypeError: an argument is no tensor or number, or has another dtype than it must.
         ValueError: a shape, a device or a number does not fit the others.
-        RuntimeError: a RoI is on an image that the batch does not have, or there is no compiled
-            kernel for the device of the input. On CUDA the first is a device-side assertion, as
-            for any index out of range, because the host does not wait to see the numbers. The
-            same error says that rois differ between the examples of a torch.vmap.
+        RuntimeError: a RoI is on an image that the batch does not have, or rois differ between the
+            examples of a torch.vmap. On CUDA the first is a device-side assertion, as for any index
+            out of range, because the host does not wait to see the numbers.
 
     Example:
         >>> rois = torch.tensor([[0, 4.0, 4.0, 28.0, 20.0]])
@@ -105,7 +104,6 @@ def deform_roi_pool(
     rois, offset = autocast_coordinates(input, rois, offset)
     check_types(input, {}, {"rois": rois, "offset": offset})
     _check_shapes(input, rois, offset, output_size, position_sensitive)
-    _library.require_kernels_for(input.device)
     if position_sensitive:
         # The operator takes the channels bin by bin, as it pools neighbouring channels together.
         bins = output_size[0] * output_size[1]

@@ -183,7 +183,9 @@ def deform_roi_pool(
         first = start + gamma * (end - start) * delta + bin * length
         return first + point * length / max(points, 1)
 
-    pooled = [input.new_zeros(0, channels, bins_h, bins_w)]
+    if len(rois) == 0:  # The empty result hangs together with what it is differentiated for.
+        return input.new_zeros(0, channels, bins_h, bins_w) + 0 * (input.sum() + offset.sum())
+    pooled = []
     for roi, delta in zip(rois.detach(), offset):
         # The coordinates are in pixels of the features, whose centres are at whole numbers.
         x1, y1, x2, y2 = roi[1:] * spatial_scale - 0.5
@@ -253,7 +255,7 @@ def deform_aggregate(
     p_x = p0_x.view(-1, 1, 1) + offset_scale * (p_k[:, 0] + delta[..., 0])
 
     def by_group(points: Tensor) -> Tensor:
-        return points.permute(0, 3, 1, 2, 4).reshape(batch * groups, -1)
+        return points.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1)
 
     sampled = sample(
         input.permute(0, 3, 1, 2).reshape(batch * groups, channels, *input.shape[1:3]),
@@ -261,7 +263,7 @@ def deform_aggregate(
         by_group(p_x),
     )
     modulated = sampled * by_group(mask).unsqueeze(1)
-    total = modulated.view(batch, groups, channels, out_h, out_w, -1).sum(-1)
+    total = modulated.view(batch, groups, channels, out_h, out_w, mask.shape[-1]).sum(-1)
     return total.permute(0, 3, 4, 1, 2).reshape(batch, out_h, out_w, groups * channels)
 
 

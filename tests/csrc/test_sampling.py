@@ -1,4 +1,4 @@
-"""The arrays of corners in ``sampling.h`` against its corners of one sample."""
+"""``sampling.h`` and what is built on it against its corners of one sample."""
 
 import subprocess
 from pathlib import Path
@@ -7,11 +7,19 @@ import pytest
 
 from tests.cuda.conftest import compile_host
 
-SOURCE = Path(__file__).with_name("check_sampling.cpp")
+HERE = Path(__file__).parent
+
+
+def run_check(name: str, folder: Path, *flags: str) -> None:
+    program = compile_host(str(HERE / f"{name}.cpp"), folder / name, *flags)
+    result = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-2000:]
 
 
 @pytest.mark.parametrize("flags", [["-O0"], ["-O2"]], ids=["O0", "O2"])
 def test_arrays_are_corners_bit_by_bit(tmp_path, flags):
-    program = compile_host(str(SOURCE), tmp_path / "check_sampling", *flags)
-    result = subprocess.run([program], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-2000:]
+    run_check("check_sampling", tmp_path, *flags)
+
+
+def test_weights_of_a_bin_are_the_average_of_its_samples(tmp_path):
+    run_check("check_bin_weights", tmp_path, "-O1")

@@ -7,15 +7,15 @@
 
 namespace mmdcn::cuda {
 
-template <typename Ctx, typename scalar_t, typename acc_t>
+template <typename Ctx, int V, typename scalar_t, typename acc_t>
 struct HostAggregate {
   static void forward(const AggregateProblem& problem, const scalar_t* input, const acc_t* offset,
                       const acc_t* mask, scalar_t* output) {
     const int64_t elements = problem.shape.batch * problem.shape.pixels() * problem.shape.channels;
     poison(output, elements);
-    run_blocks<Ctx, AggregateStorage<acc_t>>(
-        kFewBlocks, [&](const Ctx& ctx, AggregateStorage<acc_t>& storage) {
-          aggregate_forward_block(ctx, problem, input, offset, mask, output, storage);
+    run_blocks<Ctx, AggregateForwardStorage<acc_t>>(
+        kFewBlocks, [&](const Ctx& ctx, AggregateForwardStorage<acc_t>& storage) {
+          aggregate_forward_block<V>(ctx, problem, input, offset, mask, output, storage);
         });
     expect_stored(output, elements);
   }
@@ -28,8 +28,8 @@ struct HostAggregate {
     if (grad_mask) poison(grad_mask, samples);
     run_blocks<Ctx, AggregateBackwardStorage<acc_t>>(
         kFewBlocks, [&](const Ctx& ctx, AggregateBackwardStorage<acc_t>& storage) {
-          aggregate_backward_block(ctx, problem, grad_output, input, offset, mask, grad_input,
-                                   grad_offset, grad_mask, storage);
+          aggregate_backward_block<V>(ctx, problem, grad_output, input, offset, mask, grad_input,
+                                      grad_offset, grad_mask, storage);
         });
     if (grad_offset) expect_stored(grad_offset, 2 * samples);
     if (grad_mask) expect_stored(grad_mask, samples);

@@ -7,14 +7,14 @@
 
 namespace mmdcn::cuda {
 
-template <typename Ctx, typename scalar_t, typename acc_t>
+template <typename Ctx, int V, typename scalar_t, typename acc_t>
 struct HostRoIPool {
   static void forward(const DeformRoIPoolShape& shape, const scalar_t* input, const acc_t* rois,
                       const acc_t* offset, scalar_t* output) {
     const int64_t elements = shape.rois * shape.out_channels * shape.bins();
     poison(output, elements);
     run_blocks<Ctx, BinStorage<acc_t>>(kFewBlocks, [&](const Ctx& ctx, BinStorage<acc_t>& storage) {
-      deform_roi_pool_forward_block(ctx, shape, input, rois, offset, output, storage);
+      deform_roi_pool_forward_block<V>(ctx, shape, input, rois, offset, output, storage);
     });
     expect_stored(output, elements);
   }
@@ -26,8 +26,8 @@ struct HostRoIPool {
     if (grad_offset) poison(grad_offset, offsets);
     run_blocks<Ctx, RoIPoolBackwardStorage<acc_t>>(
         kFewBlocks, [&](const Ctx& ctx, RoIPoolBackwardStorage<acc_t>& storage) {
-          deform_roi_pool_backward_block(ctx, shape, grad_output, input, rois, offset, grad_input,
-                                         grad_offset, storage);
+          deform_roi_pool_backward_block<V>(ctx, shape, grad_output, input, rois, offset,
+                                            grad_input, grad_offset, storage);
         });
     if (grad_offset) expect_stored(grad_offset, offsets);
   }

@@ -120,9 +120,14 @@ void roi_pool_forward(Precision precision, const DeformRoIPoolShape& shape, cons
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
-    HostRoIPool<One, scalar_t, acc_t>::forward(
-        shape, static_cast<const scalar_t*>(input), static_cast<const acc_t*>(rois),
-        static_cast<const acc_t*>(offset), static_cast<scalar_t*>(output));
+    const auto run = [&](auto* function) {
+      function(shape, static_cast<const scalar_t*>(input), static_cast<const acc_t*>(rois),
+               static_cast<const acc_t*>(offset), static_cast<scalar_t*>(output));
+    };
+    constexpr int kVector = roi_pool_vector(sizeof(scalar_t));
+    shape.deform_group_channels() % kVector == 0
+        ? run(&HostRoIPool<One, kVector, scalar_t, acc_t>::forward)
+        : run(&HostRoIPool<One, 1, scalar_t, acc_t>::forward);
   });
 }
 
@@ -132,10 +137,16 @@ void roi_pool_backward(Precision precision, const DeformRoIPoolShape& shape,
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
-    HostRoIPool<One, scalar_t, acc_t>::backward(
-        shape, static_cast<const scalar_t*>(grad_output), static_cast<const scalar_t*>(input),
-        static_cast<const acc_t*>(rois), static_cast<const acc_t*>(offset),
-        static_cast<acc_t*>(grad_input), static_cast<acc_t*>(grad_offset));
+    const auto run = [&](auto* function) {
+      function(shape, static_cast<const scalar_t*>(grad_output),
+               static_cast<const scalar_t*>(input), static_cast<const acc_t*>(rois),
+               static_cast<const acc_t*>(offset), static_cast<acc_t*>(grad_input),
+               static_cast<acc_t*>(grad_offset));
+    };
+    constexpr int kVector = roi_pool_vector(sizeof(scalar_t));
+    shape.deform_group_channels() % kVector == 0
+        ? run(&HostRoIPool<One, kVector, scalar_t, acc_t>::backward)
+        : run(&HostRoIPool<One, 1, scalar_t, acc_t>::backward);
   });
 }
 
@@ -144,9 +155,14 @@ void aggregate_forward(Precision precision, const AggregateProblem& problem, con
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
-    HostAggregate<One, scalar_t, acc_t>::forward(
-        problem, static_cast<const scalar_t*>(input), static_cast<const acc_t*>(offset),
-        static_cast<const acc_t*>(mask), static_cast<scalar_t*>(output));
+    const auto run = [&](auto* function) {
+      function(problem, static_cast<const scalar_t*>(input), static_cast<const acc_t*>(offset),
+               static_cast<const acc_t*>(mask), static_cast<scalar_t*>(output));
+    };
+    constexpr int kVector = aggregate_vector(sizeof(scalar_t));
+    problem.shape.group_channels() % kVector == 0
+        ? run(&HostAggregate<One, kVector, scalar_t, acc_t>::forward)
+        : run(&HostAggregate<One, 1, scalar_t, acc_t>::forward);
   });
 }
 
@@ -157,11 +173,16 @@ void aggregate_backward(Precision precision, const AggregateProblem& problem,
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
-    HostAggregate<One, scalar_t, acc_t>::backward(
-        problem, static_cast<const scalar_t*>(grad_output), static_cast<const scalar_t*>(input),
-        static_cast<const acc_t*>(offset), static_cast<const acc_t*>(mask),
-        static_cast<acc_t*>(grad_input), static_cast<acc_t*>(grad_offset),
-        static_cast<acc_t*>(grad_mask));
+    const auto run = [&](auto* function) {
+      function(problem, static_cast<const scalar_t*>(grad_output),
+               static_cast<const scalar_t*>(input), static_cast<const acc_t*>(offset),
+               static_cast<const acc_t*>(mask), static_cast<acc_t*>(grad_input),
+               static_cast<acc_t*>(grad_offset), static_cast<acc_t*>(grad_mask));
+    };
+    constexpr int kVector = aggregate_vector(sizeof(scalar_t));
+    problem.shape.group_channels() % kVector == 0
+        ? run(&HostAggregate<One, kVector, scalar_t, acc_t>::backward)
+        : run(&HostAggregate<One, 1, scalar_t, acc_t>::backward);
   });
 }
 

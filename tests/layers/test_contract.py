@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.layers.examples import NAMES, build, inputs, rank_of
 from tests.pytorch.models import assert_same, loss
+from tests.switched_off import Graphs, counting, switch_off
 
 EVERY = pytest.mark.parametrize("name", NAMES)
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -183,3 +184,40 @@ def test_counted(name):
     ours = [str(op) for op in counts if "mmdcn" in str(op) and counts[op] > 0]
     assert any(op.endswith("_backward") for op in ours)
     assert any(not op.endswith("_backward") for op in ours)
+
+
+def calls_of(name: str) -> int:
+    """How many times the layer calls its operator."""
+    return 2 if "RoIPoolPack" in name else 1
+
+
+def has_kernels_in_mmcv(name: str) -> bool:
+    """On the CPU: of a convolution of images, or of sequences as images of height one."""
+    return "Conv1d" in name or "Conv2d" in name
+
+
+@EVERY
+@pytest.mark.parametrize("substitutes", [(), ("deform_conv2d",)], ids=["reference", "mmcv"])
+def test_devices_that_our_kernels_do_not_serve(name, substitutes, monkeypatch):
+    """mmcv's kernels compute, or else the reference: the same numbers, and also when compiled.
+
+    Compiling takes seconds, so each layer is compiled once.
+    """
+    if substitutes:
+        pytest.importorskip("mmcv.ops")
+    model, values = build(name), inputs(name)
+    expected = gradients(model, values)
+    switch_off(monkeypatch, *substitutes)
+    server = "mmcv" if substitutes and has_kernels_in_mmcv(name) else "reference"
+    with counting(monkeypatch) as counts:
+        assert_same(gradients(model, values), expected)
+    assert {**counts} == {"ours": 0, server: calls_of(name)}
+
+    if bool(substitutes) != has_kernels_in_mmcv(name):
+        return
+    torch._dynamo.reset()
+    graphs = Graphs()
+    with counting(monkeypatch, ours=False) as counts:
+        assert_same(gradients(torch.compile(model, backend=graphs), values), expected)
+    assert counts == {server: calls_of(name)}
+    assert not graphs.ours

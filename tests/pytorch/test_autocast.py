@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmdcn.ops import _library
+from mmdcn.ops import _devices
 from tests.pytorch.models import PACKS, backbone, layer, loss
 
 NAMES = pytest.mark.parametrize("name", ["DCN", "DCNv2"])
@@ -112,7 +112,7 @@ class Branch(nn.Module):
 @NAMES
 def test_on_cuda_without_a_gpu(name, dtype, monkeypatch):
     """Dtypes and devices of the CUDA path, on tensors that have no values."""
-    monkeypatch.setattr(_library, "cuda_is_loaded", lambda: True)
+    monkeypatch.setitem(_devices.DECIDED, torch.device("cuda", 0), _devices.Service(True))
     model = layer(name)
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
         for module in (model, model.conv_offset):

@@ -59,6 +59,7 @@ def package_and_load(model: nn.Module, x: torch.Tensor, path) -> nn.Module:
     return torch._inductor.aoti_load_package(package)
 
 
+@pytest.mark.slow
 def test_layer_by_aotinductor(tmp_path):
     model = layer("DCNv2").eval()
     x = torch.randn(2, 8, 9, 11)

@@ -15,7 +15,7 @@ void* allocate(int64_t bytes) {
   void* memory = std::aligned_alloc(border, (bytes + border - 1) / border * border);
 #ifdef MADV_HUGEPAGE
   if (border == huge_page && memory != nullptr) {
-    // Refused where the system has none: the pages are then small.
+    // A hint: without support from the system the pages stay small.
     madvise(memory, bytes, MADV_HUGEPAGE);
   }
 #endif

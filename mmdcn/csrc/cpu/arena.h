@@ -8,14 +8,14 @@
 
 namespace mmdcn {
 
-// Memory for `bytes` bytes, from a cache line's border on; an error where there is none. What is
-// larger than a huge page lies in such pages, where the system has them: weights that are read from
-// end to end for every tile would otherwise miss in the table of pages all along.
+// Allocates `bytes` bytes that begin on a cache line, or throws when there is no memory. From the
+// size of a huge page on, the memory is put into huge pages where the system has them: packed
+// weights are read from end to end for every tile, which would miss in the TLB all the time.
 void* allocate(int64_t bytes);
 
 namespace {
 
-// Memory for so many elements, which is freed with the buffer.
+// An array of `count` elements, not initialised, which is freed with the buffer.
 template <typename A>
 class Buffer {
  public:
@@ -30,18 +30,20 @@ class Buffer {
   std::unique_ptr<A, Free> data_;
 };
 
-// Memory handed out array by array, at the borders of cache lines. An arena on null only counts:
-// what takes its arrays from it says so how many bytes it needs.
+// Hands out one block of memory array by array, each array on a cache line of its own. Whoever
+// takes arrays in a constructor finds out how many bytes it needs by being constructed on an arena
+// without memory, which counts what is taken and hands out null pointers.
 class Arena {
  public:
   explicit Arena(std::byte* memory) : memory_(memory) {}
 
   template <typename E>
   E* take(int64_t count) {
-    E* array = reinterpret_cast<E*>(memory_ + used_);
+    const int64_t offset = used_;
     used_ += (count * static_cast<int64_t>(sizeof(E)) + 63) / 64 * 64;
-    return array;
+    return memory_ == nullptr ? nullptr : reinterpret_cast<E*>(memory_ + offset);
   }
+  // Bytes that have been taken.
   int64_t used() const { return used_; }
 
  private:

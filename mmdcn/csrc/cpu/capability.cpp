@@ -1,3 +1,4 @@
+// The choice of the instruction set, and the operator that names it.
 #include "capability.h"
 
 #include <torch/csrc/stable/library.h>

@@ -1,5 +1,5 @@
-// Weighted sums of rows of channels, and their gradients: what an operator without a matrix product
-// comes down to once it knows which pixels it reads and how much each weighs.
+// Weighted sums of rows of channels, and their gradients, for operators that do without a matrix
+// product: they find the pixels that they read and their weights, and sum here.
 #pragma once
 
 #include "simd.h"
@@ -7,7 +7,7 @@
 namespace mmdcn {
 namespace {
 
-// Rows that are added up before the sum goes back to memory, at most.
+// The most rows that are added up before the sum is stored.
 constexpr int64_t kMostRows = 64;
 
 // Rows of channels inside a channels-last image, with their weights.
@@ -23,6 +23,7 @@ struct WeightedRows {
   }
 };
 
+// The sum of a register's elements, always added in the same order.
 template <typename A>
 inline A sum_of_lanes(register_t<A> value) {
   A lane[kLanes<A>];
@@ -34,6 +35,7 @@ inline A sum_of_lanes(register_t<A> value) {
   return lane[0];
 }
 
+// add_rows() for the channels of kRegisters registers.
 template <int kRegisters, typename T, typename A>
 inline void add_rows_at(const T* image, const WeightedRows<A>& rows, A* target) {
   constexpr int64_t lanes = kLanes<A>;
@@ -67,9 +69,9 @@ inline void add_rows(const T* image, const WeightedRows<A>& rows, int64_t channe
   }
 }
 
-// The gradients of add_rows() for a gradient of its target, `grad`: adds to those of the rows, in
-// grad_image if there is one, and gives those of the weights, sum_c grad[c] row_i[c], where
-// wants_weights. Rows may be the same.
+// The gradients of add_rows(), given the gradient `grad` of its target. Adds those of the rows to
+// grad_image, unless that is null, and stores those of the weights, sum_c grad[c] row_i[c], if
+// wants_weights. Several of the rows may be the same one.
 template <bool wants_weights, typename T, typename A>
 inline void add_rows_backward(const T* image, const WeightedRows<A>& rows, int64_t channels,
                               const A* grad, A* grad_image, A* grad_weight) {

@@ -1,5 +1,5 @@
-// C += A · B on tiles that stay in the second-level cache, for the widest registers that this file
-// is compiled for. The right-hand side is held in panels of two registers' width.
+// Matrix products C += A · B of tiles that stay in the second-level cache, on the widest registers
+// that this file is compiled for. B lies in panels of two registers' width.
 #pragma once
 
 #include "simd.h"
@@ -7,7 +7,7 @@
 namespace mmdcn {
 namespace {
 
-// Rows of the register block: with two registers a row, what the register file holds beside them.
+// Rows of a register block, of two registers each: as many as leave registers for A and B.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kBlockRows = 12;
 #else
@@ -17,13 +17,13 @@ constexpr int kBlockRows = 6;
 template <typename A>
 constexpr int64_t kPanelWidth = 2 * kLanes<A>;
 
-// Columns of right-hand sides and of C are padded to whole registers.
+// The columns of B and C are padded to whole registers.
 template <typename A>
 inline int64_t padded(int64_t columns) {
   return (columns + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }
 
-// A right-hand side: element (k, j) of panel number q is data[q·panel_stride + k·row_stride + j].
+// A matrix B: element (k, j) of panel number q is data[q·panel_stride + k·row_stride + j].
 template <typename A>
 struct Panels {
   const A* data;
@@ -31,18 +31,19 @@ struct Panels {
   int64_t row_stride;
 };
 
-// Rows of a plain row-major matrix, seen as panels.
+// A row-major matrix as panels, of which each has some columns of every row.
 template <typename A>
 inline Panels<A> row_major(const A* data, int64_t row_stride) {
   return {data, kPanelWidth<A>, row_stride};
 }
 
-// Panels of `depth` rows, one after the other.
+// Packed panels of `depth` rows, which follow one another.
 template <typename A>
 inline Panels<A> packed(const A* data, int64_t depth) {
   return {data, depth * kPanelWidth<A>, kPanelWidth<A>};
 }
 
+// Elements of a packed matrix.
 template <typename A>
 inline int64_t packed_size(int64_t depth, int64_t columns) {
   return (columns + kPanelWidth<A> - 1) / kPanelWidth<A> * kPanelWidth<A> * depth;
@@ -51,10 +52,10 @@ inline int64_t packed_size(int64_t depth, int64_t columns) {
 // Whether C is added to, or overwritten.
 enum class Into { kAdd, kSet };
 
-// What a left-hand side is: element (i, k) is data[i·stride + k], or data[k·stride + i].
+// The order of A: element (i, k) is data[i·stride + k], or data[k·stride + i].
 enum class Order { kRows, kColumns };
 
-// One step of the depth for a register block. Elements are multiplied one by one.
+// Multiplies one step of the depth, an element of each row of A, for a register block.
 template <int Rows, int Registers, Order order, typename A>
 inline void multiply_step(int64_t k, const A* a, int64_t a_stride, const A* b, int64_t b_row,
                           register_t<A> (&sum)[Rows][Registers]) {
@@ -70,8 +71,8 @@ inline void multiply_step(int64_t k, const A* a, int64_t a_stride, const A* b, i
 }
 
 #ifdef __AVX512BF16__
-// The same for pairs of bfloat16 along the depth: step k takes elements 2k and 2k + 1 of a row of
-// A, and of B a row that holds the pair of each column.
+// The same for bfloat16, whose steps are pairs of elements along the depth: elements 2k and 2k + 1
+// of each row of A, and a row of B that has such a pair for each column.
 template <int Rows, int Registers, Order order>
 inline void multiply_pairs(int64_t k, const BFloat16* a, int64_t a_stride, const BFloat16* b,
                            int64_t b_row, register_t<float> (&sum)[Rows][Registers]) {
@@ -91,7 +92,7 @@ inline void multiply_pairs(int64_t k, const BFloat16* a, int64_t a_stride, const
 }
 #endif
 
-// One step of the depth, of whatever kind the elements ask for.
+// One step of the depth, of the kind that belongs to the type of the elements.
 template <int Rows, int Registers, Order order, typename L, typename A>
 inline void multiply_once(int64_t k, const L* a, int64_t a_stride, const L* b, int64_t b_row,
                           A (&sum)[Rows][Registers]) {
@@ -104,21 +105,22 @@ inline void multiply_once(int64_t k, const L* a, int64_t a_stride, const L* b, i
     multiply_step<Rows, Registers, order>(k, a, a_stride, b, b_row, sum);
 }
 
-// Other work that is done in pieces between the steps of a multiplication: multiplying keeps the
-// arithmetic units busy and little else, so that loads and stores in between cost next to nothing.
-// `wait` counts the steps until the next piece, and work() does it and sets `wait` anew.
+// No other work between the steps of a multiplication. A multiplication leaves the units that load
+// and store almost idle, so other loads and stores cost next to nothing when they are done in
+// pieces between its steps. A class for such work has kAny = true; `wait`, the number of steps
+// until the next piece; and work(), which does the piece and sets `wait` again.
 struct NoWork {
   static constexpr bool kAny = false;
 };
 
-// The depth of a product, in parts of so many steps that lie apart in A and in B. For bfloat16, a
-// step is a pair of elements; otherwise it is one.
+// The depth of a product: segments of `steps` steps each, which begin every a_segment elements in A
+// and every b_segment in B. For bfloat16 a step is a pair of elements, otherwise one element.
 struct Depth {
-  int64_t steps, parts, a_part, b_part;
+  int64_t steps, segments, a_segment, b_segment;
 };
 
-// One register block: Rows × Registers registers of C stay put while A and B stream by. Not
-// inlined, so that all registers are its own.
+// One register block: Rows × Registers registers of C stay in place while A and B stream by. Not
+// inlined, so that the compiler has all registers for it and spills none of the sums.
 template <int Rows, int Registers, Order order, Into into, typename L, typename A, typename Work>
 __attribute__((noinline)) void multiply_block(const Depth& depth, const L* a, int64_t a_stride,
                                               const L* b, int64_t b_row, A* c, int64_t c_row,
@@ -133,9 +135,9 @@ __attribute__((noinline)) void multiply_block(const Depth& depth, const L* a, in
           into == Into::kAdd ? load_register(c + i * c_row + j * kLanes<A>) : register_t<A>{};
     }
   }
-  // Or else the registers are copied at both ends of the loops.
-  if (steps < 1 || depth.parts < 1) __builtin_unreachable();
-  for (int64_t part = 0; part < depth.parts; ++part) {
+  // Otherwise the compiler copies the registers before and after the loops, for depths of zero.
+  if (steps < 1 || depth.segments < 1) __builtin_unreachable();
+  for (int64_t segment = 0; segment < depth.segments; ++segment) {
     int64_t k = 0;
     if constexpr (Work::kAny) {
       while (k + work.wait <= steps) {
@@ -146,8 +148,8 @@ __attribute__((noinline)) void multiply_block(const Depth& depth, const L* a, in
       work.wait -= steps - k;
     }
     for (; k < steps; ++k) multiply_once<Rows, Registers, order>(k, a, a_stride, b, b_row, sum);
-    a += depth.a_part;
-    b += depth.b_part;
+    a += depth.a_segment;
+    b += depth.b_segment;
   }
 #pragma GCC unroll 12
   for (int i = 0; i < Rows; ++i) {
@@ -156,7 +158,7 @@ __attribute__((noinline)) void multiply_block(const Depth& depth, const L* a, in
   }
 }
 
-// The rows left over after whole register blocks: at most `Rows` of them.
+// A register block of `rows` rows, at most `Rows`: what is left over after whole blocks.
 template <int Rows, int Registers, Order order, Into into, typename L, typename A>
 inline void multiply_rows(int64_t rows, const Depth& depth, const L* a, int64_t a_stride,
                           const L* b, int64_t b_row, A* c, int64_t c_row) {
@@ -168,14 +170,15 @@ inline void multiply_rows(int64_t rows, const Depth& depth, const L* a, int64_t 
   }
 }
 
-// Steps that `multiply` takes in whole register blocks, in between which other work is done.
+// The steps that multiply() takes in whole register blocks. Other work is done between these only.
 template <typename A>
 inline int64_t whole_steps(int64_t rows, int64_t columns, const Depth& depth) {
-  return rows / kBlockRows * ((columns + kLanes<A> - 1) / kPanelWidth<A>)*depth.steps * depth.parts;
+  return rows / kBlockRows * ((columns + kLanes<A> - 1) / kPanelWidth<A>)*depth.steps *
+         depth.segments;
 }
 
-// C (rows × columns) += or = A (rows × depth) · B (depth × columns). Rows of C are c_row apart and
-// padded to whole registers.
+// C (rows × columns) += or = A (rows × depth) · B (depth × columns). Rows of C are c_row elements
+// apart, and padded to whole registers.
 template <Order order, Into into, typename L, typename A, typename Work>
 inline void multiply(int64_t rows, int64_t columns, const Depth& depth, const L* a,
                      int64_t a_stride, Panels<L> b, A* c, int64_t c_row, Work& work) {
@@ -200,6 +203,7 @@ inline void multiply(int64_t rows, int64_t columns, const Depth& depth, const L*
   }
 }
 
+// The same for a depth of one segment, without other work.
 template <Order order, Into into, typename L, typename A>
 inline void multiply(int64_t rows, int64_t columns, int64_t steps, const L* a, int64_t a_stride,
                      Panels<L> b, A* c, int64_t c_row) {

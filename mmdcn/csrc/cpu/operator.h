@@ -1,29 +1,71 @@
-// Ground of the CPU's registration files: the size of a thread's share, and the choice of a kernel
-// by instruction set and element type.
+// Helpers of the CPU's registration files: the work of a thread, blocks of channels, and the choice
+// of a kernel by instruction set and element type.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "../tensors.h"
 #include "arena.h"
 #include "capability.h"
+#include "channel_block.h"
 #include "simd.h"
 
 namespace mmdcn {
 namespace {
 
-// Less than so many multiply-adds are not worth waking a thread for. An element that is sampled,
-// packed or added up takes about as long as some of them.
+// The number of multiply-adds from which waking a thread for them pays.
 constexpr int64_t kWorthAThread = 1 << 20;
+// The number of multiply-adds that take about as long as sampling, packing or adding one element.
 constexpr int64_t kElementWork = 16;
 
-// How many of the tasks that so many multiply-adds fall into a thread should get at least.
+// The least number of tasks that a thread should get, where `tasks` tasks take `work` multiply-adds
+// in all.
 inline int64_t grain(int64_t tasks, int64_t work) {
   return std::max<int64_t>(kWorthAThread * tasks / work, 1);
 }
 
-// The function of the instruction set in use that gives an operator's kernels.
+// The width of the blocks that channels are split into: a quarter of them, between 16 and 64. It
+// follows from the number of channels alone, so that sums over blocks have the same order, and the
+// same bits, for any number of threads.
+inline int64_t block_width(int64_t channels) {
+  const int64_t quarter = (channels + 3) / 4;
+  return std::clamp<int64_t>((quarter + 15) / 16 * 16, 16, 64);
+}
+
+// Splits the channels of each group into blocks of at most `width`.
+inline std::vector<ChannelBlock> channel_blocks(int64_t groups, int64_t group_channels,
+                                                int64_t width) {
+  std::vector<ChannelBlock> blocks;
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t end = (group + 1) * group_channels;
+    for (int64_t c = group * group_channels; c < end; c += width) {
+      blocks.push_back({group, c, std::min(c + width, end)});
+    }
+  }
+  return blocks;
+}
+
+// target = the sum of `count` arrays of its size, which follow one another in memory, added up in
+// that order.
+template <typename A>
+void add_in_order(const A* arrays, int64_t count, const Tensor& target) {
+  const int64_t elements = target.numel();
+  A* sums = data<A>(target);
+  torch::stable::parallel_for(0, elements, grain(elements, elements * count),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin; i < end; ++i) {
+                                  A total = 0;
+                                  for (int64_t k = 0; k < count; ++k) {
+                                    total += arrays[k * elements + i];
+                                  }
+                                  sums[i] = total;
+                                }
+                              });
+}
+
+// The function that returns an operator's kernels, for the instruction set in use.
 #ifdef __x86_64__
 #define MMDCN_CPU_KERNEL(name, ...)                                          \
   (capability() == Capability::kAvx512Bf16 ? &avx512_bf16::name<__VA_ARGS__> \

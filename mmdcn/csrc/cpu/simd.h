@@ -1,6 +1,6 @@
-// Vectors of the widest register that this file is compiled for, and the element types that tensors
-// are stored in. Everything has internal linkage, because the kernels are compiled once for each
-// instruction set and the linker must not share an AVX-512 function with a machine without it.
+// Vectors of the widest registers that this file is compiled for, and the element types that
+// tensors are stored in. Functions have internal linkage: the kernels are compiled once for each
+// instruction set, and the linker must not replace the copy for one by the copy for another.
 #pragma once
 
 #include <cstdint>
@@ -78,8 +78,8 @@ inline float load(const float* source) { return *source; }
 inline float load(const BFloat16* source) {
   return bit_cast<float>(static_cast<uint32_t>(source->bits) << 16);
 }
-// The exponent of a half is rebiased by a multiplication, which also normalises the subnormal ones;
-// infinities and NaNs get the exponent that marks them in a single.
+// The multiplication corrects the bias of the exponent, and normalises subnormal numbers as well.
+// Infinities and NaNs keep their mantissa and get a float's exponent for them.
 inline float load(const Half* source) {
   const uint32_t half = source->bits;
   const uint32_t magnitude = (half & 0x7fffu) << 13;
@@ -109,7 +109,8 @@ inline void store(Half* target, float value) {
   } else if (magnitude >= 0x477ff000) {  // 65520 and above round to infinity.
     half = 0x7c00;
   } else if (magnitude < 0x38800000) {
-    // Below 2^-14: adding 1/2, whose last bit weighs 2^-24 as a subnormal half's does, rounds.
+    // Below 2^-14 the half is subnormal, and its last bit weighs 2^-24, as that of 1/2 does in
+    // float: adding 1/2 rounds to it.
     half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
   } else {
     half = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
@@ -176,7 +177,7 @@ inline void store_register(Half* target, register_t<float> value) {
   for (int lane = 0; lane < kLanes<float>; ++lane) store(target + lane, value[lane]);
 #endif
 }
-// Stores past the caches, where a register is a whole cache line, to which `target` is aligned.
+// Stores past the caches if a register is a whole cache line; `target` is then aligned to one.
 template <typename A>
 inline void stream_register(A* target, register_t<A> value) {
 #ifdef __AVX512F__
@@ -185,7 +186,7 @@ inline void stream_register(A* target, register_t<A> value) {
   store_register(target, value);
 #endif
 }
-// To be called before others may read what has been stored so.
+// Must be called before another thread may read what stream_register() has stored.
 inline void finish_streams() {
 #ifdef __AVX512F__
   _mm_sfence();
@@ -194,7 +195,7 @@ inline void finish_streams() {
 
 // ------------------------------------------------------------------------------ transposition
 
-// The elements of two registers in turns: those of their lower halves, or of their upper ones.
+// Interleaves the elements of two registers' lower halves, or of their upper halves.
 template <int Upper, typename V, int... I>
 inline V interleave(V a, V b, std::integer_sequence<int, I...>) {
   constexpr int lanes = sizeof...(I);
@@ -207,15 +208,16 @@ inline V interleave(V a, V b, std::integer_sequence<int, I...>) {
 #endif
 }
 
-// The sums of the elements of `lanes` registers, those of values[k] in lane k, always added in the
-// same order. First and step say which of the registers a part of the work is about.
+// The sums of the elements of as many registers as one has lanes: lane k has the sum of values[k].
+// Elements are always added in the same order. In the recursion, only every `step`-th register from
+// `first` on is summed.
 template <typename A, int first = 0, int step = 1>
 inline register_t<A> sums_of(const register_t<A> (&values)[kLanes<A>]) {
   constexpr int lanes = kLanes<A>;
   if constexpr (step == lanes) {
     return values[first];
   } else {
-    // Halves of two registers are added side by side, their elements in turns.
+    // Adds the lower half of each register to its upper one, with two registers interleaved.
     using Lanes = std::make_integer_sequence<int, lanes>;
     const register_t<A> even = sums_of<A, first, 2 * step>(values);
     const register_t<A> odd = sums_of<A, first + step, 2 * step>(values);
@@ -223,8 +225,8 @@ inline register_t<A> sums_of(const register_t<A> (&values)[kLanes<A>]) {
   }
 }
 
-// Transposes a square of registers. Each round moves the highest bit of every column index to the
-// lowest place of the row index, and the other way round.
+// Transposes a square of registers. Each round moves the highest bit of the column index to the
+// lowest bit of the row index, and the highest bit of the row index to the lowest of the column's.
 template <typename A>
 inline void transpose_square(register_t<A> (&rows)[kLanes<A>]) {
   constexpr int lanes = kLanes<A>;

@@ -1,5 +1,5 @@
-// Transposition of matrices by squares of registers: between images whose channels lie in planes
-// and rows of channels, and between torch's weights and those that the kernels multiply with.
+// The transposition of matrices by squares of registers, for images whose channels lie in planes or
+// in rows, and for weights in torch's order or in the kernels'.
 #pragma once
 
 #include "simd.h"
@@ -8,7 +8,7 @@ namespace mmdcn {
 namespace {
 
 // target[j·target_stride + i] = source[i·source_stride + j], or += where `add`, for i < rows and
-// j < columns. A is the accumulator's type, which at least one of the two matrices is of.
+// j < columns. At least one of the two matrices is of type A, the accumulators'.
 template <typename A, bool add = false, typename S, typename T>
 inline void transpose(const S* source, int64_t source_stride, int64_t rows, int64_t columns,
                       T* target, int64_t target_stride) {
@@ -17,14 +17,14 @@ inline void transpose(const S* source, int64_t source_stride, int64_t rows, int6
     for (int64_t j = first_column; j < columns; ++j) {
       for (int64_t i = first_row; i < rows; ++i) {
         const A value = load(source + i * source_stride + j);
-        T* place = target + j * target_stride + i;
-        store(place, add ? A(load(place)) + value : value);
+        T* address = target + j * target_stride + i;
+        store(address, add ? A(load(address)) + value : value);
       }
     }
   };
   if (rows < lanes || columns < lanes) return one_by_one(0, 0);
 
-  // The last squares overlap those before them, where writing twice does no harm.
+  // The last squares overlap the ones before them, except where adding twice would be wrong.
   const int64_t whole_rows = add ? rows / lanes * lanes : rows;
   const int64_t whole_columns = add ? columns / lanes * lanes : columns;
   for (int64_t row = 0; row < whole_rows; row += lanes) {
@@ -39,8 +39,8 @@ inline void transpose(const S* source, int64_t source_stride, int64_t rows, int6
       transpose_square<A>(square);
 #pragma GCC unroll 16
       for (int k = 0; k < lanes; ++k) {
-        T* place = target + (j + k) * target_stride + i;
-        store_register(place, add ? load_register(place) + square[k] : square[k]);
+        T* address = target + (j + k) * target_stride + i;
+        store_register(address, add ? load_register(address) + square[k] : square[k]);
       }
     }
   }

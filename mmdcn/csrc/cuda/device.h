@@ -1,9 +1,10 @@
-// What the CUDA registration files have in common: optional tensors, precision, device and stream.
+// Helpers of the CUDA registration files: optional tensors, precision, device and stream.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <cstdint>
 #include <optional>
 
 #include "../tensors.h"
@@ -14,6 +15,15 @@ namespace {
 
 inline const void* pointer(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+}
+
+inline bool is_aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+}
+
+// The tensor itself if the kernels can load vectors from its address, or else a copy.
+inline Tensor aligned(const Tensor& tensor) {
+  return is_aligned(tensor) ? tensor : torch::stable::clone(tensor);
 }
 
 inline Precision precision_of(const char* name, const Tensor& input) {

@@ -1,4 +1,4 @@
-// Launches of kernels.
+// The launch of a kernel on a stream, and its errors.
 #pragma once
 
 #include <algorithm>
@@ -19,17 +19,16 @@ inline void check(cudaError_t error) {
                            cudaGetErrorString(error));
 }
 
-// Launches a kernel on `blocks` blocks, or as many as a grid can have: kernels stride over the
-// rest. Each gets `shared_bytes` of shared memory besides what the kernel declares.
+// Launches a kernel on `blocks` blocks, or on as many as a grid can have, as kernels stride over
+// the rest. Each block has `shared_bytes` of shared memory in addition to what the kernel declares.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, size_t shared_bytes,
             const Stream& stream, Arguments... arguments) {
   constexpr int64_t kLargestGrid = 2147483647;
   const dim3 grid(static_cast<unsigned>(std::min(blocks, kLargestGrid)));
-  // PyTorch's choice of device is known to its own copy of the CUDA runtime; this library has
-  // another.
+  // PyTorch sets the device in its own copy of the CUDA runtime, and this library has another.
   check(cudaSetDevice(stream.device));
-  // What a kernel may take is a property of the kernel on each device, and starts at this.
+  // Beyond this, a kernel must be allowed the shared memory first, on each device.
   constexpr size_t kAlwaysAllowed = 48 * 1024;
   if (shared_bytes > kAlwaysAllowed) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -38,6 +37,18 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, size_t shared_bytes,
   kernel<<<grid, DeviceContext::kThreads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(
       arguments...);
   check(cudaGetLastError());
+}
+
+inline int device_attribute(int device, cudaDeviceAttr which) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+// Whether a device adds vectors of floats to memory in one operation. Others add single elements,
+// which neighbouring lanes should have next to each other.
+inline bool adds_vectors_at_once(int device) {
+  return device_attribute(device, cudaDevAttrComputeCapabilityMajor) >= 9;
 }
 
 template <typename T>

@@ -1,4 +1,4 @@
-// Precisions and streams: what every operator's launches are given, without a header of
+// Precisions and streams, the arguments of every operator's launches, without a header of
 // PyTorch's or CUDA's.
 #pragma once
 

@@ -1,8 +1,8 @@
 // The CPU kernels of deform_aggregate. Compiled once for each instruction set, with
 // MMDCN_CPU_CAPABILITY naming the namespace.
 //
-// For each output pixel and group, the corners of some taps' samples are located side by side; then
-// the pixels where they exist are added up, as vectors of channels.
+// For each output pixel and group, the samples of some taps are located in a vectorised loop; then
+// the rows of channels of their corners are added up.
 #include "kernel.h"
 
 #include "../arena.h"
@@ -12,11 +12,11 @@ namespace mmdcn {
 namespace MMDCN_CPU_CAPABILITY {
 namespace {
 
-// Taps that are located side by side; their corners fit into WeightedRows.
-constexpr int kSideBySide = 16;
-static_assert(4 * kSideBySide <= kMostRows, "too many corners");
+// Taps that are located in one loop; their corners fit into WeightedRows.
+constexpr int kTapChunk = 16;
+static_assert(4 * kTapChunk <= kMostRows, "too many corners");
 
-// p_k of all taps.
+// p_k of all taps, along y and x.
 template <typename A>
 struct Taps {
   A *y, *x;
@@ -37,7 +37,7 @@ struct Taps {
 template <typename A>
 struct Scratch {
   Taps<A> taps;
-  A* row;  // the channels of a group: sums, or gradients of them
+  A* row;  // a group's channels of one output pixel, or of its gradient
 
   Scratch(const DeformAggregateShape& shape, Arena& arena)
       : taps(shape, arena), row(arena.take<A>(shape.group_channels())) {}
@@ -45,8 +45,8 @@ struct Scratch {
 
 // Samples of some taps of one output pixel and group.
 template <typename A>
-struct Samples : CornerArrays<A, kSideBySide> {
-  int32_t there[4][kSideBySide];  // whether corners exist, in the order of Corners
+struct TapSamples : CornerArrays<A, kTapChunk> {
+  int32_t there[4][kTapChunk];  // whether a corner exists, numbered as in sampling.h
 
   // Locates taps [first, first + count) of output position (out_y, out_x).
   void locate_taps(const DeformAggregateShape& shape, const Taps<A>& taps, int64_t out_y,
@@ -54,27 +54,28 @@ struct Samples : CornerArrays<A, kSideBySide> {
     const A scale = static_cast<A>(shape.offset_scale);
     const A origin_y = static_cast<A>(shape.y.origin(out_y));
     const A origin_x = static_cast<A>(shape.x.origin(out_x));
-    A y[kSideBySide], x[kSideBySide];
+    A y[kTapChunk], x[kTapChunk];
     for (int64_t k = 0; k < count; ++k) {
       x[k] = origin_x + scale * (taps.x[first + k] + offset[2 * (first + k)]);
       y[k] = origin_y + scale * (taps.y[first + k] + offset[2 * (first + k) + 1]);
     }
-    for (int64_t k = count; k < kSideBySide; ++k) x[k] = y[k] = A(-1);
+    // The loop below has a constant length; what fills it up contributes nothing.
+    for (int64_t k = count; k < kTapChunk; ++k) x[k] = y[k] = A(-1);
     const int32_t height = static_cast<int32_t>(shape.y.size);
     const int32_t width = static_cast<int32_t>(shape.x.size);
 #pragma GCC ivdep
-    for (int k = 0; k < kSideBySide; ++k) {
+    for (int k = 0; k < kTapChunk; ++k) {
       this->locate(k, y[k], x[k], shape.y.size, shape.x.size);
       for (int q = 0; q < 4; ++q) there[q][k] = this->exists(q, k, height, width);
     }
   }
 
-  // The number of the pixel that corner number q of sample number k is.
+  // The number of the pixel that is corner number q of sample number k.
   int64_t pixel(const DeformAggregateShape& shape, int q, int64_t k) const {
     return (this->low_y[k] + int64_t(q >> 1)) * shape.x.size + this->low_x[k] + (q & 1);
   }
 
-  // Lists the pixels that samples [0, count) read, with their weights times the modulations.
+  // Lists the corners of samples [0, count), with their weights times the modulations.
   void list(const DeformAggregateShape& shape, const A* modulation, int64_t count,
             WeightedRows<A>& rows) const {
     rows.count = 0;
@@ -96,7 +97,7 @@ void forward(const DeformAggregateShape& shape, const AggregateTensors<T>& tenso
   taps.fill(shape);
   const int64_t channels = shape.group_channels(), count = shape.taps();
   A* sum = scratch.row;
-  Samples<A> samples;
+  TapSamples<A> samples;
   WeightedRows<A> rows;
   for (int64_t pixel = begin; pixel < end; ++pixel) {
     const int64_t row = pixel / shape.x.out_size, image = row / shape.y.out_size;
@@ -107,8 +108,8 @@ void forward(const DeformAggregateShape& shape, const AggregateTensors<T>& tenso
     T* target = tensors.output + pixel * shape.channels;
     for (int64_t group = 0; group < shape.groups; ++group) {
       std::memset(sum, 0, channels * sizeof(A));
-      for (int64_t first = 0; first < count; first += kSideBySide) {
-        const int64_t some = count - first < kSideBySide ? count - first : kSideBySide;
+      for (int64_t first = 0; first < count; first += kTapChunk) {
+        const int64_t some = count - first < kTapChunk ? count - first : kTapChunk;
         samples.locate_taps(shape, taps, out_y, out_x, offset, first, some);
         samples.list(shape, mask + first, some, rows);
         add_rows(source, rows, channels, sum);
@@ -122,61 +123,72 @@ void forward(const DeformAggregateShape& shape, const AggregateTensors<T>& tenso
   }
 }
 
+// Stores the gradients of the offsets and modulations of `count` samples, which begin with sample
+// number `first` in the tensors. `product` has Σ_c grad[c] X(q)[c] for each corner that exists.
+template <typename T, typename A = accumulator_t<T>>
+inline void store_sample_gradients(const DeformAggregateShape& shape,
+                                   const AggregateTensors<T>& tensors, const TapSamples<A>& samples,
+                                   const A* modulations, int64_t count, const A* product,
+                                   int64_t first) {
+  const A scale = static_cast<A>(shape.offset_scale);
+  for (int64_t k = 0; k < count; ++k) {
+    A grad_y = 0, grad_x = 0, grad_modulation = 0;
+    // Without corners the gradients are zero, even if the modulation is not finite.
+    A modulation = 0;
+    for (int q = 0; q < 4; ++q) {
+      if (!samples.there[q][k]) continue;
+      const A gradient = *product++;
+      modulation = modulations[k];
+      grad_y += samples.slope_y(q, k) * gradient;
+      grad_x += samples.slope_x(q, k) * gradient;
+      grad_modulation += samples.weight(q, k) * gradient;
+    }
+    if (tensors.grad_offset) {
+      tensors.grad_offset[2 * (first + k)] = scale * modulation * grad_x;
+      tensors.grad_offset[2 * (first + k) + 1] = scale * modulation * grad_y;
+    }
+    if (tensors.grad_mask) tensors.grad_mask[first + k] = grad_modulation;
+  }
+}
+
 template <typename T, typename A = accumulator_t<T>>
 void backward(const DeformAggregateShape& shape, const AggregateTensors<T>& tensors,
-              const AggregateChannels& part, int64_t image, std::byte* memory) {
+              const ChannelBlock& block, int64_t image, std::byte* memory) {
   Arena arena(memory);
   const Scratch<A> scratch(shape, arena);
   const Taps<A>& taps = scratch.taps;
   taps.fill(shape);
-  const int64_t channels = part.end - part.begin, count = shape.taps();
-  const A scale = static_cast<A>(shape.offset_scale);
+  const int64_t channels = block.end - block.begin, count = shape.taps();
+  const bool wants_sampling = tensors.grad_offset || tensors.grad_mask;
   A* grad = scratch.row;
-  const int64_t start = image * shape.y.size * shape.x.size * shape.channels + part.begin;
+  const int64_t start = image * shape.y.size * shape.x.size * shape.channels + block.begin;
   const T* source = tensors.input + start;
   A* grad_source = tensors.grad_input ? tensors.grad_input + start : nullptr;
-  Samples<A> samples;
+  TapSamples<A> samples;
   WeightedRows<A> rows;
   A grad_weight[kMostRows] = {};
   for (int64_t i = 0; i < shape.pixels(); ++i) {
     const int64_t pixel = image * shape.pixels() + i;
     const int64_t out_y = i / shape.x.out_size, out_x = i - out_y * shape.x.out_size;
     const A* offset = tensors.offset + pixel * tensors.offset_layout.pixel_stride +
-                      part.group * tensors.offset_layout.group_stride;
+                      block.group * tensors.offset_layout.group_stride;
     const A* mask = tensors.mask + pixel * tensors.mask_layout.pixel_stride +
-                    part.group * tensors.mask_layout.group_stride;
-    const int64_t first_tap = (pixel * shape.groups + part.group) * count;
-    const T* grad_pixel = tensors.grad_output + pixel * shape.channels + part.begin;
+                    block.group * tensors.mask_layout.group_stride;
+    const int64_t first_sample = (pixel * shape.groups + block.group) * count;
+    const T* grad_pixel = tensors.grad_output + pixel * shape.channels + block.begin;
     for (int64_t c = 0; c < channels; ++c) grad[c] = load(grad_pixel + c);
 
-    for (int64_t first = 0; first < count; first += kSideBySide) {
-      const int64_t some = count - first < kSideBySide ? count - first : kSideBySide;
+    for (int64_t first = 0; first < count; first += kTapChunk) {
+      const int64_t some = count - first < kTapChunk ? count - first : kTapChunk;
       samples.locate_taps(shape, taps, out_y, out_x, offset, first, some);
       samples.list(shape, mask + first, some, rows);
-      if (!tensors.grad_offset && !tensors.grad_mask) {
+      if (!wants_sampling) {
         add_rows_backward<false>(source, rows, channels, grad, grad_source, grad_weight);
         continue;
       }
       add_rows_backward<true>(source, rows, channels, grad, grad_source, grad_weight);
-      const A* corner = grad_weight;
-      for (int64_t k = 0; k < some; ++k) {
-        A moved_y = 0, moved_x = 0, scaled = 0;
-        A modulation = 0;  // Whatever it is does not matter to a sample of nothing.
-        for (int q = 0; q < 4; ++q) {
-          if (!samples.there[q][k]) continue;
-          const A gradient = *corner++;
-          modulation = mask[first + k];
-          moved_y += samples.slope_y(q, k) * gradient;
-          moved_x += samples.slope_x(q, k) * gradient;
-          scaled += samples.weight(q, k) * gradient;
-        }
-        const int64_t tap = first_tap + first + k;
-        if (tensors.grad_offset) {
-          tensors.grad_offset[2 * tap] = scale * modulation * moved_x;
-          tensors.grad_offset[2 * tap + 1] = scale * modulation * moved_y;
-        }
-        if (tensors.grad_mask) tensors.grad_mask[tap] = scaled;
-      }
+      store_sample_gradients(shape, tensors, samples, mask + first, some, grad_weight,
+                             first_sample + first);
     }
   }
 }

@@ -1,19 +1,15 @@
-// What the CPU kernels of deform_aggregate are given and give. The kernels are compiled once for
-// each instruction set; operator.cpp chooses one, owns all memory and runs the threads.
+// The interface of deform_aggregate's CPU kernels. They are compiled once for each instruction set;
+// operator.cpp chooses one, owns all memory and runs the threads.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "../../deform_aggregate_shape.h"
+#include "../channel_block.h"
 #include "../simd.h"
 
 namespace mmdcn {
-
-// Channels of one group that are worked on together.
-struct AggregateChannels {
-  int64_t group, begin, end;
-};
 
 // Tensors of both passes; all are channels-last.
 template <typename T>
@@ -26,7 +22,7 @@ struct AggregateTensors {
   T* output;             // (N, Ho, Wo, C)
   const T* grad_output;  // (N, Ho, Wo, C)
   acc_t* grad_input;     // (N, H, W, C), added to; or null
-  // What these channels contribute, or null: (N, Ho, Wo, G, taps, 2) and (N, Ho, Wo, G, taps).
+  // The sums over the block's channels, (N, Ho, Wo, G, taps, 2) and (N, Ho, Wo, G, taps); or null.
   acc_t* grad_offset;
   acc_t* grad_mask;
 };
@@ -37,9 +33,9 @@ struct AggregateKernel {
   // All channels of output pixels [begin, end), numbered over the whole batch.
   void (*forward)(const DeformAggregateShape&, const AggregateTensors<T>&, int64_t begin,
                   int64_t end, std::byte* scratch);
-  // The gradients of all output pixels of one image, in their order.
-  void (*backward)(const DeformAggregateShape&, const AggregateTensors<T>&,
-                   const AggregateChannels&, int64_t image, std::byte* scratch);
+  // The gradients of one block's channels of one image, summed over the output pixels in order.
+  void (*backward)(const DeformAggregateShape&, const AggregateTensors<T>&, const ChannelBlock&,
+                   int64_t image, std::byte* scratch);
 };
 
 #define MMDCN_DECLARE_KERNELS(capability) \

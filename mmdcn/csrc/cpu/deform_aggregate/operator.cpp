@@ -14,25 +14,10 @@
 namespace mmdcn {
 namespace {
 
+// Multiply-adds of a pass that reads the four corners of every sample once.
 int64_t pass_work(const DeformAggregateShape& shape) {
   const int64_t samples = shape.batch * shape.pixels() * shape.taps();
   return samples * (4 * shape.channels + kElementWork * shape.groups);
-}
-
-// Splits the channels into parts that lie inside one group: as few as threads have enough of, as
-// each locates its samples anew. They follow from the shape alone, so that the order of every sum
-// does too.
-std::vector<AggregateChannels> split_channels(const DeformAggregateShape& shape) {
-  const int64_t quarter = (shape.channels + 3) / 4;
-  const int64_t width = std::clamp<int64_t>((quarter + 15) / 16 * 16, 16, 64);
-  std::vector<AggregateChannels> parts;
-  for (int64_t group = 0; group < shape.groups; ++group) {
-    const int64_t end = (group + 1) * shape.group_channels();
-    for (int64_t c = group * shape.group_channels(); c < end; c += width) {
-      parts.push_back({group, c, std::min(c + width, end)});
-    }
-  }
-  return parts;
 }
 
 template <typename T>
@@ -56,7 +41,7 @@ Tensor forward(const DeformAggregateShape& shape, const Tensor& input, const Ten
   if (output.numel() == 0) return output;
 
   const Tensor inputs = as_contiguous(input);
-  const Tensor offsets = aggregate_points(offset), masks = aggregate_points(mask);
+  const Tensor offsets = readable_taps(offset), masks = readable_taps(mask);
   AggregateTensors<T> tensors = tensors_of<T>(inputs, offsets, masks);
   tensors.output = data<T>(output);
   const AggregateKernel<T> kernel = MMDCN_CPU_KERNEL(deform_aggregate, T)();
@@ -69,30 +54,76 @@ Tensor forward(const DeformAggregateShape& shape, const Tensor& input, const Ten
   return output;
 }
 
-// target = the sum of `count` parts of its size, in their order.
-template <typename A>
-void add_parts(const A* parts, int64_t count, const Tensor& target) {
-  const int64_t elements = target.numel();
-  A* sums = data<A>(target);
-  torch::stable::parallel_for(0, elements, grain(elements, elements * count),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; ++i) {
-                                  A total = 0;
-                                  for (int64_t part = 0; part < count; ++part)
-                                    total += parts[part * elements + i];
-                                  sums[i] = total;
-                                }
-                              });
-}
-
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+// Gradients of offsets or of modulations sum over the channels of a group. Where a group has
+// several blocks, each leaves its sums in an array of its own, and these are added in the order of
+// the blocks.
+template <typename A>
+class GroupSums {
+ public:
+  // `target` has no elements where it is not wanted.
+  GroupSums(const Tensor& target, int64_t group_blocks)
+      : target_(target),
+        group_blocks_(group_blocks),
+        sums_(group_blocks > 1 ? group_blocks * target.numel() : 0) {}
+
+  // Where block number `block` leaves its sums, or null.
+  A* of_block(int64_t block) const {
+    if (target_.numel() == 0) return nullptr;
+    if (group_blocks_ == 1) return data<A>(target_);
+    return sums_.get() + block % group_blocks_ * target_.numel();
+  }
+
+  void add_up() const {
+    if (group_blocks_ > 1 && target_.numel() > 0) add_in_order(sums_.get(), group_blocks_, target_);
+  }
+
+ private:
+  const Tensor& target_;
+  const int64_t group_blocks_;
+  const Buffer<A> sums_;
+};
+
+// Fills the gradients, of which `grad_input` is of the accumulators' type; those of no elements are
+// not wanted. Each thread computes the gradients of some blocks of some images alone.
+template <typename T, typename A = accumulator_t<T>>
+void run_backward(const DeformAggregateShape& shape, const Tensor& grad_output, const Tensor& input,
+                  const Tensor& offset, const Tensor& mask, const Tensor& grad_input,
+                  const Tensor& grad_offset, const Tensor& grad_mask) {
+  // As few blocks as threads have enough of, as the samples are located anew for each.
+  const std::vector<ChannelBlock> blocks =
+      channel_blocks(shape.groups, shape.group_channels(), block_width(shape.channels));
+  const int64_t block_count = static_cast<int64_t>(blocks.size());
+  const GroupSums<A> offset_sums(grad_offset, block_count / shape.groups);
+  const GroupSums<A> mask_sums(grad_mask, block_count / shape.groups);
+  const Tensor gradients = as_contiguous(grad_output);
+  const Tensor inputs = as_contiguous(input);
+  const Tensor offsets = readable_taps(offset), masks = readable_taps(mask);
+  AggregateTensors<T> tensors = tensors_of<T>(inputs, offsets, masks);
+  tensors.grad_output = const_data<T>(gradients);
+  tensors.grad_input = grad_input.numel() > 0 ? data<A>(grad_input) : nullptr;
+  const AggregateKernel<T> kernel = MMDCN_CPU_KERNEL(deform_aggregate, T)();
+  const int64_t tasks = shape.batch * block_count;
+  torch::stable::parallel_for(
+      0, tasks, grain(tasks, 2 * pass_work(shape)), [&](int64_t begin, int64_t end) {
+        const Buffer<std::byte> scratch(kernel.scratch_bytes(shape));
+        AggregateTensors<T> own = tensors;
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t block = task % block_count;
+          own.grad_offset = offset_sums.of_block(block);
+          own.grad_mask = mask_sums.of_block(block);
+          kernel.backward(shape, own, blocks[block], task / block_count, scratch.get());
+        }
+      });
+  offset_sums.add_up();
+  mask_sums.add_up();
+}
 
 template <typename T>
 Gradients backward(const DeformAggregateShape& shape, const Tensor& grad_output,
                    const Tensor& input, const Tensor& offset, const Tensor& mask,
                    const std::vector<bool>& wanted) {
-  using acc_t = accumulator_t<T>;
-  const ScalarType acc_type = offset.scalar_type();
   const auto gradient_of = [&](const Tensor& tensor, bool present) {
     return new_tensor(input, present ? sizes_of(tensor) : std::vector<int64_t>{0},
                       tensor.scalar_type());
@@ -107,44 +138,12 @@ Gradients backward(const DeformAggregateShape& shape, const Tensor& grad_output,
     return {grad_input, grad_offset, grad_mask};
   }
 
-  // Each thread computes the gradients of some channels of some images alone. Those of offsets and
-  // modulations sum over the channels of a group: its parts are kept aside and added in their
-  // order.
-  const std::vector<AggregateChannels> parts = split_channels(shape);
-  const int64_t part_count = static_cast<int64_t>(parts.size());
-  const int64_t group_parts = part_count / shape.groups;
-  const Tensor gradients = as_contiguous(grad_output);
-  const Tensor inputs = as_contiguous(input);
-  const Tensor offsets = aggregate_points(offset), masks = aggregate_points(mask);
   // Half types are summed in float.
+  const ScalarType acc_type = offset.scalar_type();
   const bool convert = wanted[0] && input.scalar_type() != acc_type;
   Tensor sum = convert ? new_tensor(input, sizes_of(input), acc_type) : grad_input;
   torch::stable::zero_(sum);
-  const bool in_parts = group_parts > 1;
-  const Buffer<acc_t> offset_parts(in_parts ? group_parts * grad_offset.numel() : 0);
-  const Buffer<acc_t> mask_parts(in_parts ? group_parts * grad_mask.numel() : 0);
-
-  AggregateTensors<T> tensors = tensors_of<T>(inputs, offsets, masks);
-  tensors.grad_output = const_data<T>(gradients);
-  tensors.grad_input = wanted[0] ? data<acc_t>(sum) : nullptr;
-  acc_t* offset_target = in_parts ? offset_parts.get() : data<acc_t>(grad_offset);
-  acc_t* mask_target = in_parts ? mask_parts.get() : data<acc_t>(grad_mask);
-  const AggregateKernel<T> kernel = MMDCN_CPU_KERNEL(deform_aggregate, T)();
-  const int64_t tasks = shape.batch * part_count;
-  torch::stable::parallel_for(
-      0, tasks, grain(tasks, 2 * pass_work(shape)), [&](int64_t begin, int64_t end) {
-        const Buffer<std::byte> scratch(kernel.scratch_bytes(shape));
-        AggregateTensors<T> mine = tensors;
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t part = task % part_count, slot = part % group_parts;
-          if (wanted[1]) mine.grad_offset = offset_target + slot * grad_offset.numel();
-          if (wanted[2]) mine.grad_mask = mask_target + slot * grad_mask.numel();
-          kernel.backward(shape, mine, parts[part], task / part_count, scratch.get());
-        }
-      });
-
-  if (in_parts && wanted[1]) add_parts(offset_parts.get(), group_parts, grad_offset);
-  if (in_parts && wanted[2]) add_parts(mask_parts.get(), group_parts, grad_mask);
+  run_backward<T>(shape, grad_output, input, offset, mask, sum, grad_offset, grad_mask);
   if (convert) torch::stable::copy_(grad_input, sum);
   return {grad_input, grad_offset, grad_mask};
 }

@@ -1,4 +1,4 @@
-// The backward pass of deform_conv2d on a batch: memory and threads around the kernel.
+// The backward pass of deform_conv2d on a batch: the memory and threads around the kernel.
 #pragma once
 
 #include <algorithm>
@@ -11,34 +11,21 @@
 namespace mmdcn {
 namespace {
 
-// Bytes of what blocks of channels that share an offset group keep aside, between two barriers of
-// the backward pass, and the tiles that lie between two barriers at most.
+// The backward pass has a barrier after each span of tiles. Between two barriers, the blocks of
+// channels that share an offset group leave at most so many bytes of sums, and a span has at most
+// so many tiles.
 constexpr int64_t kPartialBytes = 2 << 20;
 constexpr int64_t kSpanTiles = 24;
 
-// Packed weights, and the sums of their gradient, are kept from span to span up to so many bytes.
-// Beyond, each thread packs those of the block at work anew for each span, and adds the sums to the
-// gradient after it: next to nothing for spans of so many tiles or more.
+// Up to so many bytes, the packed weights and the sums of their gradient are kept from span to
+// span. If there are more, each thread packs the weights of its current block again for each span,
+// and adds the sums to the gradient after it. That takes little time for spans of so many tiles or
+// more.
 constexpr int64_t kKeptBytes = 8 << 20;
 constexpr int64_t kWorthPackingTiles = 6;
 
-// Splits the channels into blocks that lie inside one group. Their number follows from the shape
-// alone, so that the order of every sum does too.
-std::vector<ChannelBlock> channel_blocks(const DeformConv2dShape& shape) {
-  const int64_t quarter = (shape.channels + 3) / 4;
-  const int64_t width = std::clamp<int64_t>((quarter + 15) / 16 * 16, 16, 64);
-  std::vector<ChannelBlock> blocks;
-  for (int64_t group = 0; group < shape.groups; ++group) {
-    const int64_t end = (group + 1) * shape.group_channels();
-    for (int64_t c = group * shape.group_channels(); c < end; c += width) {
-      blocks.push_back({group, c, std::min(c + width, end)});
-    }
-  }
-  return blocks;
-}
-
-// Adds up, in the order of the blocks, the sums of offset groups that several blocks share, for one
-// tile.
+// Adds up the sums of the offset groups that several blocks share, in the order of the blocks, for
+// one tile.
 template <typename T>
 void add_partial(const DeformConv2dShape& shape, const BackwardTensors<T>& tensors,
                  const std::vector<ChannelBlock>& blocks, const Tile<kBackwardTile>& tile,
@@ -64,7 +51,7 @@ void add_partial(const DeformConv2dShape& shape, const BackwardTensors<T>& tenso
     for (int64_t d = block.begin / channels; d * channels < block.end; ++d) {
       if (owns_deform_group(shape, block, d)) continue;
       const bool first = d * channels >= block.begin;
-      const acc_t* source = partial + partial_position(shape, block, b, d);
+      const acc_t* source = partial + partial_index(shape, block, b, d);
       for (int64_t tap = 0; tap < shape.taps(); ++tap, source += 3 * kBackwardTile) {
         const int64_t row = d * shape.taps() + tap;
         add(source, tensors.grad_offset, 2 * row, first);
@@ -75,22 +62,23 @@ void add_partial(const DeformConv2dShape& shape, const BackwardTensors<T>& tenso
   }
 }
 
-// Sizes of the backward pass: what is kept in memory, and how far it goes at a time.
+// The plan of a backward pass: its blocks, its spans, and the sizes of what it keeps in memory.
 template <typename T>
 struct BackwardPlan {
   using acc_t = accumulator_t<T>;
   const std::vector<ChannelBlock> blocks;
   const int64_t block_count;
   int64_t packed_size = 0, sums_size = 0, widest = 0;  // of the largest block
-  int64_t weight_size;                                 // both of the first two
-  bool kept;                                           // whether these stay from span to span
+  int64_t weight_size;                                 // packed_size + sums_size
+  bool kept;                                           // whether both are kept between spans
   bool shared = false;                                 // whether blocks leave sums in `partial`
-  int64_t partial_tile;
-  int64_t tiles, span;  // of an image, and between two barriers
+  int64_t partial_tile;                                // elements of `partial` for one tile
+  int64_t tiles, span;                                 // of an image, and of a span
 
   BackwardPlan(const DeformConv2dShape& shape, const BackwardKernel<T>& kernel, bool wants_weight,
                bool wants_sampling)
-      : blocks(channel_blocks(shape)), block_count(static_cast<int64_t>(blocks.size())) {
+      : blocks(channel_blocks(shape.groups, shape.group_channels(), block_width(shape.channels))),
+        block_count(static_cast<int64_t>(blocks.size())) {
     const int64_t group_channels = shape.deform_group_channels();
     for (const ChannelBlock& block : blocks) {
       packed_size = std::max(packed_size, kernel.packed_size(shape, block));
@@ -101,7 +89,7 @@ struct BackwardPlan {
     shared = shared && wants_sampling;
     weight_size = packed_size + sums_size;
     const int64_t weight_bytes = block_count * weight_size * static_cast<int64_t>(sizeof(acc_t));
-    // In 16 bits the gradient must not be rounded before all is added.
+    // A gradient that is stored in 16 bits is rounded once, after everything has been added.
     kept = !std::is_same_v<T, acc_t> || weight_bytes <= kKeptBytes;
     partial_tile = shared ? 2 * block_count * partial_size(shape) : 0;
     tiles = kernel.tiles(shape);
@@ -114,8 +102,8 @@ struct BackwardPlan {
   }
 };
 
-// Tensors of the backward pass of a batch, as the kernels can read and write them; of no elements
-// where a gradient is not asked for.
+// The tensors of the backward pass of a batch, in layouts that the kernels can read and write;
+// gradients that are not wanted have no elements.
 struct BackwardBatch {
   Tensor grad_output, input, offset, weight;
   std::optional<Tensor> mask;
@@ -123,7 +111,7 @@ struct BackwardBatch {
   bool wants_input, wants_offset, wants_weight, wants_mask;
 };
 
-// The backward pass of a batch: image by image, by spans of tiles, in which each thread computes
+// The backward pass of a batch, by images and spans of tiles. Within a span, each thread computes
 // the gradients of some blocks of channels alone.
 template <typename T>
 class Backward {
@@ -194,8 +182,7 @@ class Backward {
     });
   }
 
-  // `weights` has room for the block's packed weights, and after them for the sums that make up
-  // their gradient.
+  // `weights` has room for the block's packed weights and, after them, the sums of their gradient.
   void run_block(int64_t b, int64_t image, int64_t first, int64_t last, acc_t* weights,
                  std::byte* scratch) {
     const ChannelBlock& block = plan_.blocks[b];
@@ -220,7 +207,7 @@ class Backward {
     }
   }
 
-  // Adds up what blocks left in `partial` for tiles [first, last).
+  // Adds up the sums that blocks have left in `partial` for tiles [first, last).
   void add_shared(int64_t first, int64_t last) const {
     const int64_t tile_grain = grain(1, plan_.partial_tile * kElementWork);
     torch::stable::parallel_for(first, last, tile_grain, [&](int64_t begin, int64_t end) {
@@ -239,7 +226,7 @@ class Backward {
   const BackwardPlan<T> plan_;
   const WeightLayout weight_layout_;  // of the weight and its gradient
   const Buffer<acc_t> kept_weights_, partial_;
-  BackwardTensors<T> tensors_;  // of the image at work
+  BackwardTensors<T> tensors_;  // of the current image
   const int64_t window_bytes_;
   const Buffer<std::byte> window_memory_;
   std::vector<BlockWindows<T>> windows_;
@@ -260,7 +247,7 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
   Tensor grad_input = gradient_of(input, wanted[0]), grad_offset = gradient_of(offset, wanted[1]);
   Tensor grad_weight = gradient_of(weight, wanted[2]);
   Tensor grad_mask = gradient_of(mask.value_or(offset), wants_mask);
-  // It is added to. All of the others are written once, where there is any output.
+  // The kernels add to this one, and write each element of the others once if there is any output.
   torch::stable::zero_(grad_input);
   if (grad_output.numel() == 0 || input.numel() == 0) {
     for (Tensor* gradient : {&grad_offset, &grad_weight, &grad_mask}) {
@@ -271,18 +258,10 @@ Gradients backward(const DeformConv2dShape& shape, const Tensor& grad_output, co
 
   std::optional<Tensor> masks;
   if (mask.has_value()) masks = readable_sampling(*mask);
-  const BackwardBatch batch = {either_way(grad_output),
-                               either_way(input),
-                               readable_sampling(offset),
-                               either_way(weight),
-                               masks,
-                               grad_input,
-                               grad_offset,
-                               grad_weight,
-                               grad_mask,
-                               wanted[0],
-                               wanted[1],
-                               wanted[2],
+  const BackwardBatch batch = {dense(grad_output), dense(input), readable_sampling(offset),
+                               dense(weight),      masks,        grad_input,
+                               grad_offset,        grad_weight,  grad_mask,
+                               wanted[0],          wanted[1],    wanted[2],
                                wants_mask};
   Backward<T>(shape, batch).run();
   return {grad_input, grad_offset, grad_weight, grad_mask};

@@ -2,11 +2,11 @@
 // MMDCN_CPU_CAPABILITY naming the namespace.
 //
 // For a block of channels, by tiles of output pixels and one tap at a time:
-//   grad_columns = grad_output · Wᵀ            the gradient of W(pn)'s left neighbour, X(p)·Δm
+//   grad_columns = grad_output · Wᵀ            the gradient of the modulated samples, Δm X(p)
 //   grad_input(q)  += G(q, p) Δm grad_columns
 //   grad_offset     = Δm Σ_c grad_columns Σ_q dG(q, p)/dp X(q)
 //   grad_mask       =    Σ_c grad_columns Σ_q G(q, p) X(q)
-//   grad_weight    += columnsᵀ · grad_output, with the columns sampled again
+//   grad_weight    += columnsᵀ · grad_output, where the columns, Δm X(p), are sampled again
 #include "backward_weights.h"
 #include "backward_windows.h"
 #include "plane_scatter.h"
@@ -17,8 +17,8 @@ namespace mmdcn {
 namespace MMDCN_CPU_CAPABILITY {
 namespace {
 
-// One call of the kernel, tile by tile and tap by tap: the products, the samples, and the gradients
-// of offsets and modulations. Scatter is RowScatter or PlaneScatter.
+// One call of the kernel, which computes the products, the samples, and the gradients of offsets
+// and modulations tile by tile and tap by tap. Scatter is RowScatter or PlaneScatter.
 template <typename T, template <typename, typename> class Scatter, typename A = accumulator_t<T>>
 class Pass {
  public:
@@ -30,7 +30,8 @@ class Pass {
         gradients_(work_, channels, arena),
         scatter_(work_, channels, gradients_.dots, arena) {}
 
-  // Tiles [begin, end), of which block number `block_index` leaves sums in `partial`.
+  // Computes tiles [begin, end). Block number `block_index`, which it is for, leaves its sums in
+  // `partial`.
   void run(int64_t block_index, int64_t begin, int64_t end) {
     const WindowPlan plan = plan_backward<kSampling, A>(call_.shape);
     A* partial = call_.tensors.partial;
@@ -47,7 +48,7 @@ class Pass {
   }
 
  private:
-  // `partial` is this tile's.
+  // Computes one tap of the current tile, which `partial` belongs to.
   void run_tap(int64_t tap, int64_t block_index, A* partial) const {
     const DeformConv2dShape& shape = call_.shape;
     const ChannelBlock& block = call_.block;
@@ -63,7 +64,7 @@ class Pass {
       if (!call_.wants_sampling()) continue;
       A* aside = nullptr;
       if (!owns_deform_group(shape, block, d)) {
-        aside = partial + partial_position(shape, block, block_index, d) + tap * 3 * kBackwardTile;
+        aside = partial + partial_index(shape, block, block_index, d) + tap * 3 * kBackwardTile;
       }
       gradients_.store(d, tap, aside);
     }

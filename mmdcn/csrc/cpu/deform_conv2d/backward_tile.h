@@ -1,5 +1,5 @@
-// The tile at work in the backward pass of one block of channels: its samples, the gradients of its
-// outputs, and those of its columns.
+// The current tile in the backward pass of one block of channels: its samples, the gradients of its
+// outputs, and the gradients of its columns.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@ using BackwardTile = Tile<kBackwardTile>;
 template <typename A>
 using BackwardSamples = Samples<A, kBackwardTile>;
 
-// One call of the kernel: what it computes the gradients of one block of channels from.
+// The arguments of one call of the kernel, which computes the gradients of one block of channels.
 template <typename T>
 struct BlockCall {
   const DeformConv2dShape& shape;
@@ -31,7 +31,7 @@ struct BlockCall {
   bool wants_sampling() const {
     return tensors.grad_offset.data != nullptr || tensors.grad_mask.data != nullptr;
   }
-  // The block's first channel in planes.
+  // The block's first channel, for images whose channels lie in planes.
   const T* planes() const {
     return tensors.input + block.begin * tensors.input_layout.channel_stride;
   }
@@ -45,11 +45,11 @@ struct TileAtWork {
   const BlockCall<T>& call;
   const int64_t grad_stride, column_stride;
   BackwardTile* const tile;
-  BackwardSamples<A>* const samples;  // of the tap and offset group at work
+  BackwardSamples<A>* const samples;  // of the current tap and offset group
   A* const gradients;                 // pixels × Co/groups
   A* const grad_columns;              // pixels × channels of the block
-  A* const staged;                    // offsets and modulations
-  SamplingRows<A> sampling = {};      // where they are read
+  A* const staged;                    // memory for staged offsets and modulations
+  SamplingRows<A> sampling = {};      // the offsets and modulations of the tile
 
   TileAtWork(const BlockCall<T>& call_, int64_t channels, Arena& arena)
       : call(call_),
@@ -63,7 +63,7 @@ struct TileAtWork {
                                                         call.tensors.mask,
                                                         most_groups(call.shape, channels)))) {}
 
-  // Finds the offsets and modulations of the tile.
+  // Sets `sampling`.
   void find_sampling() {
     const int64_t channels = call.shape.deform_group_channels();
     const int64_t first = call.block.begin / channels, last = (call.block.end - 1) / channels;
@@ -111,7 +111,7 @@ struct TileAtWork {
   }
 
  private:
-  // Offset groups that a block of so many channels may have some of.
+  // The most offset groups that the channels of a block belong to.
   static int64_t most_groups(const DeformConv2dShape& shape, int64_t channels) {
     return std::min(shape.deform_groups, channels / shape.deform_group_channels() + 2);
   }

@@ -1,4 +1,4 @@
-// The weights of the backward pass, packed into panels, and the sums that make up their gradient.
+// The weights of the backward pass, packed into panels, and the sums of their gradient.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@ int64_t packed_block_size(const DeformConv2dShape& shape, const ChannelBlock& bl
   return shape.taps() * packed_size_of_tap<T>(shape, block);
 }
 
-// packed: for each tap, Co/groups × the block's channels in panels.
+// Packs a block's weights: for each tap, a matrix of Co/groups × the block's channels.
 template <typename T, typename A = accumulator_t<T>>
 void pack_weight(const DeformConv2dShape& shape, const T* weight, const WeightLayout& layout,
                  const ChannelBlock& block, A* packed) {
@@ -50,6 +50,7 @@ void pack_weight(const DeformConv2dShape& shape, const T* weight, const WeightLa
   }
 }
 
+// The sums of the gradient are (channels of the block, taps, padded Co/groups).
 template <typename T, typename A = accumulator_t<T>>
 int64_t sums_size(const DeformConv2dShape& shape, const ChannelBlock& block) {
   return (block.end - block.begin) * shape.taps() * padded<A>(shape.group_out_channels());

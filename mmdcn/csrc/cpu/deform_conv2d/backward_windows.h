@@ -1,4 +1,4 @@
-// The windows of the backward pass, on the input and on its gradient, for one block of channels.
+// The windows of the backward pass on the input and on its gradient, for one block of channels.
 #pragma once
 
 #include <cstddef>
@@ -12,9 +12,9 @@ namespace mmdcn {
 namespace MMDCN_CPU_CAPABILITY {
 namespace {
 
-// Windows that a block needs: on the input where its channels lie in planes, and on its gradient
-// where that cannot be added to in place. A gradient that is stored in 16 bits is kept whole, as it
-// must not be rounded before all is added.
+// The windows that a block needs: on the input if its channels lie in planes, and on its gradient
+// if that cannot be added to in place. If the gradient is stored in 16 bits, the window holds all
+// of it, so that it is rounded once, after everything has been added.
 template <Sampling sampling, typename T, typename A = accumulator_t<T>>
 struct WindowSizes {
   int64_t input_rows = 0, grad_rows = 0, grad_columns = 0;
@@ -91,7 +91,7 @@ void open(const DeformConv2dShape& shape, const BackwardTensors<T>& tensors,
 template <typename T, typename A = accumulator_t<T>>
 void close(const DeformConv2dShape& shape, const BackwardTensors<T>& tensors,
            const ChannelBlock& block, BlockWindows<T>& windows) {
-  const Rows<A>& window = windows.grad_input;
+  const RowWindow<A>& window = windows.grad_input;
   if (tensors.grad_input == nullptr || window.capacity == 0) return;
   flush_gradient(shape, window, window.begin, window.end,
                  tensors.grad_input + block.begin * tensors.input_layout.channel_stride,
@@ -103,8 +103,8 @@ template <typename T, typename A = accumulator_t<T>>
 inline void roll_windows(const BlockCall<T>& call, const WindowPlan& plan,
                          const BackwardTile& tile) {
   const DeformConv2dShape& shape = call.shape;
-  Rows<A>& input = call.windows.input;
-  Rows<A>& gradient = call.windows.grad_input;
+  RowWindow<A>& input = call.windows.input;
+  RowWindow<A>& gradient = call.windows.grad_input;
   if (input.capacity > 0) {
     roll_input(shape, range_around(shape, tile, plan, input.capacity, plan.columns), call.planes(),
                call.channels(), input);

@@ -1,5 +1,5 @@
-// Blending of the forward pass: rows of sampled channels from the corners' rows, in pieces that are
-// done between the steps of a multiplication.
+// The blending of the forward pass, which makes rows of sampled channels from the corners' rows, in
+// pieces that are done between the steps of a multiplication.
 #pragma once
 
 #include <algorithm>
@@ -37,44 +37,45 @@ inline void blend(const S* const (&corner)[4], const A (&weight)[4], int64_t cou
   }
 }
 
-// The samples of a tile for one tap and offset group, ready to be blended.
+// The samples of a tile for one tap and offset group as they are blended.
 template <typename A>
 struct Blends {
-  CornerAddresses<kForwardTile> at;  // at.missing: the column is there already
+  CornerAddresses<kForwardTile> at;  // where one is missing, the column has been blended already
   A weight[4][kForwardTile];
 };
 
-// Rows of an image that will be needed soon and lie in a far cache.
-struct Ahead {
+// Rows of an image that will be needed soon and are to be prefetched from a far cache.
+struct PrefetchRows {
   const std::byte* row = nullptr;
-  int64_t rows = 0, stride = 0, bytes = 0;  // stride: from row to row
+  int64_t rows = 0, stride = 0, bytes = 0;  // bytes from row to row, and of a row
 
   template <typename E>
-  static Ahead of(const E* first, int64_t rows, int64_t stride, int64_t count) {
+  static PrefetchRows of(const E* first, int64_t rows, int64_t stride, int64_t count) {
     constexpr int64_t size = sizeof(E);
     return {reinterpret_cast<const std::byte*>(first), rows, stride * size, count * size};
   }
 };
 
-// Blends the columns of some taps piece by piece: for each pixel of the tile a row, of the channels
-// of all offset groups for each tap.
+// Blends the columns of some taps piece by piece. Columns have a row for each pixel of the tile,
+// with the channels of all offset groups for each tap. A multiplication takes this as its other
+// work (see NoWork in matmul.h).
 template <typename S, typename A, typename L>
 class Blending {
  public:
   static constexpr bool kAny = true;
-  // Channels of a piece: enough that it is worth pushing the multiplication's sums out of their
-  // registers, where these are few.
+  // Channels of a piece: so many that it pays to move the multiplication's sums out of registers
+  // for it, where registers are few.
   static constexpr int64_t kPiece = 256 / sizeof(A);
   static constexpr int64_t kNever = INT64_C(1) << 62;
 
   int64_t wait = kNever;
 
-  // `blends` has those of each tap and offset group. The work is to be spread over so many steps of
-  // a multiplication, which reads, one after the other, so many bytes from `stream` on: these and
-  // what is needed next are asked for from the caches along the way.
+  // Starts on `blends`, which has the samples of each tap and offset group. The pieces are spread
+  // over `steps` steps of a multiplication, which reads `stream_bytes` bytes from `stream` on in
+  // sequence. The pieces prefetch these bytes and the rows of `ahead`.
   void start(const DeformConv2dShape& shape, const Blends<A>* blends, int64_t taps, int64_t pixels,
              L* columns, int64_t stride, int64_t tap_stride, int64_t steps, const std::byte* stream,
-             int64_t stream_bytes, const Ahead& ahead) {
+             int64_t stream_bytes, const PrefetchRows& ahead) {
     blends_ = blends;
     end_ = blends + taps * shape.deform_groups;
     deform_groups_ = shape.deform_groups;
@@ -117,11 +118,11 @@ class Blending {
       }
     }
     if (c + kPiece < channels) {
-      // The last piece is a whole one too: it begins earlier, and does some channels again.
+      // The last piece is whole too: it begins earlier, and blends some channels again.
       c_ = std::min(c + kPiece, channels - kPiece);
     } else {
       c_ = 0;
-      reach_ahead();
+      prefetch_ahead();
       column_ += stride_;
       i_ = i + 1;
       if (i_ == pixels_) {
@@ -140,12 +141,13 @@ class Blending {
     prefetch();
   }
 
+  // Does the pieces that are left.
   void finish() {
     while (blends_ != end_) work();
   }
 
  private:
-  // Asks for what the next piece will read, which then has time to come from a far cache.
+  // Prefetches the corners of the next piece, a whole piece before they are read.
   __attribute__((always_inline)) void prefetch() {
     constexpr int64_t line = 64 / sizeof(S);
 #pragma GCC unroll 4
@@ -156,8 +158,8 @@ class Blending {
     }
   }
 
-  // Asks for rows that are needed after all of this.
-  __attribute__((always_inline)) void reach_ahead() {
+  // Prefetches some of the rows that are needed after the last piece.
+  __attribute__((always_inline)) void prefetch_ahead() {
     if (ahead_.rows <= 0) return;
     for (int64_t r = 0; r < ahead_rows_; ++r) {
       for (int64_t b = 0; b < ahead_.bytes; b += 64) __builtin_prefetch(ahead_.row + b, 0, 2);
@@ -169,23 +171,23 @@ class Blending {
   const Blends<A>* blends_ = nullptr;
   const Blends<A>* end_ = nullptr;
   int64_t deform_groups_, group_channels_, pixels_;
-  L* tap_columns_;  // of the tap at work
-  L* column_;       // of the pixel and offset group at work
+  L* tap_columns_;  // of the current tap
+  L* column_;       // of the current pixel and offset group
   int64_t stride_, tap_stride_, pace_;
   const std::byte* stream_;
   int64_t stream_piece_;
-  Ahead ahead_;
+  PrefetchRows ahead_;
   int64_t ahead_rows_;  // for each sample
   int64_t d_, i_, c_;   // the next piece: offset group, pixel, channel in the group
 };
 
-// A sample that needs pixels beyond the window: those come from `planes`, where the offset group's
-// channels begin. `strays` has room for the channels of four corners.
+// Blends a sample that has corners outside the window, which are read from `planes`, the offset
+// group's channels. `strays` has room for the channels of four corners.
 template <typename T, typename A, typename L>
 __attribute__((noinline)) void blend_stray(const DeformConv2dShape& shape,
                                            const ForwardSamples<A>& samples, int64_t i,
-                                           const Rows<A>& rows, int64_t channel, const T* planes,
-                                           A* strays, L* column) {
+                                           const RowWindow<A>& rows, int64_t channel,
+                                           const T* planes, A* strays, L* column) {
   const int64_t count = shape.deform_group_channels(), plane = shape.height * shape.width;
   Corners<A, 2> corners;
   if (!corners_of(shape, samples, i, corners)) return fill_zero(column, count);
@@ -208,10 +210,11 @@ __attribute__((noinline)) void blend_stray(const DeformConv2dShape& shape,
   blend(corner, weight, count, column);
 }
 
-// Makes the samples of one tap ready. `zeros` are the channels of corners that do not exist.
+// Prepares the samples of one tap for blending. `zeros` stands in for the channels of corners that
+// do not exist.
 template <typename T, typename S, typename A, typename L>
 inline void prepare_blends(const DeformConv2dShape& shape, const ForwardTile& tile,
-                           const SamplingRows<A>& sampling, int64_t tap, const Rows<S>& rows,
+                           const SamplingRows<A>& sampling, int64_t tap, const RowWindow<S>& rows,
                            const T* planes, ForwardSamples<A>& samples,
                            std::remove_const_t<S>* zeros, A* strays, Blends<A>* blends, L* columns,
                            int64_t stride) {
@@ -221,7 +224,7 @@ inline void prepare_blends(const DeformConv2dShape& shape, const ForwardTile& ti
     const bool missing =
         set_corners<S>(shape, rows, d * channels, samples, tile.count, zeros, 0, blends->at);
     set_weights(samples, tile.count, blends->weight);
-    // Only from a window can anything be missing.
+    // Corners can only be missing in a window, which is of type A.
     if constexpr (std::is_same_v<S, A>) {
       for (int64_t i = 0; missing && i < tile.count; ++i) {
         if (!blends->at.missing[i]) continue;

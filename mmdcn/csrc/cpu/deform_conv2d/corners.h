@@ -1,4 +1,4 @@
-// The corners of a tile's samples: where they are read, and what they weigh.
+// The corners of a tile's samples: their addresses and their weights.
 #pragma once
 
 #include <cstdint>
@@ -8,20 +8,21 @@
 namespace mmdcn {
 namespace {
 
-// Where the channels of the corners of a tile's samples lie, in the order of Corners.
+// The addresses of the corners of a tile's samples; corners are numbered as in sampling.h.
 template <int kMost>
 struct CornerAddresses {
   uintptr_t corner[4][kMost];
-  int32_t missing[kMost];  // whether a corner exists that the rows do not show
+  int32_t missing[kMost];  // whether a corner exists that is not in the window
 };
 
-// Addresses in `rows`, `channel` channels further on. Where a corner does not exist, corner number
-// q is at `nowhere` + q · nowhere_stride. Returns whether any corner is missing.
+// Sets the addresses of the corners' channels from `channel` on in `rows`. A corner number q that
+// does not exist is at `nowhere` + q · nowhere_stride. Returns whether any corner is missing.
 template <typename S, typename A, int kMost>
-inline bool set_corners(const DeformConv2dShape& shape, const Rows<S>& rows, int64_t channel,
+inline bool set_corners(const DeformConv2dShape& shape, const RowWindow<S>& rows, int64_t channel,
                         const Samples<A, kMost>& samples, int64_t count, const S* nowhere,
                         int64_t nowhere_stride, CornerAddresses<kMost>& addresses) {
-  // First what has 32 bits, then what has 64: the latter is half as wide a register's worth.
+  // Two loops, for numbers of 32 bits and of 64 bits, as loops that mix them are not vectorised
+  // well.
   const int32_t begin = static_cast<int32_t>(rows.begin), left = static_cast<int32_t>(rows.left);
   const int32_t origin = static_cast<int32_t>(rows.origin);
   const int32_t capacity = static_cast<int32_t>(rows.capacity);
@@ -29,7 +30,7 @@ inline bool set_corners(const DeformConv2dShape& shape, const Rows<S>& rows, int
   const int32_t width = static_cast<int32_t>(shape.width);
   const uint32_t shown_rows = static_cast<uint32_t>(rows.end - rows.begin);
   const uint32_t shown_columns = static_cast<uint32_t>(rows.right - rows.left);
-  int32_t row[2][kMost], column[2][kMost];  // within `rows`; -1 where there is none
+  int32_t row[2][kMost], column[2][kMost];  // within the window; -1 where none exists
   int32_t any = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int32_t y0 = samples.low_y[i], x0 = samples.low_x[i];
@@ -67,7 +68,7 @@ inline bool set_corners(const DeformConv2dShape& shape, const Rows<S>& rows, int
   return any != 0;
 }
 
-// The weights of the corners, with the modulation.
+// The weights of the corners times the modulation.
 template <typename A, int kMost>
 inline void set_weights(const Samples<A, kMost>& samples, int64_t count, A (&weight)[4][kMost]) {
   for (int64_t i = 0; i < count; ++i) {
@@ -81,7 +82,7 @@ inline void set_weights(const Samples<A, kMost>& samples, int64_t count, A (&wei
   }
 }
 
-// The corners of sample number i as Corners has them; false where it contributes nothing.
+// The corners of sample number i as Corners. Returns false if the sample contributes nothing.
 template <typename A, int kMost>
 inline bool corners_of(const DeformConv2dShape& shape, const Samples<A, kMost>& samples, int64_t i,
                        Corners<A, 2>& corners) {
@@ -94,15 +95,15 @@ inline bool corners_of(const DeformConv2dShape& shape, const Samples<A, kMost>& 
 }
 
 // The corners of a tile's samples for reading channel by channel: positions, in elements of a plane
-// whose pixels are pixel_stride apart, and weights with the modulation. A corner that does not
-// exist weighs 0, at the position of one that does.
+// whose pixels are pixel_stride apart, and weights times the modulation. A corner that does not
+// exist has a weight of 0 and the position of one that does.
 template <typename A, int kMost>
 inline void set_planar_corners(const DeformConv2dShape& shape, const Samples<A, kMost>& samples,
                                int64_t count, int64_t pixel_stride, int64_t (&position)[4][kMost],
                                A (&weight)[4][kMost]) {
   const int32_t height = static_cast<int32_t>(shape.height);
   const int32_t width = static_cast<int32_t>(shape.width);
-  // First what has 32 bits, then what has 64: loops that mix them are not vectorised.
+  // Two loops, for numbers of 32 bits and of 64 bits, as loops that mix them are not vectorised.
   int32_t y[kMost], x[kMost], down[kMost], along[kMost];
   for (int64_t i = 0; i < count; ++i) {
     const int32_t low_y = samples.low_y[i] == samples.kNowhere ? 0 : samples.low_y[i];

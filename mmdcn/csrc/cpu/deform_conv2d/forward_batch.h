@@ -1,4 +1,4 @@
-// The forward pass of deform_conv2d on a batch: memory and threads around the kernel.
+// The forward pass of deform_conv2d on a batch: the memory and threads around the kernel.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,8 @@
 namespace mmdcn {
 namespace {
 
-// The forward pass of a batch. Blocks of output channels are computed each on its own: the shape
-// that the kernel works on has the output channels of one block only.
+// The forward pass of a batch. Each block of output channels is computed by itself, and the shape
+// that the kernel gets has the output channels of one block only.
 template <typename T>
 class Forward {
  public:
@@ -26,7 +26,7 @@ class Forward {
     pack(weight);
   }
 
-  // `tensors` are all but the weight.
+  // `tensors` has everything but the weight.
   void run(ForwardTensors<T> tensors) const {
     tensors.weight = packed_.get();
     in_blocks(kernel_.shares(block_), pass_work(shape_, shape_.batch * shape_.pixels()),
@@ -59,8 +59,9 @@ class Forward {
               });
   }
 
-  // Calls `function(block, begin, end)` for what each thread gets of each block's `per_block`
-  // slices or shares. Threads get the same blocks of both: blocks stay with who packs them.
+  // Divides the `per_block` slices, or shares, of each block among the threads, and calls
+  // `function(block, begin, end)` for a thread's. A thread gets slices and shares of the same
+  // blocks, so that it reads the weights that it has packed itself.
   template <typename F>
   void in_blocks(int64_t per_block, int64_t work, const F& function) const {
     const int64_t all = blocks_ * per_block;
@@ -89,7 +90,7 @@ Tensor forward(const DeformConv2dShape& shape, const Tensor& input, const Tensor
       new_tensor(input, {shape.batch, shape.out_channels, shape.out_height, shape.out_width},
                  input.scalar_type(), layout_of(input));
   if (output.numel() == 0) return output;
-  if (input.numel() == 0) {  // Larger padding than the kernel can surround nothing.
+  if (input.numel() == 0) {  // With enough padding, an empty input has outputs.
     torch::stable::zero_(output);
     if (bias.has_value()) {
       torch::stable::copy_(output, torch::stable::view(*bias, {1, shape.out_channels, 1, 1}));
@@ -97,7 +98,7 @@ Tensor forward(const DeformConv2dShape& shape, const Tensor& input, const Tensor
     return output;
   }
 
-  const Tensor inputs = either_way(input), weights = either_way(weight);
+  const Tensor inputs = dense(input), weights = dense(weight);
   const Tensor offsets = readable_sampling(offset);
   std::optional<Tensor> masks, biases;
   if (mask.has_value()) masks = readable_sampling(*mask);

@@ -1,11 +1,12 @@
-// The CPU forward kernel of deform_conv2d, equations (2)-(4) of the design. Compiled once for each
-// instruction set, with MMDCN_CPU_CAPABILITY naming the namespace.
+// The CPU forward kernel of deform_conv2d, equations (2)-(4) of mmdcn/ops/reference.py. Compiled
+// once for each instruction set, with MMDCN_CPU_CAPABILITY naming the namespace.
 //
 // For a tile of output pixels and some taps at a time, the input is sampled into `columns`
-// (pixels × taps × C), and multiplied by the taps' packed weights into the tile of the output, all
-// of it in the second-level cache. Channels are sampled as vectors, from channels-last rows, and in
-// between the steps of the multiplication of the taps before, which hides most of what it costs;
-// where an offset group has few channels, one by one, over the pixels of the tile.
+// (pixels × taps × C), which are multiplied by the taps' packed weights into the tile of the
+// output; all of it stays in the second-level cache. Channels are sampled as vectors, from
+// channels-last rows, between the steps of the multiplication for the taps before, which hides most
+// of the time that sampling takes. If offset groups have few channels, these are sampled one by
+// one, for all pixels of the tile.
 #include "forward_planes.h"
 #include "forward_rows.h"
 

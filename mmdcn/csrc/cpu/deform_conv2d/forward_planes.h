@@ -1,5 +1,5 @@
-// The forward pass where offset groups have few channels: these are sampled one by one, straight
-// from the planes, over the pixels of a tile.
+// The forward pass for offset groups of few channels, which are sampled one by one, straight from
+// the planes, for all pixels of a tile.
 #pragma once
 
 #include <algorithm>
@@ -17,8 +17,8 @@ namespace {
 
 using PlanarTile = Tile<kPlanarTile>;
 
-// The columns of one tap and offset group, channel by channel: a row of the tile's pixels for each.
-// `input` is the group's.
+// Samples the columns of one tap and offset group, which have a row of the tile's pixels for each
+// channel. `input` begins with the offset group's first channel.
 template <typename T, typename A>
 inline void sample_planes(const DeformConv2dShape& shape, const PlanarTile& tile,
                           const Samples<A, kPlanarTile>& samples, const T* input,
@@ -34,16 +34,16 @@ inline void sample_planes(const DeformConv2dShape& shape, const PlanarTile& tile
                       weight[1][i] * load(plane + position[1][i]) +
                       weight[2][i] * load(plane + position[2][i]) +
                       weight[3][i] * load(plane + position[3][i]);
-      // Not 0 · value, which is no 0 for an infinite value.
+      // Not 0 · value, which is NaN for an infinite value.
       row[i] = samples.low_y[i] == samples.kNowhere ? A(0) : value;
     }
   }
 }
 
-// Tiles that are worked through together.
+// Tiles that are computed together, offset group by offset group.
 constexpr int64_t kPlanarSpan = 4;
 
-// Offset groups that are sampled from planes together, for all taps: their columns must stay in the
+// Offset groups that are sampled together, for all taps. Their columns must stay in the
 // second-level cache.
 inline int64_t planar_groups(const DeformConv2dShape& shape) {
   constexpr int64_t deepest = 288;
@@ -56,10 +56,10 @@ template <typename A>
 struct PlanarScratch {
   PlanarTile* tiles;  // of one span
   Samples<A, kPlanarTile>* samples;
-  A* sums;  // for each tile, pixels × groups × padded out channels
-  int64_t tile_sums;
-  A* columns;   // taps × channels × pixels
-  A* sampling;  // staged offsets and modulations
+  A* sums;            // of each tile, pixels × groups × padded out channels
+  int64_t tile_sums;  // elements of one tile's
+  A* columns;         // taps × channels × pixels
+  A* sampling;        // staged offsets and modulations
 
   template <typename T>
   PlanarScratch(const DeformConv2dShape& shape, const ForwardTensors<T>& tensors, Arena& arena)
@@ -73,7 +73,7 @@ struct PlanarScratch {
   }
 };
 
-// tile += columns · weights, for the channels [begin, end) and all taps. Columns are rows of
+// sums += columns · weights, for the channels [begin, end) and all taps. Columns are rows of
 // pixels.
 template <typename T, typename A>
 inline void multiply_planes(const DeformConv2dShape& shape, int64_t pixels, int64_t begin,
@@ -107,9 +107,9 @@ int64_t plane_scratch_bytes(const DeformConv2dShape& shape, const ForwardTensors
   return arena.used();
 }
 
-// Samples from the planes, some offset groups at a time. Every row of offsets begins on another
-// page of memory: several tiles read on in it before the next offset groups' rows, so that finding
-// its page is paid for once.
+// Computes shares [begin, end), which are tiles, with some offset groups at a time. The rows of
+// offsets of different groups lie on different pages of memory, so several tiles are computed for
+// one group before the next one, and the pages are looked up once for all of them.
 template <typename T, typename A = accumulator_t<T>>
 void run_planes(const DeformConv2dShape& shape, const ForwardTensors<T>& tensors, int64_t begin,
                 int64_t end, std::byte* memory) {

@@ -1,5 +1,5 @@
-// The forward pass where offset groups have many channels: these are sampled as vectors, from
-// channels-last rows, while the samples before are multiplied.
+// The forward pass for offset groups of many channels, which are sampled as vectors, from
+// channels-last rows, while the samples before them are multiplied.
 #pragma once
 
 #include <algorithm>
@@ -15,14 +15,14 @@ namespace mmdcn {
 namespace MMDCN_CPU_CAPABILITY {
 namespace {
 
-// Tiles are shared out to threads by so many pixels: whole register blocks, but less than a tile,
-// so that threads end together. What a pixel's result is does not depend on it, as all of a tile's
-// pixels are sampled from the same window.
+// Tiles are divided into shares of so many pixels for the threads: whole register blocks, but less
+// than a tile, so that the threads finish together. The result of a pixel does not depend on the
+// share it is in, as all pixels of a tile are sampled from the same window.
 constexpr int64_t kSharePixels = 12;
 constexpr int64_t kShares = kForwardTile / kSharePixels;
 static_assert(kShares * kSharePixels == kForwardTile && kSharePixels % kBlockRows == 0, "uneven");
 
-// The same for both layouts, so that the number of tiles is.
+// The plan is the same for both layouts, and so is the number of tiles.
 template <typename A>
 inline WindowPlan plan_forward(const DeformConv2dShape& shape) {
   return plan_windows<A>(shape, shape.channels, kForwardTile);
@@ -33,8 +33,8 @@ int64_t row_shares(const DeformConv2dShape& shape) {
   return shape.batch * tiles_of_image(shape, plan_forward<A>(shape), kForwardTile) * kShares;
 }
 
-// Taps that are sampled and multiplied together: the deeper a product, the less often its result is
-// loaded and stored; but columns must stay in the second-level cache.
+// Taps that are sampled and multiplied together. The deeper a product is, the less often its sums
+// are loaded and stored, but the columns must stay in the second-level cache.
 inline int64_t taps_together(const DeformConv2dShape& shape) {
   constexpr int64_t deepest = 512;
   const int64_t most = std::clamp<int64_t>(deepest / shape.channels, 1, shape.taps());
@@ -42,13 +42,13 @@ inline int64_t taps_together(const DeformConv2dShape& shape) {
   return (shape.taps() + chunks - 1) / chunks;
 }
 
-// Scratch memory of one thread. S is what corners are read as, L what columns are kept as.
+// Scratch memory of one thread. S is the type that corners are read in, L that of the columns.
 template <typename S, typename L, typename A>
 struct RowScratch {
-  ForwardTile* tiles;  // three: two at work, and the next, which is only looked at
+  ForwardTile* tiles;  // three: two in the pipeline, and a third for looking ahead
   ForwardSamples<A>* samples;
   A* sums;        // pixels × groups × padded out channels
-  L* columns[2];  // pixels × taps × channels; at work, and the next
+  L* columns[2];  // pixels × taps × channels, of the current chunk of taps and of the next
   int64_t stride, tap_stride;
   Blends<A>* blends;  // of each tap and offset group
   S* zeros;
@@ -76,7 +76,7 @@ struct RowScratch {
   }
 };
 
-// The product of one group's columns of `taps` taps with their weights.
+// The depth of the product of one group's columns of `taps` taps with their weights.
 template <typename T, typename L, typename A = accumulator_t<T>>
 inline Depth depth_of(const DeformConv2dShape& shape, int64_t taps, int64_t tap_stride) {
   const int64_t in = shape.group_channels();
@@ -84,7 +84,7 @@ inline Depth depth_of(const DeformConv2dShape& shape, int64_t taps, int64_t tap_
           tap_bytes<Sampling::kRows, T>(shape) / static_cast<int64_t>(sizeof(L))};
 }
 
-// tile = or += columns · weights, for all groups, in whose steps `work` is done.
+// sums = or += columns · weights, for all groups, with `work` between the steps.
 template <typename T, Into into, typename L, typename A, typename Work>
 inline void multiply_taps(const DeformConv2dShape& shape, int64_t pixels, const Depth& depth,
                           const L* columns, int64_t stride, const std::byte* weight, A* sums,
@@ -100,10 +100,10 @@ inline void multiply_taps(const DeformConv2dShape& shape, int64_t pixels, const 
   }
 }
 
-// The software pipeline of one thread. The taps of a tile are worked through in chunks; the chunks
+// The software pipeline of one thread. The taps of a tile are divided into chunks, and the chunks
 // of all tiles form one sequence, in which the columns of a chunk are blended while the chunk
-// before is multiplied. Samples are read from rows of channels: of the image itself, as S = T, or
-// of a window on it, as S = A.
+// before it is multiplied. Samples are read from rows of channels, either of the image itself,
+// where S = T, or of a window on it, where S = A.
 template <typename T, typename S, typename L, typename A = accumulator_t<T>>
 class RowPipeline {
  public:
@@ -123,15 +123,15 @@ class RowPipeline {
         scratch_(shape, tensors, arena_),
         first_tile_(begin / kShares),
         last_tile_((end - 1) / kShares) {
-    // One tap's weights are read in one sweep, from a far cache where all taps' are large.
+    // With one tap to a chunk the weights are large, and are read in sequence from a far cache.
     stream_bytes_ = shape.groups == 1 && together_ == 1 ? tap_bytes<Sampling::kRows, T>(shape) : 0;
     first_panel_ = stream_bytes_ * kPanelWidth<A> / padded<A>(shape.out_channels);
     fill_zero(scratch_.zeros, shape.deform_group_channels());
     if constexpr (!std::is_same_v<L, A>) {
-      // Between taps, where the number of channels is odd, lies the second half of the last pair.
+      // If the number of channels is odd, the second element of a tap's last pair is never blended.
       for (L* half : scratch_.columns) fill_zero(half, kForwardTile * scratch_.stride);
     }
-    // The first share may lie behind the end of a tile that is not full.
+    // The first share may lie beyond the end of a tile that is not full.
     set_tile(shape, plan_, first_tile_ % per_image_, *scratch_.tiles);
     if (scratch_.tiles->count <= begin % kShares * kSharePixels) ++first_tile_;
   }
@@ -143,7 +143,7 @@ class RowPipeline {
   }
 
  private:
-  // Tiles are numbered over the whole batch; those of neighbouring numbers are kept side by side.
+  // Tiles are numbered over the whole batch. Two of consecutive numbers are kept at a time.
   ForwardTile& tile_of(int64_t number) const { return scratch_.tiles[number % 2]; }
   Image<T> image_of(int64_t number) const {
     return Image<T>(shape_, tensors_, number / per_image_);
@@ -155,8 +155,8 @@ class RowPipeline {
     return std::min(together_, shape_.taps() - chunk * together_);
   }
 
-  // The rows that a tile should find in the window. The first one's need not wait for all of those
-  // that the window has room for.
+  // The range that the window should have for a tile. It ends with the rows that the tile may read,
+  // so that the first tile does not wait for the window to be filled.
   WindowRange range_of(const ForwardTile& tile) const {
     WindowRange range = range_around(shape_, tile, plan_, plan_.rows, plan_.columns);
     const int64_t reached =
@@ -165,15 +165,15 @@ class RowPipeline {
     return range;
   }
 
-  // What is needed soonest after a chunk is blended, in planes: where the tile at work is stored
-  // once it is multiplied, or what enters the window for the next one. Channels-last images are
-  // read and written in runs that the processor foresees.
-  Ahead needed_after(int64_t number, int64_t chunk) const {
+  // The rows of planes that are needed soonest after a chunk has been blended: those that the tile
+  // before is stored to, or those that enter the window for the next tile. Channels-last images
+  // need none, as they are read and written in sequence, which the processor prefetches by itself.
+  PrefetchRows rows_after(int64_t number, int64_t chunk) const {
     if (direct_) return {};
     if (chunk == 0 && number > first_tile_) {
       const auto& run = tile_of(number - 1).run[0];
-      return Ahead::of(image_of(number - 1).output + run.pixel, shape_.out_channels,
-                       tensors_.output_layout.channel_stride, run.count);
+      return PrefetchRows::of(image_of(number - 1).output + run.pixel, shape_.out_channels,
+                              tensors_.output_layout.channel_stride, run.count);
     }
     if (chunk + 1 < chunks_ || number == last_tile_ || (number + 1) % per_image_ == 0) return {};
     ForwardTile& next = scratch_.tiles[2];
@@ -181,9 +181,9 @@ class RowPipeline {
     const WindowRange range = range_of(next);
     const int64_t rows = range.end - window_.end;
     if (range.left != window_.left || rows <= 0 || range.begin > window_.end) return {};
-    return Ahead::of(image_of(number).input + window_.end * shape_.width + range.left,
-                     shape_.channels, shape_.height * shape_.width,
-                     (rows - 1) * shape_.width + plan_.columns);
+    return PrefetchRows::of(image_of(number).input + window_.end * shape_.width + range.left,
+                            shape_.channels, shape_.height * shape_.width,
+                            (rows - 1) * shape_.width + plan_.columns);
   }
 
   // Sets the tile, moves the window to it, and finds its offsets and modulations.
@@ -202,8 +202,8 @@ class RowPipeline {
                               scratch_.sampling);
   }
 
-  // Makes a chunk ready to be blended in the so many steps of the multiplication that comes first,
-  // which reads its weights from `stream` on.
+  // Prepares a chunk for blending during the `steps` steps of the multiplication of the chunk
+  // before it, which reads its weights from `stream` on.
   void prepare(int64_t number, int64_t chunk, int64_t steps, const std::byte* stream) {
     const Image<T> image = image_of(number);
     if (chunk == 0) enter_tile(number, image);
@@ -228,11 +228,11 @@ class RowPipeline {
                      scratch_.stride);
     }
     blending_.start(shape_, scratch_.blends, taps, tile.count, columns, scratch_.stride,
-                    scratch_.tap_stride, steps, stream, stream_bytes_, needed_after(number, chunk));
+                    scratch_.tap_stride, steps, stream, stream_bytes_, rows_after(number, chunk));
   }
 
-  // Where the tile's sums have the layout of the output, which they have of pixels that follow one
-  // another and go to channels-last output; otherwise null.
+  // The tile's position in the output if the sums can be computed there: if the output is
+  // channels-last without padding, and the tile's pixels follow one another in it. Otherwise null.
   A* sums_in_output(const ForwardTile& tile, T* output) const {
     if constexpr (std::is_same_v<T, A>) {
       const int64_t stride = tensors_.output_layout.pixel_stride;
@@ -254,7 +254,8 @@ class RowPipeline {
     if (!in_output) store_tile(shape_, tile, sums, output, tensors_.output_layout);
   }
 
-  // Multiplies a chunk, whose columns are there but for a rest, and blends the next one meanwhile.
+  // Multiplies a chunk, after blending what is left of its columns, and blends the next one
+  // meanwhile.
   void multiply_chunk(int64_t number, int64_t chunk, A* sums) {
     const int64_t pixels = tile_of(number).count;
     const Depth depth = depth_of<T, L>(shape_, taps_of(chunk), scratch_.tap_stride);
@@ -282,21 +283,22 @@ class RowPipeline {
   const ForwardTensors<T>& tensors_;
   const int64_t begin_, end_;
   const WindowPlan plan_;
-  const int64_t per_image_;  // tiles
+  const int64_t per_image_;  // tiles of an image
   const int64_t together_;   // taps of a chunk
   const int64_t chunks_;     // of a tile
-  const bool direct_;        // whether rows of the image itself are read
+  const bool direct_;        // whether samples are read from the image itself
   Arena arena_;
   const RowScratch<S, L, A> scratch_;
   int64_t first_tile_;
   const int64_t last_tile_;
-  int64_t stream_bytes_, first_panel_;  // of a chunk's weights that are asked for ahead
-  Rows<A> window_ = {};
-  SamplingRows<A> sampling_ = {};  // of the tile that was entered last
+  int64_t stream_bytes_;  // of a chunk's weights, which are prefetched; 0 if they are near
+  int64_t first_panel_;   // bytes of their first panel, which comes too early to be prefetched
+  RowWindow<A> window_ = {};
+  SamplingRows<A> sampling_ = {};  // offsets and modulations of the tile that was entered last
   Blending<S, A, L> blending_;
 };
 
-// Calls `function` with values of the types S and L that a call of the kernel works with.
+// Calls `function` with values of the types S and L of RowScratch for this shape and layout.
 template <typename T, typename F>
 inline void with_types(const DeformConv2dShape& shape, ImageLayout layout, const F& function) {
   using A = accumulator_t<T>;

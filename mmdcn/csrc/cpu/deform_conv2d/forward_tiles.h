@@ -1,4 +1,4 @@
-// Output tiles of the forward pass: their sums, from the bias to the image.
+// The sums of the output tiles of the forward pass, from the bias to the image.
 #pragma once
 
 #include <cstddef>
@@ -48,7 +48,7 @@ inline void store_tile(const DeformConv2dShape& shape, const Tile<kMost>& tile, 
   }
 }
 
-// Tensors of one image.
+// The tensors of one image.
 template <typename T, typename A = accumulator_t<T>>
 struct Image {
   const T* input;
@@ -62,8 +62,6 @@ struct Image {
     output = tensors.output + number * tensors.output_image;
   }
 };
-
-// Sampling from the planes, some offset groups at a time. Every row of offsets begins on another
 
 }  // namespace
 }  // namespace MMDCN_CPU_CAPABILITY

@@ -26,11 +26,11 @@ inline bool in_pairs(const DeformConv2dShape& shape) {
 
 inline int64_t pairs(int64_t channels) { return (channels + 1) / 2; }
 
-// Where there are few pixels to many output channels, sharing out pixels means that each core packs
-// weights that the others have to fetch from its caches, and takes their old copies from them: for
-// P pixels about 58 / P of all the time on processors whose cores do not share all of their caches.
-// Blocks of output channels stay with the core that packs them, but each samples all of the input
-// again, which takes as long as multiplying with some 7 output channels.
+// The number of blocks of output channels that threads compute each by itself. Threads that share
+// the pixels pack some weights each, which the other cores then fetch from its caches. On
+// processors whose cores do not share all caches, that takes about 58 / P of the time for P pixels.
+// With a block of output channels for each thread no weights move, but each thread samples all of
+// the input, which takes as long as multiplying by some 7 output channels.
 template <Sampling sampling, typename T, typename A = accumulator_t<T>>
 int64_t out_blocks(const DeformConv2dShape& shape, int64_t threads) {
   const bool even = shape.groups == 1 && shape.out_channels % (threads * kPanelWidth<A>) == 0;
@@ -54,7 +54,7 @@ int64_t packed_bytes(const DeformConv2dShape& shape) {
   return shape.groups * shape.taps() * tap_bytes<sampling, T>(shape);
 }
 
-// What is larger leaves a core's own caches before it is read again.
+// Weights of so many bytes or more leave a core's own caches before they are read again.
 constexpr int64_t kFarBytes = 1 << 20;
 
 // A slice of the weight is a register's width of output channels, half of a panel.
@@ -70,8 +70,8 @@ int64_t pack_slices(const DeformConv2dShape& shape) {
 
 template <typename A>
 struct WeightSlice {
-  int64_t group, first, count;  // its output channels, numbered within the group
-  int64_t panel, half;          // the panel's first output channel, and the slice's in the panel
+  int64_t group, first, count;  // the output channels, numbered within the group
+  int64_t panel, half;          // the first output channel of the panel, and the slice's in it
 
   WeightSlice(const DeformConv2dShape& shape, int64_t number) {
     constexpr int64_t lanes = kLanes<A>;
@@ -84,7 +84,7 @@ struct WeightSlice {
   }
 };
 
-// A slice of a weight whose channels lie together and are read on and on.
+// Packs a slice of a weight whose channels are contiguous, which are read in sequence.
 template <typename T, typename A>
 inline void pack_channels(const DeformConv2dShape& shape, const T* source,
                           const WeightLayout& layout, const WeightSlice<A>& slice, int64_t per_tap,
@@ -99,8 +99,8 @@ inline void pack_channels(const DeformConv2dShape& shape, const T* source,
   }
 }
 
-// Rows of weights, `stride` apart, of some channels of one tap. Too much to stay in a core's caches
-// is written past them, as it need not be fetched first then.
+// Stores rows of weights, `stride` apart, of some channels of one tap. `past_caches` is for packed
+// weights that do not stay in the caches: their lines need not be fetched before they are written.
 template <typename A>
 inline void store_weight_rows(const A* rows, int64_t stride, int64_t channels, bool past_caches,
                               A* target) {
@@ -114,7 +114,7 @@ inline void store_weight_rows(const A* rows, int64_t stride, int64_t channels, b
   }
 }
 
-// The same as pairs of channels.
+// Stores the same in pairs of channels.
 template <typename A>
 inline void store_weight_pairs(const A* rows, int64_t stride, int64_t channels, BFloat16* target) {
   for (int64_t k = 0; k < channels; k += 2) {
@@ -126,7 +126,7 @@ inline void store_weight_pairs(const A* rows, int64_t stride, int64_t channels, 
   }
 }
 
-// A slice by chunks of channels and taps.
+// Packs a slice by chunks of channels and taps.
 template <typename T, typename A>
 inline void pack_chunks(const DeformConv2dShape& shape, const T* source, const WeightLayout& layout,
                         const WeightSlice<A>& slice, bool paired, bool past_caches, int64_t per_tap,

@@ -6,31 +6,32 @@
 #include <cstdint>
 
 #include "../../deform_conv2d_shape.h"
+#include "../channel_block.h"
 #include "../simd.h"
 
 namespace mmdcn {
 
-// Output pixels that a tile of the forward pass, and of the backward pass, holds at most.
-constexpr int kForwardTile = 48;
-constexpr int kPlanarTile = 192;  // of the forward pass, where offset groups have few channels
-constexpr int kBackwardTile = 192;
+// The most output pixels of a tile.
+constexpr int kForwardTile = 48;    // of the forward pass, sampled by rows
+constexpr int kPlanarTile = 192;    // of the forward pass, sampled by planes
+constexpr int kBackwardTile = 192;  // of the backward pass
 
-// How an image is sampled: row by row of channels, as vectors, or channel by channel, over the
-// pixels of a tile, where offset groups have few channels.
+// How an image is sampled: a pixel's channels as vectors, from rows of channels, or where offset
+// groups have few channels, one channel after the other, for all pixels of a tile.
 enum class Sampling { kRows, kPlanes };
 
-// Up to so many channels of an offset group are sampled from the planes.
+// The most channels of an offset group that are sampled from the planes.
 constexpr int64_t kPlanarChannels = 4;
 
-// The strides between the elements of one image: channels lie in planes, or pixel by pixel.
+// The strides of one image, in elements: its channels lie in planes, or pixel by pixel.
 struct ImageLayout {
   int64_t pixel_stride, channel_stride;
 
   MMDCN_HOST_DEVICE bool channels_last() const { return channel_stride == 1; }
 };
 
-// Where the offsets, or the modulations, of images lie. Rows of pixels follow one another; either
-// neighbouring pixels or neighbouring channels lie together.
+// The offsets, or the modulations, of the images of a batch, with strides in elements. All pixels
+// of an image are at one stride, and either the pixels or the channels are contiguous.
 template <typename A>
 struct SamplingTensor {
   const A* data;  // null for no modulation
@@ -43,10 +44,10 @@ struct SamplingTensor {
   }
 };
 
-// Where the gradients of one image's offsets, or modulations, go: likewise.
+// The gradients of one image's offsets, or modulations, likewise.
 template <typename A>
 struct SamplingGradients {
-  A* data;  // null where not asked for
+  A* data;  // null where not wanted
   int64_t channel_stride, pixel_stride;
 
   MMDCN_HOST_DEVICE bool in_planes() const { return pixel_stride == 1; }
@@ -55,12 +56,13 @@ struct SamplingGradients {
   }
 };
 
-// Where the elements of a weight lie: (Co, C/groups, taps).
+// The strides, in elements, of a weight, (Co, C/groups, taps).
 struct WeightLayout {
   int64_t out_stride, channel_stride, tap_stride;
 };
 
-// Output pixels of one strip, in row-major order, as runs of pixels that are neighbours in memory.
+// Output pixels of one strip in row-major order, divided into runs of consecutive pixels of the
+// image.
 template <int kMost>
 struct Tile {
   struct Run {
@@ -71,28 +73,29 @@ struct Tile {
   int32_t y[kMost], x[kMost];
 };
 
-// How images whose channels lie in planes are worked through: in vertical strips of the output, by
-// tiles of pixels from top to bottom, with `rows` rows of at most `columns` pixels of the input
-// kept as channels-last rows around the tile at work.
+// The order in which the tiles of an image are computed, and the window that they read. The output
+// is divided into vertical strips, and each strip into tiles from top to bottom. If the channels of
+// the input lie in planes, `rows` rows of at most `columns` pixels around the current tile are kept
+// as channels-last rows.
 struct WindowPlan {
   int64_t strip_width, strips;  // of the output
   int64_t rows, columns;        // of the input; 0 where no window is needed
 };
 
-// A rolling window on the rows of one image, as channels-last pixels: row y lies in slot number
-// y mod capacity. Over the whole of a channels-last image, it rolls nowhere.
+// A window on the rows of one image, as channels-last pixels, that rolls down the image: row y is
+// in slot number y mod capacity. A channels-last image is a window by itself, which does not roll.
 template <typename S>
-struct Rows {
+struct RowWindow {
   S* data;
   int64_t pixel_stride, row_stride, capacity;
-  int64_t begin, end;   // rows that are there
-  int64_t left, right;  // columns that are there
+  int64_t begin, end;   // rows in the window
+  int64_t left, right;  // columns in the window
   int64_t origin;       // the largest multiple of capacity up to begin
 
   MMDCN_HOST_DEVICE bool has(int64_t y, int64_t x) const {
     return y >= begin && y < end && x >= left && x < right;
   }
-  // Row y, which must be there, from column `left` on.
+  // Row y, which must be in the window, from column `left` on.
   MMDCN_HOST_DEVICE S* row(int64_t y) const {
     const int64_t slot = y - origin;
     return data + (slot < capacity ? slot : slot - capacity) * row_stride;
@@ -116,38 +119,34 @@ struct ForwardTensors {
   const acc_t* bias;             // (Co), or null
   T* output;                     // (N, Co, Ho, Wo) in the layout below
   ImageLayout output_layout;
-  int64_t output_image;  // from image to image; more than an image's elements in a block's call
+  int64_t output_image;  // stride from image to image; images have channels of other blocks too
 };
 
 template <typename T>
 struct ForwardKernel {
   using acc_t = accumulator_t<T>;
-  // Blocks of output channels, of one size, that so many threads had best compute each on its own.
-  // What follows works on one block at a time: the shape has its output channels only.
+  // The best number of blocks of output channels, of one size, for so many threads. The functions
+  // that follow compute one block, and take a shape that has the block's output channels only.
   int64_t (*out_blocks)(const DeformConv2dShape&, int64_t threads);
-  // The weight is packed in slices, all of them before the first call of `run`; each fills elements
-  // of its own among packed_bytes.
+  // The weight is packed in slices, all of them before the first call of `run`. Each slice fills
+  // its own share of packed_bytes.
   int64_t (*pack_slices)(const DeformConv2dShape&);
   int64_t (*packed_bytes)(const DeformConv2dShape&);
   void (*pack_weight)(const DeformConv2dShape&, const T* weight, const WeightLayout&, int64_t begin,
                       int64_t end, std::byte* packed);
-  // Shares of the work on all images, and bytes of scratch memory that one thread needs.
+  // The number of equal shares of the work on the batch, of which `run` computes [begin, end), and
+  // the bytes of scratch memory that one thread needs.
   int64_t (*shares)(const DeformConv2dShape&);
   int64_t (*scratch_bytes)(const DeformConv2dShape&, const ForwardTensors<T>&);
   void (*run)(const DeformConv2dShape&, const ForwardTensors<T>&, int64_t begin, int64_t end,
               std::byte* scratch);
 };
 
-// A range of channels, inside one group, whose gradients one thread computes alone. The gradients
-// of offset and mask sum over the channels of an offset group: where its channels lie in several
-// blocks, each block leaves its sum in `partial` and the sums are added in the order of the
+// Tensors of the backward pass for one image, and for one block of channels where they say so; null
+// where a gradient is not wanted. One thread computes the gradients of a block alone. Those of
+// offset and mask sum over the channels of an offset group: where its channels lie in several
+// blocks, each block leaves its sum in `partial`, and the sums are added in the order of the
 // blocks, so that the result does not depend on the number of threads.
-struct ChannelBlock {
-  int64_t group, begin, end;
-};
-
-// Tensors of the backward pass for one image, and for one block where they say so; null where a
-// gradient is not asked for.
 template <typename T>
 struct BackwardTensors {
   using acc_t = accumulator_t<T>;
@@ -162,21 +161,21 @@ struct BackwardTensors {
   SamplingGradients<acc_t> grad_offset;  // (deform_groups, taps, 2, Ho, Wo)
   SamplingGradients<acc_t> grad_mask;    // (deform_groups, taps, Ho, Wo)
   acc_t* grad_weight;  // the block's: (channels, taps, padded Co/groups), added to
-  acc_t* partial;      // (tiles, partial_tile), see partial_position; null where all is owned
+  acc_t* partial;      // (tiles, partial_tile), see partial_index; null if no group is shared
   int64_t partial_tile;
 };
 
-// What a block of channels keeps from tile to tile of one image.
+// The windows that a block of channels keeps from tile to tile of one image.
 template <typename T>
 struct BlockWindows {
-  Rows<accumulator_t<T>> input, grad_input;
+  RowWindow<accumulator_t<T>> input, grad_input;
 };
 
 template <typename T>
 struct BackwardKernel {
   using acc_t = accumulator_t<T>;
-  // Elements of a block's packed weights, and of the sums that make up their gradient. The latter
-  // goes to the block's channels of grad_weight, or is added to what is there.
+  // Elements of a block's packed weights, and of the sums of their gradient, which unpack_sums
+  // stores to the block's channels of grad_weight, or adds to them.
   int64_t (*packed_size)(const DeformConv2dShape&, const ChannelBlock&);
   void (*pack_weight)(const DeformConv2dShape&, const T* weight, const WeightLayout&,
                       const ChannelBlock&, acc_t* packed);
@@ -185,13 +184,13 @@ struct BackwardKernel {
                       T* grad_weight, const WeightLayout&);
   int64_t (*tiles)(const DeformConv2dShape&);  // of one image
   void (*tile_at)(const DeformConv2dShape&, int64_t index, Tile<kBackwardTile>&);
-  // Memory that one thread needs, and that one block's windows need.
+  // Bytes of scratch memory that one thread needs, and that one block's windows need.
   int64_t (*scratch_bytes)(const DeformConv2dShape&, const BackwardTensors<T>&,
                            int64_t block_channels);
   int64_t (*window_bytes)(const DeformConv2dShape&, const BackwardTensors<T>&,
                           int64_t block_channels);
   // For each block and image: `open`, then `run` for all tiles in ascending order, some at a time,
-  // then `close`. `run` computes what the block contributes for these tiles.
+  // then `close`. `run` computes the gradients of the block's channels for these tiles.
   void (*open)(const DeformConv2dShape&, const BackwardTensors<T>&, const ChannelBlock&,
                std::byte* memory, BlockWindows<T>&);
   void (*run)(const DeformConv2dShape&, const BackwardTensors<T>&, const ChannelBlock* blocks,
@@ -215,16 +214,16 @@ MMDCN_HOST_DEVICE bool owns_deform_group(const DeformConv2dShape& shape, const C
   return d >= first_owned(shape, block) && d < last_owned(shape, block);
 }
 
-// Elements that a block keeps aside in `partial` for a tile and one offset group.
+// Elements of the sums that a block leaves in `partial` for a tile and one offset group.
 MMDCN_HOST_DEVICE int64_t partial_size(const DeformConv2dShape& shape) {
   return shape.taps() * 3 * kBackwardTile;
 }
 
-// Where, in what `partial` has of a tile, block number `b` keeps its sums of offset group d: as
-// (taps, 3, pixels). A block shares at most two groups, the one that begins before it or at its
-// beginning, and the one that ends after it.
-MMDCN_HOST_DEVICE int64_t partial_position(const DeformConv2dShape& shape,
-                                           const ChannelBlock& block, int64_t b, int64_t d) {
+// The index in a tile's `partial` of the sums of block number `b` for offset group d, which are
+// (taps, 3, pixels). A block shares at most two groups: the one that begins before it or with it,
+// and the one that ends after it.
+MMDCN_HOST_DEVICE int64_t partial_index(const DeformConv2dShape& shape, const ChannelBlock& block,
+                                        int64_t b, int64_t d) {
   return (2 * b + (d * shape.deform_group_channels() > block.begin ? 1 : 0)) * partial_size(shape);
 }
 

@@ -1,6 +1,6 @@
-// Samples of the backward pass where offset groups have few channels: one channel at a time,
-// straight from and to the planes. Whatever can be done for a register of the tile's pixels at a
-// time is, and apart from what cannot.
+// The samples of the backward pass for offset groups of few channels, which are read from the
+// planes and added to those of the gradient one channel at a time. Loops that are vectorised over
+// the pixels of the tile are kept apart from those that cannot be.
 #pragma once
 
 #include "backward_tile.h"
@@ -15,7 +15,7 @@ class PlaneScatter {
  public:
   static constexpr Sampling kSampling = Sampling::kPlanes;
 
-  // `dots` is what SampleGradients has.
+  // `dots` is the memory of SampleGradients.
   PlaneScatter(const TileAtWork<T>& work, int64_t channels, A* dots, Arena& arena)
       : work_(work),
         call_(work.call),
@@ -27,18 +27,19 @@ class PlaneScatter {
 
   void start() const {}
 
-  // Transposes the tap's gradients of columns.
+  // Transposes the gradients of the tap's columns.
   void start_tap() const {
     transpose<A>(work_.grad_columns, work_.column_stride, work_.tile->count, call_.channels(),
                  grad_columns_, kBackwardTile);
   }
 
-  // Asks for the offsets of the offset group after group number d.
+  // Prefetches the offsets of the offset group after group number d.
   void prefetch(int64_t d, int64_t tap) const {
     prefetch_sampling(*work_.tile, work_.sampling, work_.sampling.row(call_.shape, d + 1, tap));
   }
 
-  // The samples of one tap and offset group, for its channels [begin, end) of the block.
+  // Reads and scatters the samples of one tap and offset group, for channels [begin, end) of the
+  // block.
   void scatter_samples(int64_t begin, int64_t end) const {
     const BackwardSamples<A>& samples = *work_.samples;
     const int64_t count = work_.tile->count;
@@ -91,7 +92,7 @@ class PlaneScatter {
     for (int64_t i = 0; i < count; ++i) {
       const A blended = weight[0][i] * value[0][i] + weight[1][i] * value[1][i] +
                         weight[2][i] * value[2][i] + weight[3][i] * value[3][i];
-      // Not 0 · value, which is no 0 for an infinite value.
+      // Not 0 · value, which is NaN for an infinite value.
       column[i] = samples.low_y[i] == samples.kNowhere ? A(0) : blended;
     }
   }

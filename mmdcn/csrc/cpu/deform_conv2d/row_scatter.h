@@ -1,5 +1,5 @@
-// Samples of the backward pass as rows of channels: what they take from the corners' rows, and what
-// they add to those of the gradient.
+// The samples of the backward pass as rows of channels, which are read from the corners' rows and
+// added to those of the gradient.
 #pragma once
 
 #include <algorithm>
@@ -12,10 +12,10 @@ namespace mmdcn {
 namespace MMDCN_CPU_CAPABILITY {
 namespace {
 
-// What one sample takes and gives, for channels of one block and offset group. Pointers of what is
-// not asked for are null.
+// The addresses and weights of one sample, for the channels of one block and offset group. Pointers
+// to what is not wanted are not set.
 template <typename S, typename A>
-struct Scatter {
+struct RowSample {
   const S* corner[4];
   A* grad_corner[4];
   A weight[4];  // G(q, p) Δm
@@ -23,10 +23,10 @@ struct Scatter {
   A* column;
 };
 
-// Adds to the gradient of the input, recomputes the column, and gives in `dots`, still to be added
-// up over their lanes, Σ_c grad_column[c] X(q)[c] for each corner q.
+// Adds to the gradient of the input, samples the column again, and computes
+// Σ_c grad_column[c] X(q)[c] for each corner q in `dots`, whose lanes the caller adds up.
 template <bool wants_input, bool wants_column, bool wants_dots, typename S, typename A>
-inline void scatter(const Scatter<S, A>& sample, int64_t count, register_t<A> (&dots)[4]) {
+inline void scatter(const RowSample<S, A>& sample, int64_t count, register_t<A> (&dots)[4]) {
   const A* grad_column = sample.grad_column;
   A* column = sample.column;
   register_t<A> sums[4] = {};
@@ -66,7 +66,7 @@ class RowScatter {
  public:
   static constexpr Sampling kSampling = Sampling::kRows;
 
-  // `dots` is what SampleGradients has.
+  // `dots` is the memory of SampleGradients.
   RowScatter(const TileAtWork<T>& work, int64_t channels, A* dots, Arena& arena)
       : work_(work),
         call_(work.call),
@@ -89,11 +89,12 @@ class RowScatter {
     fill_zero(sinks_, 4 * call_.channels());
   }
 
-  // What is to be done before the samples of a tap, once its gradients of columns are there.
+  // PlaneScatter has work here.
   void start_tap() const {}
   void prefetch(int64_t, int64_t) const {}
 
-  // The samples of one tap and offset group, for its channels [begin, end) of the block.
+  // Reads and scatters the samples of one tap and offset group, for channels [begin, end) of the
+  // block.
   void scatter_samples(int64_t begin, int64_t end) const {
     const bool column = tensors_.grad_weight;
     if (tensors_.grad_input && call_.wants_sampling()) {
@@ -120,11 +121,11 @@ class RowScatter {
     A of[4][kBackwardTile];  // G(q, p) Δm
   };
 
-  // Sample number i, for `count` channels of the block from its channel number `channel` on, where
-  // it needs pixels beyond the windows_: those are read from and added to the planes.
+  // Scatters sample number i, for `count` channels of the block from number `channel` on. Corners
+  // outside the windows are read from the planes, and added to those of the gradient.
   template <bool wants_input, bool wants_column, bool wants_dots>
   __attribute__((noinline)) void stray(int64_t i, int64_t channel, int64_t count,
-                                       Scatter<A, A>& sample, register_t<A> (&dots)[4]) const {
+                                       RowSample<A, A>& sample, register_t<A> (&dots)[4]) const {
     Corners<A, 2> corners;
     if (!corners_of(shape_, *work_.samples, i, corners)) {
       if (wants_column) fill_zero(sample.column, count);
@@ -157,9 +158,9 @@ class RowScatter {
     }
   }
 
-  // What sample number i takes and gives, but for its column.
+  // Sets the corners and weights of sample number i. Returns whether a corner is missing.
   template <bool wants_input, typename V>
-  __attribute__((always_inline)) bool set_sample(int64_t i, Scatter<V, A>& sample) const {
+  __attribute__((always_inline)) bool set_sample(int64_t i, RowSample<V, A>& sample) const {
     bool missing = read_->missing[i];
     for (int q = 0; q < 4; ++q) {
       sample.corner[q] = reinterpret_cast<const V*>(read_->corner[q][i]);
@@ -171,10 +172,10 @@ class RowScatter {
     return missing;
   }
 
-  // The samples of a tile, for one offset group's channels [begin, end) of the block. `row_channel`
-  // is where the block's channels begin in `rows`.
+  // Scatters the samples of a tile, for channels [begin, end) of the block, which are one offset
+  // group's. `row_channel` is the index of the block's first channel in a pixel of `rows`.
   template <bool wants_input, bool wants_column, bool wants_dots, typename S>
-  void scatter_rows(const Rows<S>& rows, const Rows<A>& grad_rows, int64_t row_channel,
+  void scatter_rows(const RowWindow<S>& rows, const RowWindow<A>& grad_rows, int64_t row_channel,
                     int64_t begin, int64_t end) const {
     using V = std::remove_const_t<S>;
     const BackwardSamples<A>& samples = *work_.samples;
@@ -192,12 +193,12 @@ class RowScatter {
       const int64_t some = std::min(lanes, pixels - first);
       for (int64_t k = 0; k < some; ++k) {
         const int64_t i = first + k;
-        Scatter<V, A> sample;
+        RowSample<V, A> sample;
         sample.grad_column = work_.grad_columns + i * stride + begin;
         sample.column = columns_ + i * stride + begin;
         const bool missing = set_sample<wants_input>(i, sample);
         register_t<A> sums[4] = {};
-        // Only from windows of A can anything be missing.
+        // Corners can only be missing in windows, which are of type A.
         if (std::is_same_v<V, A> && missing) {
           if constexpr (std::is_same_v<V, A>) {
             stray<wants_input, wants_column, wants_dots>(i, begin, count, sample, sums);
@@ -220,10 +221,10 @@ class RowScatter {
   template <bool wants_input, bool wants_column, bool wants_dots>
   void scatter_with(int64_t begin, int64_t end) const {
     if (tensors_.input_layout.channels_last()) {
-      const Rows<const T> rows = whole_image(shape_, tensors_.input);
+      const RowWindow<const T> rows = whole_image(shape_, tensors_.input);
       if constexpr (std::is_same_v<T, A>) {
-        // The gradient's image is laid out as the input's is, and added to in place.
-        Rows<A> grad_rows = {};
+        // The gradient has the layout of the input, and is added to in place.
+        RowWindow<A> grad_rows = {};
         if (wants_input) {
           grad_rows = {call_.grad_planes(), rows.pixel_stride, rows.row_stride,
                        rows.capacity,       rows.begin,        rows.end,
@@ -247,13 +248,13 @@ class RowScatter {
   const int64_t plane_;  // elements of a channel
   A* const dots_;
   A* const columns_;        // pixels × channels of the block
-  Addresses* const read_;   // where corners are read
-  Addresses* const added_;  // and where their gradients are added up
+  Addresses* const read_;   // of the corners
+  Addresses* const added_;  // of the corners' gradients
   Weights* const weights_;
-  A* const zeros_;        // the channels of corners that do not exist
-  A* const sinks_;        // 4 × channels: what would go to them
-  A* const strays_;       // 4 × channels: corners that no window shows
-  A* const grad_strays_;  // 4 × channels: what goes to them
+  A* const zeros_;        // stands in for the channels of corners that do not exist
+  A* const sinks_;        // 4 × channels: stands in for their gradients, never read
+  A* const strays_;       // 4 × channels: corners outside the window
+  A* const grad_strays_;  // 4 × channels: their gradients
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Rows of channels in scratch memory: how far apart they lie, and how they are filled and copied.
+// Rows of channels in scratch memory: their stride, and functions that fill and copy them.
 #pragma once
 
 #include "../simd.h"
@@ -6,8 +6,8 @@
 namespace mmdcn {
 namespace {
 
-// Rows of channels lie this far apart in scratch memory: an odd number of cache lines, so that the
-// rows of a register block do not compete for the same cache set.
+// The stride of rows in scratch memory: an odd number of cache lines, so that the rows of a
+// register block do not compete for the same cache set.
 template <typename E>
 inline int64_t row_stride(int64_t channels) {
   const int64_t line = 64 / static_cast<int64_t>(sizeof(E));
@@ -19,7 +19,7 @@ inline void fill_zero(E* target, int64_t count) {
   std::memset(target, 0, count * sizeof(E));
 }
 
-// Copies a row, converting; one of the two is of the accumulator's type A.
+// Copies a row, and converts it; one of the two types is A, the accumulators'.
 template <typename A, typename S, typename T>
 inline void copy_row(const S* source, int64_t count, T* target) {
   int64_t i = 0;

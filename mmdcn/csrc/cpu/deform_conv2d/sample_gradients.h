@@ -1,5 +1,5 @@
-// The gradients of offsets and modulations in the backward pass, from the products of columns and
-// corners to the tensors.
+// The gradients of offsets and modulations in the backward pass: their computation from the
+// products of columns and corners, and their way to the tensors.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@ namespace mmdcn {
 namespace MMDCN_CPU_CAPABILITY {
 namespace {
 
-// The gradients of y, x and the modulation, from the dots of the corners and their weights.
+// The gradients of y, x and the modulation, from the dot product at each corner.
 template <typename A>
 inline void sample_gradients(const A (&dots)[4], A fraction_y, A fraction_x, A modulation,
                              A (&gradient)[3]) {
@@ -39,8 +39,9 @@ class SampleGradients {
     staged_mask_ = arena.take<A>(tensors_.grad_mask.in_planes() ? 0 : owned);
   }
 
-  // Works out the gradients of one tap and offset group from the dots, and stores them: in planes,
-  // where those of a pixel are put together, or in `aside`, if that is not null.
+  // Computes the gradients of one tap and offset group from the dots, and stores them to `aside`,
+  // if that is not null, or to the tensors: directly if these lie in planes, otherwise to the
+  // staged rows.
   void store(int64_t d, int64_t tap, A* aside) const {
     set_gradients();
     if (aside) {
@@ -57,7 +58,7 @@ class SampleGradients {
     store_row(tensors_.grad_mask, row, 2, staged_mask_, skipped);
   }
 
-  // Once those of all taps are there, stores what was put together by pixels.
+  // Stores the staged rows, once they have the gradients of all taps.
   void store_staged() const {
     store_staged(tensors_.grad_offset, staged_offset_, 2);
     store_staged(tensors_.grad_mask, staged_mask_, 1);
@@ -72,7 +73,7 @@ class SampleGradients {
     A* const gradients = gradients_;
     const int64_t count = work_.tile->count;
     for (int64_t i = 0; i < count; ++i) {
-      // Whatever a corner that does not exist was taken for counts for nothing.
+      // The dots of a corner that does not exist are those of whatever stands in for it.
       const int32_t top = samples.row_exists(0, i, height);
       const int32_t low = samples.row_exists(1, i, height);
       const int32_t first = samples.column_exists(0, i, width);
@@ -90,8 +91,8 @@ class SampleGradients {
     }
   }
 
-  // One channel of a tensor of gradients, from row number `from` of scratch.gradients; the staged
-  // ones begin with channel number `first_staged`.
+  // Stores one channel of a tensor of gradients, from row number `from` of gradients_. The staged
+  // rows begin with channel number `first_staged`.
   void store_row(const SamplingGradients<A>& target, int64_t channel, int64_t from, A* staged,
                  int64_t first_staged) const {
     if (target.data == nullptr) return;
@@ -107,7 +108,7 @@ class SampleGradients {
     }
   }
 
-  // The staged channels of a tensor of gradients, `per_sample` for each sample.
+  // Stores the staged rows of a tensor of gradients, of which each sample has `per_sample`.
   void store_staged(const SamplingGradients<A>& target, const A* staged, int64_t per_sample) const {
     const int64_t begin = first_owned(shape_, block_), owned = last_owned(shape_, block_) - begin;
     const int64_t rows = per_sample * shape_.taps();
@@ -124,8 +125,8 @@ class SampleGradients {
   const BackwardTensors<T>& tensors_;
   const ChannelBlock& block_;
   A* const gradients_;  // 3 × pixels: of y, x and the modulation
-  A* staged_offset_;    // channels × pixels: gradients of offsets that go to pixels of channels
-  A* staged_mask_;      // and of modulations
+  A* staged_offset_;    // channels × pixels, for a tensor whose channels are contiguous
+  A* staged_mask_;      // likewise
 };
 
 }  // namespace

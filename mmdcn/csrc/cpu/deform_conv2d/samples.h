@@ -1,4 +1,4 @@
-// The samples of a tile: where the offsets and modulations are read, and where the samples lie.
+// The samples of a tile, from the offsets and modulations to their positions.
 #pragma once
 
 #include <cstdint>
@@ -13,17 +13,17 @@ namespace {
 // The samples of a tile for one tap and one offset group, one array for each quantity.
 template <typename A, int kMost>
 struct Samples : CornerArrays<A, kMost> {
-  A modulation[kMost];  // 0 for what contributes nothing
+  A modulation[kMost];  // 0 of a sample that contributes nothing
 };
 
-// Where the offsets and modulations of some offset groups are read for a tile: a row of pixels for
-// each channel, either of all the image or, staged, of the tile.
+// The offsets and modulations of some offset groups, a row of pixels for each channel: either the
+// pixels of the image or, staged, those of the tile.
 template <typename A>
 struct SamplingRows {
   const A* offset;
   const A* mask;
   int64_t offset_stride, mask_stride;  // from channel to channel
-  int64_t first_group, rows;           // rows: of the mask
+  int64_t first_group, rows;           // the first offset group, and rows of the mask
   bool staged;
 
   int64_t row(const DeformConv2dShape& shape, int64_t d, int64_t tap) const {
@@ -31,14 +31,14 @@ struct SamplingRows {
   }
 };
 
-// Elements of memory that staging takes for `groups` offset groups.
+// Elements of memory for the staged rows of `groups` offset groups.
 template <int kMost, typename A>
 inline int64_t staged_size(const DeformConv2dShape& shape, const SamplingTensor<A>& offset,
                            const SamplingTensor<A>& mask, int64_t groups) {
   return offset.in_planes() && mask.in_planes() ? 0 : 3 * groups * shape.taps() * kMost;
 }
 
-// Channels [first, first + count) of a tile's offsets or modulations, as rows of pixels.
+// Stages channels [first, first + count) of a tile's offsets or modulations.
 template <int kMost, typename A>
 inline void stage(const Tile<kMost>& tile, const SamplingTensor<A>& tensor, int64_t first,
                   int64_t count, A* rows) {
@@ -56,8 +56,8 @@ inline void stage(const Tile<kMost>& tile, const SamplingTensor<A>& tensor, int6
   }
 }
 
-// The rows of offset groups [first, first + groups) of one image; `memory` has staged_size elements
-// for them.
+// The rows of offset groups [first, first + groups) of one image, staged in `memory`, which has
+// staged_size() elements, unless the tensors lie in planes.
 template <int kMost, typename A>
 inline SamplingRows<A> sampling_rows(const DeformConv2dShape& shape, const Tile<kMost>& tile,
                                      const SamplingTensor<A>& offset, const SamplingTensor<A>& mask,
@@ -78,6 +78,7 @@ inline SamplingRows<A> sampling_rows(const DeformConv2dShape& shape, const Tile<
   return {memory, mask.data ? mask_memory : nullptr, kMost, kMost, first, rows, true};
 }
 
+// Locates the samples of a tile for one tap and offset group.
 template <typename A, int kMost>
 inline void locate_samples(const DeformConv2dShape& shape, const Tile<kMost>& tile,
                            const SamplingRows<A>& sampling, int64_t d, int64_t tap,
@@ -105,8 +106,8 @@ inline void locate_samples(const DeformConv2dShape& shape, const Tile<kMost>& ti
   }
 }
 
-// Asks for the offsets and the modulation of one of the rows, if there is such a row: it lies too
-// far away for the processor to guess.
+// Prefetches the offsets and the modulations of a row, if there is one of this number. It is too
+// far from the row before for the processor to prefetch it by itself.
 template <typename A, int kMost>
 inline void prefetch_sampling(const Tile<kMost>& tile, const SamplingRows<A>& sampling,
                               int64_t row) {

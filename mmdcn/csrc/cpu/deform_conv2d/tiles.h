@@ -1,4 +1,4 @@
-// Tiles of output pixels: how an image is cut into them, and which pixels a tile has.
+// The tiles of output pixels that an image is divided into, and the pixels of each.
 #pragma once
 
 #include <algorithm>
@@ -45,7 +45,7 @@ inline void set_tile(const DeformConv2dShape& shape, const WindowPlan& plan, int
   }
 }
 
-// Leaves of a tile only its pixels [begin, end), as far as there are such.
+// Reduces a tile to those of its pixels that are in [begin, end).
 template <int kMost>
 inline void crop(Tile<kMost>& tile, int64_t begin, int64_t end) {
   begin = std::max<int64_t>(begin, 0);

@@ -1,4 +1,4 @@
-// Weights as rows of output channels, from torch's order, for packing.
+// Weights in rows of output channels, read from torch's order, for packing.
 #pragma once
 
 #include "../simd.h"
@@ -8,7 +8,7 @@
 namespace mmdcn {
 namespace {
 
-// Weights are repacked by chunks of so many channels and taps.
+// Weights are packed in chunks of so many channels and taps.
 constexpr int64_t kWeightChunk = 16;
 
 // Calls `function(c, channels, t, taps)` for each chunk of a weight's channels and taps.
@@ -22,9 +22,10 @@ inline void for_weight_chunks(int64_t channels, int64_t taps, const F& function)
   }
 }
 
-// Weights of `channels` input channels and `taps` taps, from (c, t) on, as rows of up to a register
-// of output channels: rows[(k · taps + tap) · lanes + o], which must be zero where o >= count. In
-// the weight either the taps of a channel or the channels of a tap lie together.
+// Loads the weights of `channels` input channels and `taps` taps, from (c, t) on, for `count`
+// output channels, at most a register: rows[(k · taps + tap) · lanes + o], of which those for o >=
+// count are left as they are. In the weight, either the taps of a channel or the channels of a tap
+// are contiguous.
 template <typename T, typename A>
 inline void load_weight_rows(const T* weight, const WeightLayout& layout, int64_t count, int64_t c,
                              int64_t channels, int64_t t, int64_t taps, A* rows) {

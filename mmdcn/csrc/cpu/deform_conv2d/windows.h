@@ -10,11 +10,11 @@
 namespace mmdcn {
 namespace {
 
-// A window may reach so far beyond the regular grid, and takes about so many bytes at most.
+// The pixels that a window reaches beyond the regular grid on each side, and its bytes, at most.
 constexpr int64_t kMargin = 8;
 constexpr int64_t kWindowBytes = 2 << 20;
 
-// Rows of the input that the regular grid of output rows [first, last] reads, corners included.
+// Rows, or columns, of the input that the regular grid of so many outputs reads, corners included.
 inline int64_t grid_extent(const GridAxis& axis, int64_t kernel, int64_t outputs) {
   return (outputs - 1) * axis.stride + (kernel - 1) * axis.dilation + 2;
 }
@@ -33,7 +33,7 @@ inline WindowPlan plan_windows(const DeformConv2dShape& shape, int64_t channels,
         kWindowBytes / (plan.columns * channels * static_cast<int64_t>(sizeof(A)));
     const int64_t wanted = std::min(shape.height, rows + 2 * kMargin);
     if (fitting < wanted && plan.strip_width > 32) continue;
-    // Without room for more than the grid itself, what lies off it is read from the planes.
+    // If there is room for the grid only, corners outside it are read from the planes.
     plan.rows = std::clamp(fitting, std::min(shape.height, rows), wanted);
     break;
   }
@@ -41,15 +41,15 @@ inline WindowPlan plan_windows(const DeformConv2dShape& shape, int64_t channels,
   return plan;
 }
 
-// One strip and no window.
+// The plan for one strip and no window.
 inline WindowPlan no_windows(const DeformConv2dShape& shape) { return {shape.out_width, 1, 0, 0}; }
 
 struct WindowRange {
   int64_t begin, end, left, right;
 };
 
-// The part of the input that the window should show around a tile, for windows of `capacity` rows
-// and at most `columns` columns.
+// The range of the input that the window should have for a tile, around its grid, for a window of
+// `capacity` rows and at most `columns` columns.
 template <int kMost>
 inline WindowRange range_around(const DeformConv2dShape& shape, const Tile<kMost>& tile,
                                 const WindowPlan& plan, int64_t capacity, int64_t columns) {
@@ -65,7 +65,7 @@ inline WindowRange range_around(const DeformConv2dShape& shape, const Tile<kMost
 }
 
 template <typename A>
-inline Rows<A> empty_window(A* data, int64_t channels, int64_t capacity, int64_t columns) {
+inline RowWindow<A> empty_window(A* data, int64_t channels, int64_t capacity, int64_t columns) {
   const int64_t pixel = (channels + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
   return {data, pixel, pixel * columns, capacity, 0, 0, 0, 0, 0};
 }
@@ -75,9 +75,9 @@ inline int64_t window_size(int64_t channels, int64_t capacity, int64_t columns) 
   return (channels + kLanes<A> - 1) / kLanes<A> * kLanes<A> * capacity * columns;
 }
 
-// All of a channels-last image.
+// A channels-last image as a window that has all of it.
 template <typename T>
-inline Rows<const T> whole_image(const DeformConv2dShape& shape, const T* image) {
+inline RowWindow<const T> whole_image(const DeformConv2dShape& shape, const T* image) {
   return {image,
           shape.channels,
           shape.width * shape.channels,
@@ -89,10 +89,11 @@ inline Rows<const T> whole_image(const DeformConv2dShape& shape, const T* image)
           0};
 }
 
-// Shows rows of an image whose channels lie in planes, of which the window holds `channels`.
+// Moves a window on an image, of `channels` channels in planes, to a range: rows that enter it are
+// transposed from the planes.
 template <typename T, typename A>
 inline void roll_input(const DeformConv2dShape& shape, const WindowRange& range, const T* planes,
-                       int64_t channels, Rows<A>& window) {
+                       int64_t channels, RowWindow<A>& window) {
   const bool elsewhere = range.left != window.left || range.right != window.right ||
                          range.begin < window.begin || range.begin > window.end;
   const int64_t first = elsewhere ? range.begin : window.end;
@@ -105,10 +106,11 @@ inline void roll_input(const DeformConv2dShape& shape, const WindowRange& range,
   }
 }
 
-// Adds rows of the gradient to that of the image.
+// Adds rows [begin, end) of a window on the gradient to the gradient of the image.
 template <typename T, typename A>
-inline void flush_gradient(const DeformConv2dShape& shape, const Rows<A>& window, int64_t begin,
-                           int64_t end, T* image, ImageLayout layout, int64_t channels) {
+inline void flush_gradient(const DeformConv2dShape& shape, const RowWindow<A>& window,
+                           int64_t begin, int64_t end, T* image, ImageLayout layout,
+                           int64_t channels) {
   const int64_t columns = window.right - window.left;
   for (int64_t y = begin; y < end; ++y) {
     const A* row = window.row(y);
@@ -118,17 +120,18 @@ inline void flush_gradient(const DeformConv2dShape& shape, const Rows<A>& window
                          layout.channel_stride);
       continue;
     }
-    // Only windows that hold all of the image are of a channels-last one: each pixel comes once.
+    // Windows on a channels-last gradient hold all of it, so each pixel is stored once, not added.
     for (int64_t x = 0; x < columns; ++x) {
       copy_row<A>(row + x * window.pixel_stride, channels, target + x * layout.pixel_stride);
     }
   }
 }
 
-// Moves the window on the gradient: what leaves it is added to the image, what enters is zero.
+// Moves a window on the gradient to a range: rows that leave it are added to the gradient of the
+// image, rows that enter it begin with zeros.
 template <typename T, typename A>
 inline void roll_gradient(const DeformConv2dShape& shape, const WindowRange& range, T* image,
-                          ImageLayout layout, int64_t channels, Rows<A>& window) {
+                          ImageLayout layout, int64_t channels, RowWindow<A>& window) {
   const bool elsewhere = range.left != window.left || range.right != window.right ||
                          range.begin < window.begin || range.begin > window.end;
   flush_gradient(shape, window, window.begin, elsewhere ? window.end : range.begin, image, layout,

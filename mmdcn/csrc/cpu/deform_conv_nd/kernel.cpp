@@ -1,8 +1,8 @@
 // The CPU kernels of deform_conv_nd. Compiled once for each instruction set, with
 // MMDCN_CPU_CAPABILITY naming the namespace.
 //
-// A tile of output pixels is sampled into columns, one row for each pixel, which the weights are
-// then multiplied with.
+// A tile of output pixels is sampled into columns, which have a row for each pixel, and the columns
+// are multiplied by the weights.
 #include "kernel.h"
 
 #include "../../integers.h"
@@ -15,21 +15,21 @@ namespace mmdcn {
 namespace MMDCN_CPU_CAPABILITY {
 namespace {
 
-// Sampled columns of a tile of the forward pass should not be larger, if whole register blocks of
-// pixels allow it, and tiles have no more pixels.
+// The size that a tile's columns have at most in the forward pass, unless one register block of
+// pixels takes more, and the most pixels of a tile.
 constexpr int64_t kColumnBytes = 512 << 10;
 constexpr int64_t kMostPixels = 8 * kBlockRows;
 
 // ------------------------------------------------------------------------------ images as rows
 
 // Calls function(image, first, count) for the positions of each image within [begin, end), in
-// pieces that stay in the first-level cache.
+// chunks that stay in the first-level cache.
 template <typename F>
 inline void for_positions(int64_t positions, int64_t begin, int64_t end, const F& function) {
-  constexpr int64_t piece = 64;
+  constexpr int64_t chunk = 64;
   for (int64_t at = begin; at < end;) {
     const int64_t image = at / positions, first = at - image * positions;
-    const int64_t count = smaller(smaller(piece, positions - first), end - at);
+    const int64_t count = smaller(smaller(chunk, positions - first), end - at);
     function(image, first, count);
     at += count;
   }
@@ -55,7 +55,7 @@ void from_rows(const A* rows, int64_t channels, int64_t positions, int64_t begin
 
 // ------------------------------------------------------------------------------ packed weights
 
-// Packs a matrix of depth × columns, whose elements element(k, j) gives, into panels.
+// Packs a matrix of depth × columns, whose elements are element(k, j), into panels.
 template <typename A, typename F>
 inline void pack(int64_t depth, int64_t columns, const F& element, A* packed) {
   for (int64_t first = 0; first < columns; first += kPanelWidth<A>) {
@@ -93,35 +93,35 @@ void pack_weight(const DeformConvNdShape<R>& shape, const T* weight, int64_t beg
   }
 }
 
-// Calls function(group, begin, end) for the channels of a part that each group of `channels`
-// channels has, in their order.
+// Splits a range at the borders of groups of `channels` channels, and calls
+// function(group, begin, end) for each group's share in order.
 template <typename F>
-inline void for_groups(const ChannelPart& part, int64_t channels, const F& function) {
-  for (int64_t begin = part.begin; begin < part.end;) {
+inline void for_groups(const ChannelRange& range, int64_t channels, const F& function) {
+  for (int64_t begin = range.begin; begin < range.end;) {
     const int64_t group = begin / channels;
-    const int64_t end = smaller(part.end, (group + 1) * channels);
+    const int64_t end = smaller(range.end, (group + 1) * channels);
     function(group, begin, end);
     begin = end;
   }
 }
 
 template <int R, typename A>
-int64_t part_packed_size(const DeformConvNdShape<R>& shape, const ChannelPart& part) {
+int64_t range_packed_size(const DeformConvNdShape<R>& shape, const ChannelRange& range) {
   int64_t size = 0;
-  for_groups(part, shape.group_channels(), [&](int64_t, int64_t begin, int64_t end) {
+  for_groups(range, shape.group_channels(), [&](int64_t, int64_t begin, int64_t end) {
     size += shape.taps() * mmdcn::packed_size<A>(shape.group_out_channels(), end - begin);
   });
   return size;
 }
 
-// Tap by tap; within a tap, group by group.
+// The packed weights are in order of the taps, and those of a tap in order of the groups.
 template <int R, typename T, typename A = accumulator_t<T>>
-void pack_part(const DeformConvNdShape<R>& shape, const T* weight, const ChannelPart& part,
-               A* packed) {
+void pack_range(const DeformConvNdShape<R>& shape, const T* weight, const ChannelRange& range,
+                A* packed) {
   const int64_t channels = shape.group_channels(), outs = shape.group_out_channels();
   const int64_t taps = shape.taps();
   for (int64_t tap = 0; tap < taps; ++tap) {
-    for_groups(part, channels, [&](int64_t group, int64_t begin, int64_t end) {
+    for_groups(range, channels, [&](int64_t group, int64_t begin, int64_t end) {
       const T* first = weight + (group * outs * channels + begin - group * channels) * taps + tap;
       pack<A>(
           outs, end - begin,
@@ -133,10 +133,10 @@ void pack_part(const DeformConvNdShape<R>& shape, const T* weight, const Channel
 
 // ------------------------------------------------------------------------------ sampling
 
-// The rows that a sample reads, from channel `channel` on, with their weights times `modulation`.
+// The rows of a sample's corners, from channel `channel` on, with their weights times `modulation`.
 template <typename A, int R>
-inline WeightedRows<A> rows_of(const Corners<A, R>& corners, A modulation, int64_t channels,
-                               int64_t channel) {
+inline WeightedRows<A> corner_rows(const Corners<A, R>& corners, A modulation, int64_t channels,
+                                   int64_t channel) {
   WeightedRows<A> rows;
   for (int q = 0; q < corners.kCount; ++q) {
     if (corners.position[q] < 0) continue;
@@ -145,20 +145,21 @@ inline WeightedRows<A> rows_of(const Corners<A, R>& corners, A modulation, int64
   return rows;
 }
 
-// Samples a part's channels for one tap and output pixel into `columns`.
+// Samples a range's channels for one tap and output pixel into `columns`.
 template <int R, typename A, typename Tensors>
 inline void sample(const DeformConvNdShape<R>& shape, const Tensors& tensors,
-                   const ChannelPart& part, int64_t tap, int64_t image, int64_t pixel, A* columns) {
+                   const ChannelRange& range, int64_t tap, int64_t image, int64_t pixel,
+                   A* columns) {
   const int64_t pixels = shape.pixels();
   const A* source = tensors.input + image * shape.positions() * shape.channels;
-  for (int64_t c = 0; c < part.end - part.begin; ++c) columns[c] = 0;
-  for_groups(part, shape.deform_group_channels(), [&](int64_t group, int64_t begin, int64_t end) {
+  for (int64_t c = 0; c < range.end - range.begin; ++c) columns[c] = 0;
+  for_groups(range, shape.deform_group_channels(), [&](int64_t group, int64_t begin, int64_t end) {
     const int64_t number = group * shape.taps() + tap, first = image * shape.samples();
     Corners<A, R> corners;
     if (!shape.locate(pixel, number, tensors.offset + first * R * pixels, corners)) return;
     const A modulation = tensors.mask ? tensors.mask[(first + number) * pixels + pixel] : A(1);
-    add_rows(source, rows_of(corners, modulation, shape.channels, begin), end - begin,
-             columns + begin - part.begin);
+    add_rows(source, corner_rows(corners, modulation, shape.channels, begin), end - begin,
+             columns + begin - range.begin);
   });
 }
 
@@ -172,7 +173,8 @@ int64_t forward_tile(const DeformConvNdShape<R>& shape) {
   return blocks > 1 ? blocks * kBlockRows : kBlockRows;
 }
 
-// Products of groups are written one after the other, each padded to whole registers.
+// Elements of a row of products. Those of each group are padded to whole registers, and those of
+// the next group are written over the padding.
 template <int R, typename A>
 int64_t product_row(const DeformConvNdShape<R>& shape) {
   return shape.out_channels + kLanes<A>;
@@ -206,7 +208,7 @@ void forward(const DeformConvNdShape<R>& shape, const ConvNdForward<A>& tensors,
   const ForwardScratch<R, A> scratch(shape, arena);
   A* const columns = scratch.columns;
   A* const product = scratch.product;
-  const ChannelPart all = {0, shape.channels, 0};
+  const ChannelRange all = {0, shape.channels};
   for (int64_t first = begin; first < end; first += tile) {
     const int64_t count = smaller(tile, end - first);
     for (int64_t i = 0; i < count; ++i) {
@@ -236,8 +238,8 @@ void forward(const DeformConvNdShape<R>& shape, const ConvNdForward<A>& tensors,
 
 template <int R, typename A>
 struct BackwardScratch {
-  A* columns;  // pixels × channels of a part, each row padded by a register
-  A* sums;     // channels of a part × padded Co/groups
+  A* columns;  // pixels × channels of a range, each row padded by a register
+  A* sums;     // channels of a range × padded Co/groups
 
   BackwardScratch(const DeformConvNdShape<R>& shape, int64_t channels, Arena& arena)
       : columns(arena.take<A>(kMostPixels * (channels + kLanes<A>))),
@@ -245,14 +247,15 @@ struct BackwardScratch {
 };
 
 template <int R, typename A>
-int64_t backward_scratch_bytes(const DeformConvNdShape<R>& shape, int64_t widest_part) {
+int64_t backward_scratch_bytes(const DeformConvNdShape<R>& shape, int64_t widest_range) {
   Arena arena(nullptr);
-  BackwardScratch<R, A>(shape, widest_part, arena);
+  BackwardScratch<R, A>(shape, widest_range, arena);
   return arena.used();
 }
 
-// Adds to the gradients of one sample of some channels, given that of the modulated sample.
-template <bool through_samples, int R, typename A>
+// Adds the gradients of one sample's channels [begin, end), given the gradient of the modulated
+// sample: to that of the input, and into those of the offset and the modulation.
+template <bool wants_sampling, int R, typename A>
 inline void sample_backward(const DeformConvNdShape<R>& shape, const ConvNdBackward<A>& tensors,
                             int64_t image, int64_t pixel, int64_t number, int64_t begin,
                             int64_t end, const A* grad) {
@@ -261,64 +264,64 @@ inline void sample_backward(const DeformConvNdShape<R>& shape, const ConvNdBackw
   const int64_t index = (first + number) * pixels + pixel;
   Corners<A, R> corners;
   const bool inside = shape.locate(pixel, number, tensors.offset + first * R * pixels, corners);
-  A moved[R] = {}, scaled = 0;
+  A grad_position[R] = {}, grad_modulation = 0;
   if (inside) {
     const A modulation = tensors.mask ? tensors.mask[index] : A(1);
-    const WeightedRows<A> rows = rows_of(corners, modulation, shape.channels, begin);
+    const WeightedRows<A> rows = corner_rows(corners, modulation, shape.channels, begin);
     A products[corners.kCount];
     A* grad_image = tensors.grad_input ? tensors.grad_input + start : nullptr;
-    add_rows_backward<through_samples>(tensors.input + start, rows, end - begin, grad, grad_image,
-                                       products);
-    if constexpr (through_samples) {
+    add_rows_backward<wants_sampling>(tensors.input + start, rows, end - begin, grad, grad_image,
+                                      products);
+    if constexpr (wants_sampling) {
       const A* product = products;
       for (int q = 0; q < corners.kCount; ++q) {
         if (corners.position[q] < 0) continue;
-        scaled += corners.weight[q] * *product;
-        for (int d = 0; d < R; ++d) moved[d] += corners.weight_gradient[d][q] * *product;
+        grad_modulation += corners.weight[q] * *product;
+        for (int d = 0; d < R; ++d) grad_position[d] += corners.weight_gradient[d][q] * *product;
         ++product;
       }
-      for (int d = 0; d < R; ++d) moved[d] *= modulation;
+      for (int d = 0; d < R; ++d) grad_position[d] *= modulation;
     }
   }
-  if constexpr (through_samples) {
+  if constexpr (wants_sampling) {
     if (tensors.grad_offset) {
       A* target = tensors.grad_offset + (first + number) * R * pixels + pixel;
-      for (int d = 0; d < R; ++d) target[d * pixels] = moved[d];
+      for (int d = 0; d < R; ++d) target[d * pixels] = grad_position[d];
     }
-    if (tensors.grad_mask) tensors.grad_mask[index] = scaled;
+    if (tensors.grad_mask) tensors.grad_mask[index] = grad_modulation;
   }
 }
 
 template <int R, typename A>
 void backward_data(const DeformConvNdShape<R>& shape, const ConvNdBackward<A>& tensors,
-                   const ChannelPart& part, int64_t image, std::byte* memory) {
+                   const ChannelRange& range, int64_t image, std::byte* memory) {
   const int64_t pixels = shape.pixels(), outs = shape.group_out_channels();
-  const int64_t row = part.end - part.begin + kLanes<A>;
-  const bool through_samples = tensors.grad_offset || tensors.grad_mask;
+  const int64_t row = range.end - range.begin + kLanes<A>;
+  const bool wants_sampling = tensors.grad_offset || tensors.grad_mask;
   Arena arena(memory);
-  A* const columns = BackwardScratch<R, A>(shape, part.end - part.begin, arena).columns;
+  A* const columns = BackwardScratch<R, A>(shape, range.end - range.begin, arena).columns;
   for (int64_t first = 0; first < pixels; first += kMostPixels) {
     const int64_t count = smaller(kMostPixels, pixels - first);
     const A* grad_output = tensors.grad_output + (image * pixels + first) * shape.out_channels;
-    const A* weight = tensors.weight + part.packed_begin;
+    const A* weight = tensors.weight;
     for (int64_t tap = 0; tap < shape.taps(); ++tap) {
-      for_groups(part, shape.group_channels(), [&](int64_t group, int64_t begin, int64_t end) {
+      for_groups(range, shape.group_channels(), [&](int64_t group, int64_t begin, int64_t end) {
         multiply<Order::kRows, Into::kSet>(count, end - begin, outs, grad_output + group * outs,
                                            shape.out_channels, packed(weight, outs),
-                                           columns + begin - part.begin, row);
+                                           columns + begin - range.begin, row);
         weight += mmdcn::packed_size<A>(outs, end - begin);
       });
       const auto scatter = [&](auto wanted) {
         for (int64_t i = 0; i < count; ++i) {
           for_groups(
-              part, shape.deform_group_channels(), [&](int64_t group, int64_t begin, int64_t end) {
+              range, shape.deform_group_channels(), [&](int64_t group, int64_t begin, int64_t end) {
                 sample_backward<decltype(wanted)::value>(shape, tensors, image, first + i,
                                                          group * shape.taps() + tap, begin, end,
-                                                         columns + i * row + begin - part.begin);
+                                                         columns + i * row + begin - range.begin);
               });
         }
       };
-      if (through_samples) {
+      if (wants_sampling) {
         scatter(std::true_type{});
       } else {
         scatter(std::false_type{});
@@ -329,10 +332,10 @@ void backward_data(const DeformConvNdShape<R>& shape, const ConvNdBackward<A>& t
 
 template <int R, typename T, typename A = accumulator_t<T>>
 void backward_weight(const DeformConvNdShape<R>& shape, const ConvNdBackward<A>& tensors,
-                     const ChannelPart& part, int64_t tap, T* grad_weight, std::byte* memory) {
+                     const ChannelRange& range, int64_t tap, T* grad_weight, std::byte* memory) {
   const int64_t pixels = shape.pixels(), all_pixels = shape.batch * pixels;
   const int64_t outs = shape.group_out_channels(), channels = shape.group_channels();
-  const int64_t width = part.end - part.begin, sum_row = padded<A>(outs);
+  const int64_t width = range.end - range.begin, sum_row = padded<A>(outs);
   Arena arena(memory);
   const BackwardScratch<R, A> scratch(shape, width, arena);
   A* const columns = scratch.columns;
@@ -342,21 +345,21 @@ void backward_weight(const DeformConvNdShape<R>& shape, const ConvNdBackward<A>&
     const int64_t count = smaller(kMostPixels, all_pixels - first);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t image = (first + i) / pixels, pixel = first + i - image * pixels;
-      sample(shape, tensors, part, tap, image, pixel, columns + i * width);
+      sample(shape, tensors, range, tap, image, pixel, columns + i * width);
     }
-    for_groups(part, channels, [&](int64_t group, int64_t begin, int64_t end) {
+    for_groups(range, channels, [&](int64_t group, int64_t begin, int64_t end) {
       const A* grad_output = tensors.grad_output + first * shape.out_channels + group * outs;
-      const int64_t column = begin - part.begin;
+      const int64_t column = begin - range.begin;
       multiply<Order::kColumns, Into::kAdd>(end - begin, outs, count, columns + column, width,
                                             row_major(grad_output, shape.out_channels),
                                             sums + column * sum_row, sum_row);
     });
   }
-  for (int64_t c = part.begin; c < part.end; ++c) {
+  for (int64_t c = range.begin; c < range.end; ++c) {
     const int64_t group = c / channels, channel = c - group * channels;
     for (int64_t o = 0; o < outs; ++o) {
       store(grad_weight + ((group * outs + o) * channels + channel) * shape.taps() + tap,
-            sums[(c - part.begin) * sum_row + o]);
+            sums[(c - range.begin) * sum_row + o]);
     }
   }
 }
@@ -373,8 +376,8 @@ ConvNdKernel<R, T> deform_conv_nd() {
   kernel.pack_weight = &pack_weight<R, T>;
   kernel.forward_scratch_bytes = &forward_scratch_bytes<R, A>;
   kernel.forward = &forward<R, A>;
-  kernel.part_packed_size = &part_packed_size<R, A>;
-  kernel.pack_part = &pack_part<R, T>;
+  kernel.range_packed_size = &range_packed_size<R, A>;
+  kernel.pack_range = &pack_range<R, T>;
   kernel.backward_scratch_bytes = &backward_scratch_bytes<R, A>;
   kernel.backward_data = &backward_data<R, A>;
   kernel.backward_weight = &backward_weight<R, T>;

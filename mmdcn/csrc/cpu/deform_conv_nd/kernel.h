@@ -1,8 +1,7 @@
-// What the CPU kernels of deform_conv_nd are given and give. The kernels are compiled once for each
-// instruction set; operator.cpp chooses one, owns all memory and runs the threads.
+// The interface of deform_conv_nd's CPU kernels. They are compiled once for each instruction set;
+// operator.cpp chooses one, owns all memory and runs the threads.
 //
-// Images are worked on as rows: pixel by pixel, with the channels of a pixel together, in
-// accumulators.
+// The kernels work on rows: an image's channels pixel by pixel, in the accumulators' type.
 #pragma once
 
 #include <cstddef>
@@ -13,14 +12,12 @@
 
 namespace mmdcn {
 
-// Elements beyond the last row of output gradients that may be read.
+// Elements beyond the last row of output gradients that the kernels may read.
 constexpr int64_t kRowSlack = 16;
 
-// Input channels that are worked on together; they may belong to several groups. Their weights are
-// packed from `packed_begin` on.
-struct ChannelPart {
+// Input channels that one thread works on alone; they may belong to several groups.
+struct ChannelRange {
   int64_t begin, end;
-  int64_t packed_begin;
 };
 
 template <typename A>
@@ -39,9 +36,9 @@ struct ConvNdBackward {
   const A* input;        // rows, (N, positions, C)
   const A* offset;       // (N, samples, R, pixels)
   const A* mask;         // (N, samples, pixels), or null
-  const A* weight;       // packed by parts
+  const A* weight;       // the range's, packed
   A* grad_input;         // rows, (N, positions, C), added to; or null
-  // What one part contributes, or null: (N, samples, R, pixels) and (N, samples, pixels).
+  // The sums over the range's channels, (N, samples, R, pixels) and (N, samples, pixels); or null.
   A* grad_offset;
   A* grad_mask;
 };
@@ -51,30 +48,31 @@ struct ConvNdKernel {
   using Shape = DeformConvNdShape<R>;
   using A = accumulator_t<T>;
 
-  // Positions [begin, end), numbered over the whole batch, of images in planes; to and from rows.
+  // Converts positions [begin, end), numbered over the whole batch, of images whose channels lie in
+  // planes to rows, and back.
   void (*to_rows)(const T* planes, int64_t channels, int64_t positions, int64_t begin, int64_t end,
                   A* rows);
   void (*from_rows)(const A* rows, int64_t channels, int64_t positions, int64_t begin, int64_t end,
                     T* planes);
 
   int64_t (*packed_size)(const Shape&);
-  // Packs the weights of taps [begin, end), which are numbered group by group.
+  // Packs the weights of taps [begin, end), which are numbered over all groups.
   void (*pack_weight)(const Shape&, const T* weight, int64_t begin, int64_t end, A* packed);
   int64_t (*forward_scratch_bytes)(const Shape&);
   // Output pixels [begin, end), numbered over the whole batch.
   void (*forward)(const Shape&, const ConvNdForward<A>&, int64_t begin, int64_t end,
                   std::byte* scratch);
 
-  int64_t (*part_packed_size)(const Shape&, const ChannelPart&);
-  void (*pack_part)(const Shape&, const T* weight, const ChannelPart&, A* packed);
-  int64_t (*backward_scratch_bytes)(const Shape&, int64_t widest_part);
-  // The gradients of input, offsets and modulations, for all output pixels of one image, in their
+  int64_t (*range_packed_size)(const Shape&, const ChannelRange&);
+  void (*pack_range)(const Shape&, const T* weight, const ChannelRange&, A* packed);
+  int64_t (*backward_scratch_bytes)(const Shape&, int64_t widest_range);
+  // The gradients of input, offsets and modulations, summed over the output pixels of one image in
   // order.
-  void (*backward_data)(const Shape&, const ConvNdBackward<A>&, const ChannelPart&, int64_t image,
+  void (*backward_data)(const Shape&, const ConvNdBackward<A>&, const ChannelRange&, int64_t image,
                         std::byte* scratch);
-  // The gradient of the weights of one tap, (Co, C / groups, taps), summed over all output pixels
-  // in their order.
-  void (*backward_weight)(const Shape&, const ConvNdBackward<A>&, const ChannelPart&, int64_t tap,
+  // The gradient of the weights of one tap, in (Co, C / groups, taps), summed over the output
+  // pixels of the batch in order.
+  void (*backward_weight)(const Shape&, const ConvNdBackward<A>&, const ChannelRange&, int64_t tap,
                           T* grad_weight, std::byte* scratch);
 };
 

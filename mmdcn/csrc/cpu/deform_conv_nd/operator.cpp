@@ -14,7 +14,7 @@
 namespace mmdcn {
 namespace {
 
-// Work of sampling the input, and multiplying the samples by the weight.
+// Multiply-adds of sampling the input, and multiplying the samples by the weight.
 template <int R>
 int64_t pass_work(const DeformConvNdShape<R>& shape) {
   const int64_t samples = shape.batch * shape.pixels() * shape.taps();
@@ -22,9 +22,9 @@ int64_t pass_work(const DeformConvNdShape<R>& shape) {
                     kElementWork * shape.deform_groups);
 }
 
-// The images of a tensor, (N, C, …), as rows.
+// The images of a tensor, (N, C, …), as rows, with kRowSlack more elements.
 template <int R, typename T, typename A = accumulator_t<T>>
-Buffer<A> rows_of(const ConvNdKernel<R, T>& kernel, const Tensor& tensor, int64_t positions) {
+Buffer<A> image_rows(const ConvNdKernel<R, T>& kernel, const Tensor& tensor, int64_t positions) {
   const Tensor planes = as_contiguous(tensor);
   Buffer<A> rows(planes.numel() + kRowSlack);
   const int64_t channels = planes.size(1), all = planes.size(0) * positions;
@@ -35,6 +35,7 @@ Buffer<A> rows_of(const ConvNdKernel<R, T>& kernel, const Tensor& tensor, int64_
   return rows;
 }
 
+// Stores rows to the images of a tensor, (N, C, …).
 template <int R, typename T, typename A = accumulator_t<T>>
 void store_rows(const ConvNdKernel<R, T>& kernel, const A* rows, int64_t positions,
                 const Tensor& target) {
@@ -61,7 +62,7 @@ Tensor forward(const DeformConvNdShape<R>& shape, const Tensor& input, const Ten
   if (bias.has_value()) {
     biases = as_contiguous(converted(*bias, offset.scalar_type()));
   }
-  const Buffer<acc_t> inputs = rows_of(kernel, input, shape.positions());
+  const Buffer<acc_t> inputs = image_rows(kernel, input, shape.positions());
   const Buffer<acc_t> outputs(output.numel()), packed(kernel.packed_size(shape));
   const int64_t tasks = shape.groups * shape.taps();
   const int64_t task_grain = grain(tasks, weights.numel() * kElementWork);
@@ -86,43 +87,43 @@ Tensor forward(const DeformConvNdShape<R>& shape, const Tensor& input, const Ten
   return output;
 }
 
-// Splits the channels into parts. They follow from the shape alone, so that the order of every sum
-// does too. All but the last are of the same width.
-template <int R>
-std::vector<ChannelPart> split_channels(const DeformConvNdShape<R>& shape) {
-  const int64_t quarter = (shape.channels + 3) / 4;
-  const int64_t width = std::clamp<int64_t>((quarter + 15) / 16 * 16, 16, 64);
-  std::vector<ChannelPart> parts;
-  for (int64_t c = 0; c < shape.channels; c += width) {
-    parts.push_back({c, std::min(c + width, shape.channels), 0});
+// Splits the channels into ranges, whatever their groups. All but the last are of the same width.
+std::vector<ChannelRange> channel_ranges(int64_t channels) {
+  const int64_t width = block_width(channels);
+  std::vector<ChannelRange> ranges;
+  for (int64_t c = 0; c < channels; c += width) {
+    ranges.push_back({c, std::min(c + width, channels)});
   }
-  return parts;
+  return ranges;
 }
 
-// Gradients of offsets or of modulations sum over the channels of an offset group, which several
-// parts may have some of. What each of these contributes is kept aside, and added in their order.
+// Gradients of offsets or of modulations sum over the channels of an offset group, which may lie in
+// several ranges. Each of these leaves its sums in memory of its own, and they are added in the
+// order of the ranges.
 template <int R, typename A>
 class SharedGradients {
  public:
-  // `channels` is the number of channels of a sample in the target: R, or 1.
-  SharedGradients(const DeformConvNdShape<R>& shape, const std::vector<ChannelPart>& parts,
+  // `channels` is the number of channels that a sample has in the target: R, or 1. A target of no
+  // elements is not wanted.
+  SharedGradients(const DeformConvNdShape<R>& shape, const std::vector<ChannelRange>& ranges,
                   const Tensor& target, int64_t channels)
       : shape_(shape),
-        width_(parts.front().end),
+        width_(ranges.front().end),
         target_(target),
         size_(channels * shape.taps() * shape.pixels()),
-        most_(most_parts()),
+        most_(most_ranges()),
         partial_(most_ > 1 ? most_ * target.numel() : 0) {}
 
-  // Where a part writes what it contributes. No two parts write to the same element, because those
-  // of one offset group have memory of their own.
-  A* target_for(const ChannelPart& part) const {
+  // Where a range writes its sums, or null. No two ranges write to the same element, as each range
+  // of an offset group has memory of its own.
+  A* target_for(const ChannelRange& range) const {
+    if (target_.numel() == 0) return nullptr;
     if (most_ == 1) return data<A>(target_);
-    return partial_.get() + part.begin / width_ % most_ * target_.numel();
+    return partial_.get() + range.begin / width_ % most_ * target_.numel();
   }
 
   void add_up() const {
-    if (most_ == 1) return;
+    if (most_ == 1 || target_.numel() == 0) return;
     const int64_t tasks = shape_.batch * shape_.deform_groups;
     torch::stable::parallel_for(0, tasks, grain(tasks, most_ * target_.numel()),
                                 [&](int64_t begin, int64_t end) {
@@ -131,25 +132,26 @@ class SharedGradients {
   }
 
  private:
-  int64_t first_part(int64_t group) const {
+  int64_t first_range(int64_t group) const {
     return group * shape_.deform_group_channels() / width_;
   }
-  int64_t last_part(int64_t group) const {
+  int64_t last_range(int64_t group) const {
     return ((group + 1) * shape_.deform_group_channels() - 1) / width_;
   }
-  int64_t most_parts() const {
+  int64_t most_ranges() const {
     int64_t most = 1;
     for (int64_t g = 0; g < shape_.deform_groups; ++g) {
-      most = std::max(most, last_part(g) - first_part(g) + 1);
+      most = std::max(most, last_range(g) - first_range(g) + 1);
     }
     return most;
   }
+  // Adds up the sums of one offset group of one image.
   void add_task(int64_t task) const {
     const int64_t group = task % shape_.deform_groups;
     A* sums = data<A>(target_) + task * size_;
-    for (int64_t part = first_part(group); part <= last_part(group); ++part) {
-      const A* values = partial_.get() + part % most_ * target_.numel() + task * size_;
-      const bool first = part == first_part(group);
+    for (int64_t range = first_range(group); range <= last_range(group); ++range) {
+      const A* values = partial_.get() + range % most_ * target_.numel() + task * size_;
+      const bool first = range == first_range(group);
       for (int64_t i = 0; i < size_; ++i) sums[i] = first ? values[i] : sums[i] + values[i];
     }
   }
@@ -157,9 +159,107 @@ class SharedGradients {
   const DeformConvNdShape<R>& shape_;
   int64_t width_;
   const Tensor& target_;
-  int64_t size_;  // of what one image and offset group has
-  int64_t most_;  // parts that an offset group has channels in
+  int64_t size_;  // elements of one offset group of one image
+  int64_t most_;  // ranges that the channels of one offset group lie in, at most
   Buffer<A> partial_;
+};
+
+// The backward pass of a batch. Gradients of no elements are not wanted.
+template <int R, typename T>
+class Backward {
+ public:
+  using acc_t = accumulator_t<T>;
+
+  Backward(const DeformConvNdShape<R>& shape, const Tensor& grad_output, const Tensor& input,
+           const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& mask)
+      : shape_(shape),
+        kernel_(MMDCN_CPU_KERNEL(deform_conv_nd, R, T)()),
+        ranges_(channel_ranges(shape.channels)),
+        range_count_(static_cast<int64_t>(ranges_.size())),
+        scratch_bytes_(kernel_.backward_scratch_bytes(shape, ranges_.front().end)),
+        offset_(as_contiguous(offset)),
+        weight_(as_contiguous(weight)),
+        mask_(as_contiguous(mask)),
+        input_(image_rows(kernel_, input, shape.positions())),
+        grad_output_(image_rows(kernel_, grad_output, shape.pixels())) {
+    tensors_.grad_output = grad_output_.get();
+    tensors_.input = input_.get();
+    tensors_.offset = const_data<acc_t>(offset_);
+    tensors_.mask = mask_.has_value() ? const_data<acc_t>(*mask_) : nullptr;
+  }
+
+  // The gradients of the input, the offsets and the modulations. Each thread computes those of some
+  // ranges of channels of some images alone.
+  void run_data(const ConvNdGradients& gradient) const {
+    std::vector<int64_t> packed_begin;
+    const Buffer<acc_t> packed = packed_weight(packed_begin);
+    const int64_t elements = gradient.input.numel();
+    const Buffer<acc_t> sums(elements);
+    std::fill(sums.get(), sums.get() + elements, acc_t(0));
+    const SharedGradients<R, acc_t> offset_sums(shape_, ranges_, gradient.offset, R);
+    const SharedGradients<R, acc_t> mask_sums(shape_, ranges_, gradient.mask, 1);
+    const int64_t tasks = shape_.batch * range_count_;
+    torch::stable::parallel_for(
+        0, tasks, grain(tasks, 2 * pass_work(shape_)), [&](int64_t begin, int64_t end) {
+          const Buffer<std::byte> scratch(scratch_bytes_);
+          ConvNdBackward<acc_t> own = tensors_;
+          own.grad_input = elements > 0 ? sums.get() : nullptr;
+          for (int64_t task = begin; task < end; ++task) {
+            const int64_t index = task % range_count_;
+            const ChannelRange& range = ranges_[index];
+            own.weight = packed.get() + packed_begin[index];
+            own.grad_offset = offset_sums.target_for(range);
+            own.grad_mask = mask_sums.target_for(range);
+            kernel_.backward_data(shape_, own, range, task / range_count_, scratch.get());
+          }
+        });
+    offset_sums.add_up();
+    mask_sums.add_up();
+    if (elements > 0) store_rows(kernel_, sums.get(), shape_.positions(), gradient.input);
+  }
+
+  // The gradient of the weight. Each thread computes that of some ranges of channels for some taps
+  // alone.
+  void run_weight(const Tensor& grad_weight) const {
+    const int64_t tasks = shape_.taps() * range_count_;
+    torch::stable::parallel_for(
+        0, tasks, grain(tasks, pass_work(shape_)), [&](int64_t begin, int64_t end) {
+          const Buffer<std::byte> scratch(scratch_bytes_);
+          for (int64_t task = begin; task < end; ++task) {
+            kernel_.backward_weight(shape_, tensors_, ranges_[task % range_count_],
+                                    task / range_count_, data<T>(grad_weight), scratch.get());
+          }
+        });
+  }
+
+ private:
+  // The weights of all ranges, packed, and the element that each range's begin with.
+  Buffer<acc_t> packed_weight(std::vector<int64_t>& packed_begin) const {
+    int64_t size = 0;
+    for (const ChannelRange& range : ranges_) {
+      packed_begin.push_back(size);
+      size += kernel_.range_packed_size(shape_, range);
+    }
+    Buffer<acc_t> packed(size);
+    const int64_t range_grain = grain(range_count_, weight_.numel() * kElementWork);
+    torch::stable::parallel_for(0, range_count_, range_grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        kernel_.pack_range(shape_, const_data<T>(weight_), ranges_[i],
+                           packed.get() + packed_begin[i]);
+      }
+    });
+    return packed;
+  }
+
+  const DeformConvNdShape<R>& shape_;
+  const ConvNdKernel<R, T> kernel_;
+  const std::vector<ChannelRange> ranges_;
+  const int64_t range_count_;
+  const int64_t scratch_bytes_;  // of one thread
+  const Tensor offset_, weight_;
+  const std::optional<Tensor> mask_;
+  const Buffer<acc_t> input_, grad_output_;  // as rows
+  ConvNdBackward<acc_t> tensors_ = {};       // but for the weight and the gradients
 };
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -168,81 +268,14 @@ template <int R, typename T>
 Gradients backward(const DeformConvNdShape<R>& shape, const Tensor& grad_output,
                    const Tensor& input, const Tensor& offset, const Tensor& weight,
                    const std::optional<Tensor>& mask, const std::vector<bool>& wanted) {
-  using acc_t = accumulator_t<T>;
-  const bool to_mask = wanted[3] && mask.has_value();
   ConvNdGradients gradient(input, offset, weight, mask, wanted);
   if (grad_output.numel() == 0 || input.numel() == 0) {
     gradient.zero();
     return gradient.result();
   }
-
-  const ConvNdKernel<R, T> kernel = MMDCN_CPU_KERNEL(deform_conv_nd, R, T)();
-  const Tensor offsets = as_contiguous(offset);
-  const Tensor weights = as_contiguous(weight);
-  const std::optional<Tensor> masks = as_contiguous(mask);
-  const Buffer<acc_t> inputs = rows_of(kernel, input, shape.positions());
-  const Buffer<acc_t> gradients = rows_of(kernel, grad_output, shape.pixels());
-  std::vector<ChannelPart> parts = split_channels(shape);
-  const int64_t part_count = static_cast<int64_t>(parts.size());
-  const int64_t scratch_bytes = kernel.backward_scratch_bytes(shape, parts.front().end);
-
-  ConvNdBackward<acc_t> tensors = {};
-  tensors.grad_output = gradients.get();
-  tensors.input = inputs.get();
-  tensors.offset = const_data<acc_t>(offsets);
-  tensors.mask = masks.has_value() ? const_data<acc_t>(*masks) : nullptr;
-
-  if (wanted[0] || wanted[1] || to_mask) {
-    int64_t packed_total = 0;
-    for (ChannelPart& part : parts) {
-      part.packed_begin = packed_total;
-      packed_total += kernel.part_packed_size(shape, part);
-    }
-    const Buffer<acc_t> packed(packed_total);
-    const int64_t part_grain = grain(part_count, weights.numel() * kElementWork);
-    torch::stable::parallel_for(0, part_count, part_grain, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        kernel.pack_part(shape, const_data<T>(weights), parts[p],
-                         packed.get() + parts[p].packed_begin);
-      }
-    });
-    const Buffer<acc_t> sums(wanted[0] ? input.numel() : 0);
-    std::fill(sums.get(), sums.get() + (wanted[0] ? input.numel() : 0), acc_t(0));
-    const SharedGradients<R, acc_t> offset_sums(shape, parts, gradient.offset, R);
-    const SharedGradients<R, acc_t> mask_sums(shape, parts, gradient.mask, 1);
-    tensors.weight = packed.get();
-    tensors.grad_input = wanted[0] ? sums.get() : nullptr;
-
-    // Each thread computes the gradients of some channels of some images alone.
-    const int64_t tasks = shape.batch * part_count;
-    torch::stable::parallel_for(
-        0, tasks, grain(tasks, 2 * pass_work(shape)), [&](int64_t begin, int64_t end) {
-          const Buffer<std::byte> scratch(scratch_bytes);
-          ConvNdBackward<acc_t> mine = tensors;
-          for (int64_t task = begin; task < end; ++task) {
-            const ChannelPart& part = parts[task % part_count];
-            mine.grad_offset = wanted[1] ? offset_sums.target_for(part) : nullptr;
-            mine.grad_mask = to_mask ? mask_sums.target_for(part) : nullptr;
-            kernel.backward_data(shape, mine, part, task / part_count, scratch.get());
-          }
-        });
-    if (wanted[1]) offset_sums.add_up();
-    if (to_mask) mask_sums.add_up();
-    if (wanted[0]) store_rows(kernel, sums.get(), shape.positions(), gradient.input);
-  }
-
-  if (wanted[2]) {
-    // Each thread computes the gradients of some channels' weights for some taps alone.
-    const int64_t tasks = shape.taps() * part_count;
-    torch::stable::parallel_for(
-        0, tasks, grain(tasks, pass_work(shape)), [&](int64_t begin, int64_t end) {
-          const Buffer<std::byte> scratch(scratch_bytes);
-          for (int64_t task = begin; task < end; ++task) {
-            kernel.backward_weight(shape, tensors, parts[task % part_count], task / part_count,
-                                   data<T>(gradient.weight), scratch.get());
-          }
-        });
-  }
+  const Backward<R, T> backward(shape, grad_output, input, offset, weight, mask);
+  if (wanted[0] || wanted[1] || (wanted[3] && mask.has_value())) backward.run_data(gradient);
+  if (wanted[2]) backward.run_weight(gradient.weight);
   return gradient.result();
 }
 

@@ -5,91 +5,93 @@
 
 namespace mmdcn::cuda {
 
-// Gradients of one sample, summed over some channels.
-template <typename acc_t>
-struct SampleGradient {
-  acc_t y, x, mask;
-};
+constexpr int kBackwardTaps = 5;  // that are located together
 
 template <typename acc_t>
 struct AggregateBackwardStorage {
-  AggregateStorage<acc_t> points;
-  SampleGradient<acc_t> partial[kPoints][kBlockChannels];
+  AggregateStorage<acc_t, kBackwardTaps> points;
+  acc_t fraction[kPoints][kBackwardTaps][2];
+  acc_t dot[kPoints][kBackwardTaps][4];
 };
 
+// Works on the channels of the located samples of all points.
+template <int V, typename Ctx, typename scalar_t, typename acc_t>
+MMDCN_BLOCK void scatter_samples(const Ctx& ctx, const DeformAggregateShape& shape, int taps,
+                                 const scalar_t* grad_output, const scalar_t* input,
+                                 const FloatingSum<acc_t>& grad_input, bool dots_wanted,
+                                 AggregateBackwardStorage<acc_t>& storage) {
+  using Team = Teams<Ctx>;
+  const int64_t channels = shape.group_channels();
+  const int lane = Team::lane(ctx);
+  MMDCN_UNROLL
+  for (int i = 0; i < Team::kPerThread; ++i) {
+    const int place = Team::point(ctx, i);
+    const AggregatePoint& point = storage.points.point[place];
+    const scalar_t* grad = grad_output + point.pixel * shape.channels + point.group * channels;
+    // All lanes of a team go through this loop together, as they add up their shares.
+    for (int k = 0; k < taps; ++k) {
+      acc_t dot[4] = {};
+      for (int64_t c = lane * V; point.exists && c < channels; c += Team::kLanes * V) {
+        acc_t gradient[V];
+        load_as(ctx, grad + c, gradient);
+        storage.points.sample[place][k].scatter(ctx, input, c, gradient, grad_input, dots_wanted,
+                                                dot);
+      }
+      if (!dots_wanted) continue;
+      MMDCN_UNROLL
+      for (int q = 0; q < 4; ++q) {
+        dot[q] = ctx.sum_lanes(dot[q], Team::kLanes);
+        if (lane == 0) storage.dot[place][k][q] = dot[q];
+      }
+    }
+  }
+}
+
 // Each block computes all gradients of its points' samples, in a fixed order.
-template <typename Ctx, typename scalar_t, typename acc_t>
+template <int V, typename Ctx, typename scalar_t, typename acc_t>
 MMDCN_BLOCK void aggregate_backward_block(const Ctx& ctx, const AggregateProblem& problem,
                                           const scalar_t* grad_output, const scalar_t* input,
                                           const acc_t* offset, const acc_t* mask, acc_t* grad_input,
                                           acc_t* grad_offset, acc_t* grad_mask,
                                           AggregateBackwardStorage<acc_t>& storage) {
-  using Items = AggregateItems<Ctx>;
   const DeformAggregateShape& shape = problem.shape;
   const acc_t scale = static_cast<acc_t>(shape.offset_scale);
-  const bool through_samples = grad_offset || grad_mask;
-  const int64_t points = all_points(shape);
+  const bool dots_wanted = grad_offset || grad_mask;
+  const int64_t points = all_points(shape), all_rounds = rounds(shape, kBackwardTaps);
   for (int64_t first = ctx.block() * kPoints; first < points; first += ctx.blocks() * kPoints) {
     ctx.sync();  // The previous points have been worked through.
     find_points(ctx, shape, first, storage.points);
-    for (int64_t round = 0; round < rounds(shape); ++round) {
+    for (int64_t round = 0; round < all_rounds; ++round) {
+      const int64_t first_tap = round * kBackwardTaps;
+      const int taps = static_cast<int>(smaller(kBackwardTaps, shape.taps() - first_tap));
       ctx.sync();  // The points are there; the samples of the previous round have been read.
-      locate_samples(ctx, problem, offset, mask, round, storage.points);
+      for (int i = ctx.thread(); i < kPoints * taps; i += Ctx::kThreads) {
+        const int place = i / taps, k = i - place * taps;
+        const AggregatePoint& point = storage.points.point[place];
+        if (!point.exists) continue;
+        locate(problem, point, first_tap + k, offset, mask, storage.points.sample[place][k],
+               storage.fraction[place][k]);
+      }
       ctx.sync();
-      for (int k = 0; k < taps_of(shape, round); ++k) {
-        SampleGradient<acc_t> gradient[Items::kPerThread];
-        MMDCN_UNROLL
-        for (int i = 0; i < Items::kPerThread; ++i) gradient[i] = {0, 0, 0};
-        for (int64_t channel = 0; channel < shape.group_channels(); channel += kBlockChannels) {
-          Items::for_each(ctx, shape, storage.points, channel, [&](int i, int place, int64_t c) {
-            const AggregatePoint& point = storage.points.point[place];
-            const AggregateSample<acc_t>& sample = storage.points.sample[place][k];
-            const acc_t grad =
-                static_cast<acc_t>(grad_output[point.pixel * shape.channels +
-                                               point.group * shape.group_channels() + c]);
-            MMDCN_UNROLL
-            for (int q = 0; q < sample.corners.kCount; ++q) {
-              const int64_t position = sample.corners.position[q];
-              if (position < 0) continue;
-              const int64_t at = point.start + c + position * shape.channels;
-              if (through_samples) {
-                const acc_t product = grad * static_cast<acc_t>(input[at]);
-                gradient[i].y += sample.corners.weight_gradient[0][q] * product;
-                gradient[i].x += sample.corners.weight_gradient[1][q] * product;
-                gradient[i].mask += sample.corners.weight[q] * product;
-              }
-              if (grad_input) {
-                ctx.atomic_add(&grad_input[at],
-                               sample.modulation * sample.corners.weight[q] * grad);
-              }
-            }
-          });
-        }
-        if (!through_samples) continue;
+      scatter_samples<V>(ctx, shape, taps, grad_output, input, FloatingSum<acc_t>(grad_input),
+                         dots_wanted, storage);
+      if (!dots_wanted) continue;
+      ctx.sync();
 
-        ctx.sync();  // The sums of the previous tap have been read.
-        MMDCN_UNROLL
-        for (int i = 0; i < Items::kPerThread; ++i) {
-          const int item = ctx.thread() + i * Ctx::kThreads;
-          storage.partial[item / kBlockChannels][item % kBlockChannels] = gradient[i];
-        }
-        ctx.sync();
-        for (int place = ctx.thread(); place < kPoints; place += Ctx::kThreads) {
-          const AggregatePoint& point = storage.points.point[place];
-          if (!point.exists) continue;
-          SampleGradient<acc_t> sum = {0, 0, 0};
-          for (const SampleGradient<acc_t>& part : storage.partial[place]) {
-            sum = {sum.y + part.y, sum.x + part.x, sum.mask + part.mask};
-          }
-          const acc_t modulation = scale * storage.points.sample[place][k].modulation;
-          const int64_t tap =
-              (point.pixel * shape.groups + point.group) * shape.taps() + round * kTaps + k;
-          if (grad_offset) {
-            ctx.store(&grad_offset[2 * tap], modulation * sum.x);
-            ctx.store(&grad_offset[2 * tap + 1], modulation * sum.y);
-          }
-          if (grad_mask) ctx.store(&grad_mask[tap], sum.mask);
-        }
+      for (int i = ctx.thread(); i < kPoints * taps; i += Ctx::kThreads) {
+        const int place = i / taps, k = i - place * taps;
+        const AggregatePoint& point = storage.points.point[place];
+        if (!point.exists) continue;
+        const Sample<acc_t, 2>& sample = storage.points.sample[place][k];
+        acc_t by_modulation, by_coordinate[2];
+        sample.derivatives(storage.fraction[place][k], storage.dot[place][k], by_modulation,
+                           by_coordinate);
+        const int64_t tap =
+            (point.pixel * shape.groups + point.group) * shape.taps() + first_tap + k;
+        if (grad_mask) ctx.store(&grad_mask[tap], by_modulation);
+        if (!grad_offset) continue;
+        ctx.store(&grad_offset[2 * tap], scale * sample.modulation * by_coordinate[1]);
+        ctx.store(&grad_offset[2 * tap + 1], scale * sample.modulation * by_coordinate[0]);
       }
     }
   }

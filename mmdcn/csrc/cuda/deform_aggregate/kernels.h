@@ -1,5 +1,7 @@
-// Deformable aggregation on CUDA: what the registration file calls. No PyTorch and no CUDA header.
+// The launches of deformable aggregation on CUDA, without a header of PyTorch's or CUDA's.
 #pragma once
+
+#include <cstddef>
 
 #include "../../deform_aggregate_shape.h"
 #include "../types.h"
@@ -8,12 +10,16 @@ namespace mmdcn::cuda {
 
 struct AggregateProblem {
   DeformAggregateShape shape;
-  AggregateLayout offset, mask;  // not of their gradients, which are contiguous
+  AggregateLayout offset, mask;  // their gradients are contiguous
 };
 
+// Channels that a lane loads at once, for elements of so many bytes: four lanes have the sixteen
+// channels of a group as models have them.
+constexpr int aggregate_vector(size_t bytes) { return bytes == 8 ? 2 : 4; }
+
 // All pointers are to memory of the stream's device; input, output and their gradients are
-// contiguous, (N, H, W, C). Nothing may be empty. Nothing waits for the device. A launch that CUDA
-// refuses throws std::runtime_error.
+// contiguous, (N, H, W, C), and begin at multiples of 16 bytes. Nothing may be empty. Nothing waits
+// for the device. A launch that CUDA refuses throws std::runtime_error.
 
 // `output`, every element written once.
 void aggregate_forward(Precision precision, const AggregateProblem& problem, const void* input,

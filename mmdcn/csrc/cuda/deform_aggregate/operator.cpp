@@ -24,8 +24,8 @@ Tensor deform_aggregate(const Tensor& input, const Tensor& offset, const Tensor&
                  input.scalar_type());
   if (output.numel() == 0) return output;
 
-  const Tensor features = as_contiguous(input);
-  const Tensor offsets = aggregate_points(offset), masks = aggregate_points(mask);
+  const Tensor features = aligned(as_contiguous(input));
+  const Tensor offsets = readable_taps(offset), masks = readable_taps(mask);
   const AggregateProblem problem = {shape, aggregate_layout(offsets), aggregate_layout(masks)};
   aggregate_forward(precision, problem, features.const_data_ptr(), offsets.const_data_ptr(),
                     masks.const_data_ptr(), output.mutable_data_ptr(), device.current_stream());
@@ -59,9 +59,9 @@ std::tuple<Tensor, Tensor, Tensor> deform_aggregate_backward(
     return {grad_input, grad_offset, grad_mask};
   }
 
-  const Tensor gradients = as_contiguous(grad_output);
-  const Tensor features = as_contiguous(input);
-  const Tensor offsets = aggregate_points(offset), masks = aggregate_points(mask);
+  const Tensor gradients = aligned(as_contiguous(grad_output));
+  const Tensor features = aligned(as_contiguous(input));
+  const Tensor offsets = readable_taps(offset), masks = readable_taps(mask);
   const AggregateProblem problem = {shape, aggregate_layout(offsets), aggregate_layout(masks)};
   // Half types are summed in float.
   const bool convert = to_input && input.scalar_type() != offset.scalar_type();

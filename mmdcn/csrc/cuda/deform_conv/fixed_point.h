@@ -13,7 +13,7 @@
 #include <cmath>
 #include <limits>
 
-#include "../context.h"
+#include "../sample.h"
 #include "kernels.h"
 
 namespace mmdcn::cuda {
@@ -58,26 +58,7 @@ struct FixedPoint {
   }
 };
 
-// Where a thread adds to the gradient of the input, in floating point: to neighbouring elements, of
-// which the first lies at a multiple of their number.
-template <typename acc_t>
-class FloatingSum {
-  acc_t* sum_;
-
- public:
-  template <int R>
-  MMDCN_BLOCK FloatingSum(const ConvProblem<R>&, const GradInput& grad_input)
-      : sum_(static_cast<acc_t*>(grad_input.sum)) {}
-
-  MMDCN_BLOCK bool wanted() const { return sum_; }
-
-  template <typename Ctx, int N>
-  MMDCN_BLOCK void add(const Ctx& ctx, int64_t index, const acc_t (&values)[N]) const {
-    ctx.atomic_add(sum_ + index, values);
-  }
-};
-
-// The same in fixed point.
+// Where a thread adds to the gradient of the input, as FloatingSum does, in fixed point.
 template <typename acc_t>
 class FixedSum {
   int64_t* sum_;

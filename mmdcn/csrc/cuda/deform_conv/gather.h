@@ -9,7 +9,7 @@ constexpr int kGatherSamples = 8 * kPixels;  // that a block locates together
 
 template <typename acc_t, int R>
 struct GatherStorage {
-  Sample<acc_t, R> sample[kGatherSamples];
+  ColumnSample<acc_t, R> sample[kGatherSamples];
 };
 
 // columns = the samples of some pixels, modulated, each element written once. V channels are loaded
@@ -26,7 +26,7 @@ MMDCN_BLOCK void gather_block(const Ctx& ctx, const ConvProblem<R>& problem,
        first += ctx.blocks() * kGatherSamples) {
     ctx.sync();  // The previous samples have been read.
     for (int i = ctx.thread(); i < kGatherSamples; i += Ctx::kThreads) {
-      Sample<acc_t, R>& sample = storage.sample[i];
+      ColumnSample<acc_t, R>& sample = storage.sample[i];
       sample.exists = false;
       acc_t fraction[R];
       if (first + i >= samples) continue;
@@ -35,29 +35,14 @@ MMDCN_BLOCK void gather_block(const Ctx& ctx, const ConvProblem<R>& problem,
     ctx.sync();
 
     for (int i = ctx.thread() / lanes; i < kGatherSamples; i += Ctx::kThreads / lanes) {
-      const Sample<acc_t, R>& sample = storage.sample[i];
+      const ColumnSample<acc_t, R>& sample = storage.sample[i];
       if (!sample.exists) continue;
       for (int64_t c = ctx.thread() % lanes * V; c < channels; c += lanes * V) {
-        // All loads before the first use, so that one wait serves them all.
-        Vector<scalar_t, V> features[sample.kCorners];
-        MMDCN_UNROLL
-        for (int q = 0; q < sample.kCorners; ++q) {
-          features[q] = {};
-          if (sample.corner[q] >= 0) ctx.load(input + sample.corner[q] + c, features[q]);
-        }
         acc_t sum[V] = {};
-        MMDCN_UNROLL
-        for (int q = 0; q < sample.kCorners; ++q) {
-          MMDCN_UNROLL
-          for (int j = 0; j < V; ++j) {
-            sum[j] += sample.weight[q] * static_cast<acc_t>(features[q].value[j]);
-          }
-        }
+        sample.add_to(ctx, input, c, sum);
         Vector<column_t, V> column;
         MMDCN_UNROLL
-        for (int j = 0; j < V; ++j) {
-          column.value[j] = static_cast<column_t>(sample.modulation * sum[j]);
-        }
+        for (int j = 0; j < V; ++j) column.value[j] = static_cast<column_t>(sum[j]);
         ctx.store(columns + sample.column_of(problem, c), column);
       }
     }

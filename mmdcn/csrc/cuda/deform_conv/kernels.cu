@@ -59,20 +59,14 @@ int64_t blocks_over(int64_t elements) {
   return std::min(kMostBlocks, tiles(elements, DeviceContext::kThreads));
 }
 
-int attribute(int device, cudaDeviceAttr which) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, which, device));
-  return value;
-}
-
 }  // namespace
 
 int64_t chunk_bytes(int device) {
   constexpr int64_t kLeast = INT64_C(16) << 20, kMost = INT64_C(48) << 20;
-  return std::clamp(int64_t{attribute(device, cudaDevAttrL2CacheSize)} / 2, kLeast, kMost);
+  return std::clamp(int64_t{device_attribute(device, cudaDevAttrL2CacheSize)} / 2, kLeast, kMost);
 }
 
-int64_t copy_bytes() { return INT64_C(16) << 20; }
+int64_t copy_bytes() { return INT64_C(8) << 20; }
 
 template <int R>
 void gather(Precision precision, const ConvProblem<R>& problem, const PixelRange& range,
@@ -103,9 +97,7 @@ void scatter(Precision precision, const ConvProblem<R>& problem, const PixelRang
              const GradInput& grad_input, void* grad_offset, void* grad_mask,
              const Stream& stream) {
   const int64_t blocks = tiles(samples_of(problem, range), kScatterSamples<R>);
-  // Older devices add single elements, which neighbouring lanes should have next to each other.
-  const bool adds_vectors =
-      !grad_input.sum || attribute(stream.device, cudaDevAttrComputeCapabilityMajor) >= 9;
+  const bool adds_vectors = !grad_input.sum || adds_vectors_at_once(stream.device);
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;

@@ -35,10 +35,6 @@ Tensor channels_last_view(const Tensor& tensor) {
   return view(tensor, size, stride);
 }
 
-bool is_aligned(const Tensor& tensor) {
-  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
-}
-
 // Whether the kernels can take a tensor as it is: its channels are last, and its address is one
 // that they can load vectors from.
 bool is_usable(const Tensor& tensor) {
@@ -46,10 +42,7 @@ bool is_usable(const Tensor& tensor) {
 }
 
 // The same elements as the kernels take them: a copy, where they are not so already.
-Tensor channels_last(const Tensor& any) {
-  const Tensor tensor = as_contiguous(channels_last_view(any));
-  return is_aligned(tensor) ? tensor : torch::stable::clone(tensor);
-}
+Tensor channels_last(const Tensor& any) { return aligned(as_contiguous(channels_last_view(any))); }
 
 // Some images of a batch, by their numbers.
 struct Images {
@@ -74,7 +67,7 @@ ProductShape product_shape(const ConvProblem<R>& problem) {
   return {problem.shape.groups, problem.group_out_channels, problem.columns, problem.pixels};
 }
 
-// Whatever the tensors' layouts are, what a call needs of them.
+// The part of a call that its tensors' layouts do not change.
 template <int R>
 struct Context {
   DeformConvNdShape<R> shape;

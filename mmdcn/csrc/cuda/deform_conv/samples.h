@@ -6,9 +6,7 @@
 // one sample each, with neighbouring lanes on neighbouring vectors of channels.
 #pragma once
 
-#include "../../integers.h"
-#include "../../sampling.h"
-#include "../vector.h"
+#include "../sample.h"
 #include "problem.h"
 
 namespace mmdcn::cuda {
@@ -50,17 +48,12 @@ struct SampleIndex {
   }
 };
 
-// A sample, located.
+// A sample, located, and where its columns are.
 template <typename acc_t, int R>
-struct Sample {
-  static constexpr int kCorners = 1 << R;
-
-  int64_t corner[kCorners];  // elements of the input before its channels; -1 where it is no pixel
-  acc_t weight[kCorners];    // of the corner, without modulation
-  acc_t modulation;          // 0 where the sample reaches nothing
-  int64_t column;            // elements of the columns before its first channel, if groups == 1
-  int64_t channel;           // first of the offset group
-  bool exists;               // false beyond the range's last pixel
+struct ColumnSample : Sample<acc_t, R> {
+  int64_t column;   // elements of the columns before its first channel, if groups == 1
+  int64_t channel;  // first of the offset group
+  bool exists;      // false beyond the range's last pixel
 
   // Elements of the columns before the channel number `c` of the offset group.
   MMDCN_BLOCK int64_t column_of(const ConvProblem<R>& problem, int64_t c) const {
@@ -73,52 +66,34 @@ struct Sample {
 // Locates a sample. `fraction` is what is left of its coordinates between pixels.
 template <int R, typename acc_t>
 MMDCN_BLOCK void locate(const ConvProblem<R>& problem, const SampleIndex<R>& index,
-                        const acc_t* offset, const acc_t* mask, Sample<acc_t, R>& sample,
+                        const acc_t* offset, const acc_t* mask, ColumnSample<acc_t, R>& sample,
                         acc_t (&fraction)[R]) {
-  Corners<acc_t, R> corners;
   const int64_t deform_group = divide(index.sample, problem.taps);
   const int64_t tap = index.sample - deform_group * problem.taps;
   sample.exists = index.exists;
   sample.channel = deform_group * problem.deform_group_channels;
   sample.column = index.column + tap * problem.group_channels + sample.channel;
+  sample.reach_nothing();
+  if (!index.exists) return;
 
-  bool inside = false;
-  if (index.exists) {
-    const acc_t* delta = offset + index.offset_index(problem);
-    acc_t p[R];
-    int64_t pixel = index.pixel, rest = tap;
-    MMDCN_UNROLL
-    for (int d = R - 1; d >= 0; --d) {
-      const int64_t next_pixel = divide(pixel, problem.shape.out_size[d]);
-      const int64_t next_rest = divide(rest, problem.shape.kernel[d]);
-      const int64_t base =
-          problem.shape.axis[d].base(pixel - next_pixel * problem.shape.out_size[d],
-                                     rest - next_rest * problem.shape.kernel[d]);
-      p[d] = static_cast<acc_t>(base) + delta[d * problem.pixels];
-      pixel = next_pixel;
-      rest = next_rest;
-    }
-    inside = corners.locate(p, problem.shape.size, fraction);
-  }
-  const int64_t start = index.image * problem.positions;
+  const acc_t* delta = offset + index.offset_index(problem);
+  acc_t p[R];
+  int64_t pixel = index.pixel, rest = tap;
   MMDCN_UNROLL
-  for (int q = 0; q < corners.kCount; ++q) {
-    const bool there = inside && corners.position[q] >= 0;
-    sample.corner[q] =
-        there ? (start + corners.position[q]) * problem.shape.channels + sample.channel : -1;
-    sample.weight[q] = there ? corners.weight[q] : acc_t(0);
+  for (int d = R - 1; d >= 0; --d) {
+    const int64_t next_pixel = divide(pixel, problem.shape.out_size[d]);
+    const int64_t next_rest = divide(rest, problem.shape.kernel[d]);
+    const int64_t base = problem.shape.axis[d].base(pixel - next_pixel * problem.shape.out_size[d],
+                                                    rest - next_rest * problem.shape.kernel[d]);
+    p[d] = static_cast<acc_t>(base) + delta[d * problem.pixels];
+    pixel = next_pixel;
+    rest = next_rest;
   }
+  const int64_t channels = problem.shape.channels;
+  const int64_t start = index.image * problem.positions * channels + sample.channel;
+  if (!sample.locate(p, problem.shape.size, start, channels, fraction)) return;
   // What a sample that reaches nothing is multiplied by may be anything.
-  sample.modulation = !inside ? acc_t(0) : mask ? mask[index.mask_index(problem)] : acc_t(1);
-}
-
-// How many lanes work on one sample's channels, in vectors of V: the power of two that leaves
-// fewest idle, of those that keep every lane busy once.
-template <typename Ctx>
-MMDCN_BLOCK int lanes_for(int64_t vectors) {
-  int lanes = 1;
-  while (2 * lanes <= Ctx::kLanes && 2 * lanes <= vectors) lanes *= 2;
-  return lanes;
+  sample.modulation = mask ? mask[index.mask_index(problem)] : acc_t(1);
 }
 
 }  // namespace mmdcn::cuda

@@ -13,63 +13,79 @@ struct BinGradient {
 template <typename acc_t>
 struct RoIPoolBackwardStorage {
   BinStorage<acc_t> bins;
-  BinGradient<acc_t> partial[kBins][kBinChannels];
+  BinGradient<acc_t> moved[kBins];
 };
 
+// Adds the gradient of the input of the bins that have been found, and leaves how their values
+// change as they move in storage.moved, if that is wanted.
+template <int V, typename Ctx, typename scalar_t, typename acc_t>
+MMDCN_BLOCK void scatter_bins(const Ctx& ctx, const DeformRoIPoolShape& shape,
+                              const scalar_t* grad_output, const scalar_t* input,
+                              const FloatingSum<acc_t>& grad_input, bool moved_wanted,
+                              RoIPoolBackwardStorage<acc_t>& storage) {
+  using Teams = BinTeams<Ctx, V>;
+  const int64_t channels = shape.deform_group_channels();
+  BinGradient<acc_t> moved[Teams::kPerThread];
+  MMDCN_UNROLL
+  for (int i = 0; i < Teams::kPerThread; ++i) moved[i] = {0, 0};
+  for (int64_t channel = 0; channel < channels; channel += Teams::kChannels) {
+    acc_t grad[Teams::kPerThread][V] = {};
+    Teams::for_each(ctx, shape, storage.bins, channel, [&](int i, int place, int64_t c) {
+      const Bin& bin = storage.bins.bin[place];
+      const int64_t pooled = bin.roi * shape.bins() + bin.bin;
+      load_as(ctx, grad_output + pooled * shape.out_channels + bin.group * channels + c, grad[i]);
+    });
+    for_each_pixel<V>(
+        ctx, shape, channel, storage.bins,
+        [&](int i, int64_t position, const BinPixel<acc_t>& row, const BinPixel<acc_t>& column) {
+          if (moved_wanted) {
+            acc_t features[V], dot = 0;
+            load_as(ctx, input + position, features);
+            MMDCN_UNROLL
+            for (int j = 0; j < V; ++j) dot += grad[i][j] * features[j];
+            moved[i].y += row.slope * column.weight * dot;
+            moved[i].x += row.weight * column.slope * dot;
+          }
+          if (grad_input.wanted()) {
+            acc_t share[V];
+            MMDCN_UNROLL
+            for (int j = 0; j < V; ++j) {
+              share[j] = row.weight * column.weight * grad[i][j];
+            }
+            grad_input.add(ctx, position, share);
+          }
+        });
+  }
+  if (!moved_wanted) return;
+  MMDCN_UNROLL
+  for (int i = 0; i < Teams::kPerThread; ++i) {
+    const BinGradient<acc_t> sum = {ctx.sum_lanes(moved[i].y, Teams::kLanes),
+                                    ctx.sum_lanes(moved[i].x, Teams::kLanes)};
+    const int place = (ctx.thread() + i * Ctx::kThreads) / Teams::kLanes;
+    if (Teams::lane(ctx) == 0) storage.moved[place] = sum;
+  }
+}
+
 // Each block computes all of the gradient of its bins' offsets, in a fixed order.
-template <typename Ctx, typename scalar_t, typename acc_t>
+template <int V, typename Ctx, typename scalar_t, typename acc_t>
 MMDCN_BLOCK void deform_roi_pool_backward_block(const Ctx& ctx, const DeformRoIPoolShape& shape,
                                                 const scalar_t* grad_output, const scalar_t* input,
                                                 const acc_t* rois, const acc_t* offset,
                                                 acc_t* grad_input, acc_t* grad_offset,
                                                 RoIPoolBackwardStorage<acc_t>& storage) {
-  using Items = BinItems<Ctx>;
-  const int64_t bins = all_bins(shape), channels = shape.deform_group_channels();
+  const int64_t bins = all_bins(shape);
   for (int64_t first = ctx.block() * kBins; first < bins; first += ctx.blocks() * kBins) {
     ctx.sync();  // The previous bins have been worked through.
     find_bins(ctx, shape, rois, offset, first, storage.bins);
     ctx.sync();
-
-    BinGradient<acc_t> moved[Items::kPerThread];
-    MMDCN_UNROLL
-    for (int i = 0; i < Items::kPerThread; ++i) moved[i] = {0, 0};
-    for (int64_t channel = 0; channel < channels; channel += kBinChannels) {
-      acc_t grad[Items::kPerThread] = {};
-      Items::for_each(ctx, shape, storage.bins, channel, [&](int i, int place, int64_t c) {
-        const Bin& bin = storage.bins.bin[place];
-        const int64_t pooled = bin.roi * shape.bins() + bin.bin;
-        grad[i] =
-            static_cast<acc_t>(grad_output[pooled * shape.out_channels + bin.group * channels + c]);
-      });
-      for_each_pixel(ctx, shape, channel, storage.bins,
-                     [&](int i, int, int64_t, int64_t position, const BinPixel<acc_t>& row,
-                         const BinPixel<acc_t>& column) {
-                       if (grad_offset) {
-                         const acc_t product = grad[i] * static_cast<acc_t>(input[position]);
-                         moved[i].y += row.slope * column.weight * product;
-                         moved[i].x += row.weight * column.slope * product;
-                       }
-                       if (grad_input) {
-                         ctx.atomic_add(&grad_input[position],
-                                        row.weight * column.weight * grad[i]);
-                       }
-                     });
-    }
+    scatter_bins<V>(ctx, shape, grad_output, input, FloatingSum<acc_t>(grad_input), grad_offset,
+                    storage);
     if (!grad_offset) continue;
-
-    MMDCN_UNROLL
-    for (int i = 0; i < Items::kPerThread; ++i) {
-      const int item = ctx.thread() + i * Ctx::kThreads;
-      storage.partial[item / kBinChannels][item % kBinChannels] = moved[i];
-    }
     ctx.sync();
     for (int place = ctx.thread(); place < kBins; place += Ctx::kThreads) {
       const Bin& bin = storage.bins.bin[place];
       if (bin.image < 0) continue;
-      BinGradient<acc_t> sum = {0, 0};
-      for (const BinGradient<acc_t>& part : storage.partial[place]) {
-        sum = {sum.y + part.y, sum.x + part.x};
-      }
+      const BinGradient<acc_t> sum = storage.moved[place];
       // The box of a bin that reaches nothing may be infinite.
       const acc_t reach_y = storage.bins.side[0][place].reach;
       const acc_t reach_x = storage.bins.side[1][place].reach;

@@ -2,8 +2,9 @@
 // pixels that their points read.
 //
 // A block pools kBins bins of one offset group each, of all RoIs, at the same time. Along each
-// dimension the pixels of up to kBinPoints points are listed in shared memory by one thread for
-// each bin; then all threads work on channels. Bins of more points take several rounds.
+// dimension the pixels of up to kBinSamples samples are listed in shared memory by one thread for
+// each bin; then a team of lanes works on the channels of each bin, V at once. Bins of more samples
+// take several rounds.
 #pragma once
 
 #ifdef __CUDACC__
@@ -13,35 +14,32 @@
 #endif
 
 #include "../../deform_roi_pool_shape.h"
-#include "../../integers.h"
-#include "../../sampling.h"
-#include "../context.h"
+#include "../sample.h"
 
 namespace mmdcn::cuda {
 
-constexpr int kBins = 8;
-constexpr int kBinChannels = 32;  // that a block works on together, of each of its bins
-constexpr int kBinPoints = 8;
+constexpr int kBins = 32;
+constexpr int kBinSamples = 8;
 
 // One bin, of one offset group of one RoI.
 struct Bin {
-  int64_t roi, group, bin, image;  // image: -1 in a block's part beyond the last bin
+  int64_t roi, group, bin, image;  // image: -1 beyond the last bin
 };
 
 template <typename acc_t>
 struct BinSide {
-  BinPoints<acc_t> points;
-  int64_t begin, end;  // points that may reach the features
+  BinSamples<acc_t> samples;
+  int64_t begin, end;  // samples that may reach the features
   acc_t reach;         // pixels that the bin moves by for an offset of 1
   int pixels;          // listed
-  BinPixel<acc_t> pixel[2 * kBinPoints];
+  BinPixel<acc_t> pixel[2 * kBinSamples];
 
-  MMDCN_BLOCK int64_t rounds() const { return divide_up(end - begin, kBinPoints); }
-  // Lists the pixels of a round of points.
+  MMDCN_BLOCK int64_t rounds() const { return divide_up(end - begin, kBinSamples); }
+  // Lists the pixels of a round of samples.
   MMDCN_BLOCK void list(int64_t round) {
-    const int64_t first = begin + round * kBinPoints;
-    const int64_t last = smaller(first + kBinPoints, end);
-    pixels = first < last ? static_cast<int>(points.list_pixels(first, last, pixel)) : 0;
+    const int64_t first = begin + round * kBinSamples;
+    const int64_t last = smaller(first + kBinSamples, end);
+    pixels = first < last ? static_cast<int>(samples.list_pixels(first, last, pixel)) : 0;
   }
 };
 
@@ -50,7 +48,7 @@ struct BinStorage {
   Bin bin[kBins];
   BinSide<acc_t> side[2][kBins];  // y, x
 
-  // The rounds that it takes to list all points along a dimension.
+  // The rounds that it takes to list all samples along a dimension.
   MMDCN_BLOCK int64_t rounds(int d) const {
     int64_t most = 0;
     for (int i = 0; i < kBins; ++i) {
@@ -97,42 +95,45 @@ MMDCN_BLOCK void find_bins(const Ctx& ctx, const DeformRoIPoolShape& shape, cons
       const acc_t moved =
           offset ? offset[roi_offset_index(shape, bin.roi, bin.group, d, bin.bin)] : acc_t(0);
       side.reach = roi.reach;
-      side.points =
+      side.samples =
           roi.bin(shape.sampling_ratio, d == 0 ? row : bin.bin - row * shape.out_width, moved);
-      side.points.reaching(side.begin, side.end);
+      side.samples.reaching(side.begin, side.end);
     }
     side.list(0);
     if (d == 0) storage.bin[place] = bin;
   }
 }
 
-// Calls visit(i, bin, channel) for each work item of this thread, one channel of one bin that
-// exists; i < kPerThread. Consecutive threads have consecutive channels.
-template <typename Ctx>
-struct BinItems {
-  static constexpr int kItems = kBins * kBinChannels;
-  static constexpr int kPerThread = kItems / Ctx::kThreads;
-  static_assert(kPerThread * Ctx::kThreads == kItems, "uneven");
+// How the threads of a block are shared out to its bins, with V channels for each lane.
+template <typename Ctx, int V>
+struct BinTeams {
+  static constexpr int kLanes = Ctx::kLanes < 8 ? Ctx::kLanes : 8;
+  static constexpr int kChannels = kLanes * V;  // of a bin, that are worked on together
+  static constexpr int kPerThread = kBins * kLanes / Ctx::kThreads;  // bins of a thread
+  static_assert(kPerThread * Ctx::kThreads == kBins * kLanes, "uneven");
 
+  MMDCN_BLOCK static int lane(const Ctx& ctx) { return ctx.thread() % kLanes; }
+
+  // Calls visit(i, bin, channel) for each bin of this thread that exists, and the first of its
+  // channels from first_channel on, if there is one; i < kPerThread.
   template <typename acc_t, typename Visit>
   MMDCN_BLOCK static void for_each(const Ctx& ctx, const DeformRoIPoolShape& shape,
                                    const BinStorage<acc_t>& storage, int64_t first_channel,
                                    const Visit& visit) {
+    const int64_t channel = first_channel + lane(ctx) * V;
     MMDCN_UNROLL
     for (int i = 0; i < kPerThread; ++i) {
-      const int item = ctx.thread() + i * Ctx::kThreads;
-      const int place = item / kBinChannels;
-      const int64_t channel = first_channel + item % kBinChannels;
+      const int place = (ctx.thread() + i * Ctx::kThreads) / kLanes;
       const bool exists = storage.bin[place].image >= 0 && channel < shape.deform_group_channels();
       if (exists) visit(i, place, channel);
     }
   }
 };
 
-// Calls visit(i, bin, channel, position, row, column) for every pixel that the items read, of
-// kBinChannels channels of an offset group from first_channel on; `position` is in elements of the
-// input. All threads of the block must call it together.
-template <typename Ctx, typename acc_t, typename Visit>
+// Calls visit(i, position, row, column) for every pixel that the bins of this thread read, i being
+// the bin's number in the thread; `position` is in elements of the input, of the first of the
+// thread's channels from first_channel on. All threads of the block must call it together.
+template <int V, typename Ctx, typename acc_t, typename Visit>
 MMDCN_BLOCK void for_each_pixel(const Ctx& ctx, const DeformRoIPoolShape& shape,
                                 int64_t first_channel, BinStorage<acc_t>& storage,
                                 const Visit& visit) {
@@ -146,7 +147,7 @@ MMDCN_BLOCK void for_each_pixel(const Ctx& ctx, const DeformRoIPoolShape& shape,
       }
       ctx.sync();
     }
-    BinItems<Ctx>::for_each(
+    BinTeams<Ctx, V>::for_each(
         ctx, shape, storage, first_channel, [&](int i, int place, int64_t channel) {
           const Bin& bin = storage.bin[place];
           const BinSide<acc_t>& rows = storage.side[0][place];
@@ -158,8 +159,7 @@ MMDCN_BLOCK void for_each_pixel(const Ctx& ctx, const DeformRoIPoolShape& shape,
             for (int x = 0; x < columns.pixels; ++x) {
               const BinPixel<acc_t>& row = rows.pixel[y];
               const BinPixel<acc_t>& column = columns.pixel[x];
-              visit(i, place, channel,
-                    start + (row.position * shape.width + column.position) * shape.channels, row,
+              visit(i, start + (row.position * shape.width + column.position) * shape.channels, row,
                     column);
             }
           }

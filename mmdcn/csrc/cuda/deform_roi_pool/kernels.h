@@ -1,13 +1,19 @@
-// Deformable RoI pooling on CUDA: what the registration file calls. No PyTorch and no CUDA header.
+// The launches of deformable RoI pooling on CUDA, without a header of PyTorch's or CUDA's.
 #pragma once
+
+#include <cstddef>
 
 #include "../../deform_roi_pool_shape.h"
 #include "../types.h"
 
 namespace mmdcn::cuda {
 
-// All pointers are to memory of the stream's device. `input` is channels-last, `rois` and `offset`
-// are contiguous, and `offset` may be null. Nothing may be empty. Nothing waits for the device: a
+// Channels that a lane loads at once, for elements of so many bytes.
+constexpr int roi_pool_vector(size_t bytes) { return bytes == 8 ? 2 : 4; }
+
+// All pointers are to memory of the stream's device. `input` is channels-last and begins at a
+// multiple of 16 bytes, as its gradient and grad_output do; `rois` and `offset` are contiguous, and
+// `offset` may be null. Nothing may be empty. Nothing waits for the device: a
 // RoI on an image that does not exist stops the kernel by an assertion. A launch that CUDA refuses
 // throws std::runtime_error.
 

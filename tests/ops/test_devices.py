@@ -1,0 +1,410 @@
+"""What computes on a device, for every operator; on the CPU, with our kernels switched off."""
+
+import logging
+import re
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmdcn import mmcv_kernels
+from mmdcn.ops import _devices, _library, reference
+from mmdcn.ops._registration import OPERATORS
+from tests.ops.calls import CALLS
+from tests.ops.test_contract import compare, gradients, variables
+from tests.switched_off import CPU, Graphs, counting, switch_off
+
+EVERY = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+# The compiled operators that mmcv has kernels for, and the calls that reach them.
+SUBSTITUTES = ("deform_conv2d", "deform_roi_pool")
+BY_MMCV = [n for n in CALLS if n.startswith(("deform_conv1d", "deform_conv2d"))]
+
+
+@pytest.fixture
+def mmcv_offered(monkeypatch):
+    """mmcv's kernels, by its CPU operators; where there are none, by the reference.
+
+    mmcv has no RoI pooling on the CPU.
+    """
+    v1 = pytest.importorskip("mmcv.ops.deform_conv")
+    v2 = sys.modules["mmcv.ops.modulated_deform_conv"]
+    apply = torch.autograd.Function.apply.__func__
+    monkeypatch.setattr(_devices, "_offered", {})
+    mmcv_kernels.offer(
+        lambda *arguments: apply(v1.DeformConv2dFunction, *arguments),
+        lambda *arguments: apply(v2.ModulatedDeformConv2dFunction, *arguments),
+        reference.deform_roi_pool,
+    )
+
+
+def assert_right(call, dtype: torch.dtype = torch.float64) -> None:
+    """Output and gradients are the reference's."""
+    actual = gradients(call.function, call, variables(call, dtype=dtype))
+    exact = {n: t.detach().double() for n, t in variables(call, dtype=dtype).items()}
+    exact = {n: t.requires_grad_(n not in call.constant) for n, t in exact.items()}
+    expected = gradients(call.reference, call, exact)
+    for name, value in expected.items():
+        assert actual[name].dtype == dtype, name
+        tolerance = {torch.float64: 1e-12, torch.float32: 2e-5}.get(dtype, 1.6e-2)
+        error = (actual[name].double() - value).abs().max() / value.abs().max()
+        assert error <= tolerance, (name, float(error))
+
+
+def assert_right_in_graphs(call, monkeypatch, server: str) -> None:
+    torch._dynamo.reset()
+    graphs = Graphs()
+    compiled = torch.compile(call.function, backend=graphs)
+    expected = gradients(call.reference, call, variables(call))
+    with counting(monkeypatch, ours=False) as counts:
+        compare(gradients(compiled, call, variables(call)), expected)
+    assert counts == {server: 1}
+    assert not graphs.ours
+
+
+# ------------------------------------------------------------------------------- every operator
+
+
+def test_every_operator_is_called():
+    """By the calls that the tests below go through."""
+    called = set()
+    for call in CALLS.values():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                _devices, "server", lambda name, device: called.add(name) or _devices.REFERENCE
+            )
+            switch_off(patch)
+            call.function(**call.tensors(), **call.arguments)
+    assert called == set(OPERATORS)
+
+
+@EVERY
+def test_our_kernels_serve_the_cpu(call, monkeypatch):
+    with counting(monkeypatch) as counts:
+        gradients(call.function, call, variables(call))
+    assert counts == {"ours": 2}
+
+
+@EVERY
+@DTYPES
+def test_the_reference_serves_other_devices(call, dtype, monkeypatch):
+    switch_off(monkeypatch)
+    with counting(monkeypatch) as counts:
+        assert_right(call, dtype)
+    assert {**counts} == {"ours": 0, "reference": 1}
+
+
+@EVERY
+def test_the_reference_takes_an_empty_batch(call, monkeypatch):
+    switch_off(monkeypatch)
+    results = gradients(call.function, call, variables(call, batch=0))
+    assert results["output"].shape[0] == 0
+    assert not any(results[name].any() for name in call.differentiable())
+
+
+@EVERY
+def test_the_reference_differentiates_twice(call, monkeypatch):
+    switch_off(monkeypatch)
+    second = []
+    for function in (call.function, call.reference):
+        tensors = variables(call)
+        leaves = [tensors[name] for name in call.differentiable()]
+        output = function(**tensors, **call.arguments)
+        first = torch.autograd.grad(output.sin().sum(), leaves, create_graph=True)
+        second.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+    compare(*second)
+
+
+@EVERY
+def test_the_reference_serves_what_is_compiled(call, monkeypatch):
+    """Between two graphs."""
+    switch_off(monkeypatch)
+    assert_right_in_graphs(call, monkeypatch, "reference")
+
+
+# ---------------------------------------------------------------------------------------- by mmcv
+
+
+@pytest.mark.parametrize("name", BY_MMCV)
+@DTYPES
+def test_mmcv_serves_what_it_has_kernels_for(name, dtype, monkeypatch, mmcv_offered):
+    switch_off(monkeypatch, *SUBSTITUTES)
+    with counting(monkeypatch) as counts:
+        assert_right(CALLS[name], dtype)
+    assert {**counts} == {"ours": 0, "mmcv": 1}
+
+
+@pytest.mark.parametrize("name", BY_MMCV)
+def test_mmcv_serves_what_is_compiled(name, monkeypatch, mmcv_offered):
+    """Between two graphs, as mmcv's own functions do."""
+    switch_off(monkeypatch, *SUBSTITUTES)
+    assert_right_in_graphs(CALLS[name], monkeypatch, "mmcv")
+
+
+@pytest.mark.parametrize("name", [n for n in CALLS if n not in BY_MMCV and "roi" not in n])
+def test_the_reference_serves_what_mmcv_has_no_kernels_for(name, monkeypatch, mmcv_offered):
+    switch_off(monkeypatch, *SUBSTITUTES)
+    with counting(monkeypatch) as counts:
+        assert_right(CALLS[name])
+    assert {**counts} == {"ours": 0, "reference": 1}
+
+
+@pytest.mark.parametrize(
+    "change, by_mmcv",
+    [
+        ({}, True),
+        ({"offset": None}, True),
+        ({"position_sensitive": True, "channels": 24}, False),
+        ({"deform_groups": 2}, False),
+        ({"rois": 0}, False),
+    ],
+    ids=str,
+)
+def test_roi_pooling_by_mmcv(change, by_mmcv, monkeypatch, mmcv_offered):
+    """Only as it is in mmcv: one offset group, and not position-sensitive."""
+    call = CALLS["deform_roi_pool"]
+    number = change.get("rois", 3)
+    tensors = call.tensors(batch=number)
+    tensors["input"] = torch.randn(2, change.get("channels", 4), 7, 8, dtype=torch.float64)
+    tensors["offset"] = tensors["offset"][:, : 2 * change.get("deform_groups", 1)]
+    if "offset" in change:
+        tensors["offset"] = None
+    arguments = call.arguments | {"position_sensitive": change.get("position_sensitive", False)}
+    expected = reference.deform_roi_pool(**tensors, **arguments)
+    switch_off(monkeypatch, *SUBSTITUTES)
+    with counting(monkeypatch) as counts:
+        actual = call.function(**tensors, **arguments)
+    compare(actual, expected)
+    assert counts["mmcv"] == 1
+    assert counts["reference"] == (not by_mmcv)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 32, 33, 66])
+def test_any_batch_by_mmcv(batch, monkeypatch, mmcv_offered):
+    """mmcv's v1 wants multiples of its im2col_step."""
+    call = CALLS["deform_conv2d-v1"]
+    switch_off(monkeypatch, *SUBSTITUTES)
+    tensors = call.tensors(batch=batch)
+    with counting(monkeypatch) as counts:
+        actual = call.function(**tensors, **call.arguments)
+    assert {**counts} == {"ours": 0, "mmcv": 1}
+    compare(actual, call.reference(**tensors, **call.arguments))
+
+
+@pytest.mark.parametrize("what", ["empty", "small image", "subclass", "deterministic"])
+def test_calls_that_mmcv_does_not_take(what, monkeypatch, mmcv_offered):
+    """An empty batch; an image smaller than the kernel; what is no plain tensor; in fixed order."""
+    switch_off(monkeypatch, *SUBSTITUTES)
+    call = CALLS["deform_conv2d-v1"]
+    tensors, arguments = call.tensors(batch=0 if what == "empty" else 2), call.arguments
+    if what == "small image":
+        arguments = {"padding": 2}
+        tensors |= {"input": tensors["input"][:, :, :2, :1]}
+        tensors |= {"offset": torch.randn(2, 24, 4, 4, dtype=torch.float64)}
+    if what == "subclass":
+        tensors["input"] = tensors["input"].as_subclass(type("Subclass", (Tensor,), {}))
+    if what == "deterministic":
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with counting(monkeypatch) as counts:
+        actual = call.function(**tensors, **arguments)
+    assert counts["reference"] == 1
+    compare(actual.as_subclass(Tensor), call.reference(**tensors, **arguments).as_subclass(Tensor))
+
+
+@pytest.mark.parametrize("substitutes", [(), SUBSTITUTES], ids=["reference", "mmcv"])
+@pytest.mark.parametrize("name", ["deform_conv2d-v1", "deform_conv2d-v2"])
+def test_channels_last_is_kept(name, substitutes, monkeypatch, mmcv_offered):
+    call = CALLS[name]
+    switch_off(monkeypatch, *substitutes)
+    tensors = call.tensors()
+    tensors["input"] = tensors["input"].contiguous(memory_format=torch.channels_last)
+    output = call.function(**tensors, **call.arguments)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    compare(output, call.reference(**tensors, **call.arguments))
+
+
+# -------------------------------------------------------------------------------- the decision
+
+GPU = torch.device("cuda", 1)
+
+
+@pytest.fixture
+def undecided(monkeypatch):
+    monkeypatch.setattr(_devices, "DECIDED", {})
+    monkeypatch.setattr(_devices, "_offered", {})
+
+
+@pytest.fixture
+def gpu(monkeypatch, undecided):
+    """A GPU that is not there, of compute capability 7.5, with the library loaded."""
+    monkeypatch.setattr(_library, "cuda_is_loaded", lambda: True)
+    monkeypatch.setattr(_devices, "_small_calls", lambda device: {"deform_conv2d": ()})
+    monkeypatch.setattr(_devices, "_run_kernels", lambda arguments: None)
+    monkeypatch.setattr(_devices, "driver_cuda", lambda: "12.4")
+    synchronized = []
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    return synchronized
+
+
+def failing(monkeypatch, error: Exception) -> list:
+    calls = []
+
+    def fail(arguments):
+        calls.append(arguments)
+        raise error
+
+    monkeypatch.setattr(_devices, "_run_kernels", fail)
+    return calls
+
+
+NO_IMAGE = "mmdcn: CUDA refused to launch a kernel: no kernel image is available for execution on"
+
+
+def test_a_gpu_on_which_our_kernels_run(gpu, caplog):
+    assert _devices.server("deform_conv2d", GPU) == _devices.OURS
+    assert gpu == [GPU]  # The error of a kernel shows when it has run.
+    assert not caplog.records
+
+
+def test_a_gpu_on_which_they_do_not_run(gpu, monkeypatch, caplog):
+    """Decided, and said, once: which, why, and what to do about it."""
+    calls = failing(monkeypatch, RuntimeError(f"{NO_IMAGE} the device\nmore advice"))
+    for _ in range(2):
+        for operator in OPERATORS:
+            assert _devices.server(operator, GPU) == _devices.REFERENCE
+    assert len(calls) == 1
+    assert gpu == [GPU]  # which clears the error
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    message = record.getMessage()
+    assert "\n" not in message and "advice" not in message
+    for part in ("cuda:1", NO_IMAGE, "TORCH_CUDA_ARCH_LIST=7.5", "CUDA 12.4", "plain PyTorch"):
+        assert part in message
+    assert "mmcv" not in message
+
+
+def test_a_gpu_that_mmcv_serves(gpu, monkeypatch, caplog):
+    """If a small call of mmcv's kernels is right there, too."""
+    failing(monkeypatch, RuntimeError(NO_IMAGE))
+    monkeypatch.setattr(_devices, "_small_calls", lambda _: dict.fromkeys(SUBSTITUTES, ()))
+    _devices.offer("deform_conv2d", lambda: torch.ones(1))
+    _devices.offer("deform_roi_pool", lambda: torch.zeros(1))
+    assert _devices.server("deform_conv2d", GPU) == _devices.MMCV
+    assert _devices.server("deform_roi_pool", GPU) == _devices.REFERENCE
+    assert _devices.server("deform_conv_nd", GPU) == _devices.REFERENCE
+    assert "mmcv's kernels compute deform_conv2d there" in caplog.text
+
+
+def test_kernels_that_compute_nonsense_do_not_serve(monkeypatch, undecided):
+    ones = [torch.ones(1)]
+    fake = SimpleNamespace(
+        deform_aggregate=lambda *_: torch.full((1,), float("nan")),
+        deform_conv2d=lambda *_: ones[0],
+        deform_conv2d_backward=lambda *_: 4 * ones,
+    )
+    arguments = _devices._small_calls(CPU)
+    _devices._run_kernels(arguments)
+    monkeypatch.setattr(torch.ops, "mmdcn", fake)
+    with pytest.raises(RuntimeError, match="wrong numbers"):
+        _devices._run_kernels(arguments)
+
+
+def test_small_calls_run_on_mmcvs_kernels(mmcv_offered):
+    assert all(_devices._runs(operator, CPU) for operator in SUBSTITUTES)
+    # mmcv's own function, which has no kernel for the CPU.
+    theirs = sys.modules["mmcv.ops.deform_roi_pool"].DeformRoIPoolFunction
+    apply = torch.autograd.Function.apply.__func__
+    mmcv_kernels.offer(None, None, lambda *arguments: apply(theirs, *arguments))
+    assert not _devices._runs("deform_roi_pool", CPU)
+    assert not _devices._runs("deform_conv2d", CPU)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("full"), RuntimeError("CUDA error: out of memory")]
+)
+def test_nothing_is_decided_while_memory_is_short(error, gpu, monkeypatch):
+    failing(monkeypatch, error)
+    with pytest.raises(RuntimeError) as caught:
+        _devices.service(GPU)
+    assert caught.value is error
+    assert not _devices.DECIDED
+
+
+def test_nothing_is_decided_while_a_graph_is_captured(gpu, monkeypatch):
+    calls = failing(monkeypatch, RuntimeError("must not be called"))
+    monkeypatch.setattr(_devices, "_is_capturing", lambda: True)
+    assert _devices.server("deform_conv2d", GPU) == _devices.OURS
+    assert not calls
+    assert not _devices.DECIDED
+
+
+def test_threads_decide_once(gpu, monkeypatch):
+    calls = []
+    monkeypatch.setattr(_devices, "_run_kernels", lambda _: calls.append(threading.get_ident()))
+    barrier = threading.Barrier(8)
+
+    def ask():
+        barrier.wait()
+        assert _devices.server("deform_conv2d", GPU) == _devices.OURS
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "device, built, problem, expected",
+    [
+        ("cuda:1", False, None, "without its CUDA library; .*nvcc.*pip install"),
+        ("cuda:1", True, None, r"torch saw no GPU.*torch\.cuda\.is_available"),
+        ("cuda:1", True, "libtorch_cuda.so: not found", "libtorch_cuda.so: not found.*pip install"),
+        ("mps:0", False, None, "for cpu and cuda, so move the model"),
+    ],
+)
+def test_devices_without_our_library(
+    device, built, problem, expected, undecided, monkeypatch, tmp_path, caplog
+):
+    library = tmp_path / "_cuda.abi3.so"
+    if built:
+        library.touch()
+    monkeypatch.setattr(_library, "CUDA_LIBRARY", library)
+    monkeypatch.setattr(_library, "CUDA_PROBLEM", problem)
+    monkeypatch.setattr(_library, "cuda_is_loaded", lambda: False)
+    device = torch.device(device)
+    assert _devices.server("deform_conv2d", device) == _devices.REFERENCE
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"mmdcn's kernels do not compute on {device}: ")
+    assert re.search(expected, record.getMessage())
+
+
+def test_a_cuda_library_that_does_not_load_is_kept_in_mind(monkeypatch, tmp_path):
+    """Importing mmdcn goes on: the CPU is served all the same."""
+    library = tmp_path / "_cuda.abi3.so"
+    library.write_bytes(b"not a library")
+    monkeypatch.setattr(_library, "CUDA_LIBRARY", library)
+    monkeypatch.setattr(_library, "CUDA_PROBLEM", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    _library.load()
+    assert library.name in _library.CUDA_PROBLEM
+
+
+def test_the_decision_is_a_constant_of_a_graph(gpu, monkeypatch):
+    """Made while tracing, if it was not made before, and not a part of the graph."""
+    calls = []
+    monkeypatch.setattr(_devices, "_run_kernels", lambda _: calls.append(1))
+
+    def compute(x):
+        return x + 1 if _devices.server("deform_conv2d", GPU) == _devices.OURS else x - 1
+
+    compiled = torch.compile(compute, fullgraph=True, backend="eager")
+    for _ in range(2):
+        assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
+    assert len(calls) == 1
