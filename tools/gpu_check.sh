@@ -2,13 +2,15 @@
 # Check and timing of mmdcn's CUDA operators on a GPU machine that has torch, without network and
 # without changing anything in its environment.
 #
-#   tools/gpu_check.sh [WHEEL] [--out FOLDER] [--sections NAMES]
+#   tools/gpu_check.sh [WHEEL] [--part correct|fast] [--out FOLDER] [--beside WHEEL] [--sections NAMES]
 #
 # WHEEL    a wheel of mmdcn with its CUDA library; by default the newest in dist/
-# FOLDER   where gpu_check.json, gpu_check.md and gpu_check.log go; by default $OUT, or
-#          work_dirs/gpu_check where that is not set
-# NAMES    some of the sections, separated by commas, where time is short: see SECTIONS in
-#          gpu_check.py; by default all, in at most 18 minutes
+# correct  are all results right? fast: how long does it take? By default one after the other; each
+#          takes at most 9 minutes, and may be run by itself
+# FOLDER   where gpu_check_PART.json, .md and .log go; by default $OUT, or work_dirs/gpu_check where
+#          that is not set. The first two are whole after every case
+# beside   another wheel of mmdcn, of another commit for example, to be timed beside this one
+# NAMES    some of the sections, separated by commas: see mmdcn/benchmark/gpu/sections.py
 #
 # PYTHON names the interpreter (default: python3). The exit code is 0 only if every check passed.
 set -euo pipefail
@@ -17,7 +19,8 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
 out=${OUT:-$root/work_dirs/gpu_check}
 wheel=
-sections=()
+parts=(correct fast)
+options=()
 
 fail() {
     echo "gpu_check: $1" >&2
@@ -26,14 +29,14 @@ fail() {
 
 while [ $# -gt 0 ]; do
     case $1 in
-        --out)
-            [ $# -ge 2 ] || fail "--out needs a folder"
-            out=$2
-            shift 2
-            ;;
-        --sections)
-            [ $# -ge 2 ] || fail "--sections needs names"
-            sections=(--sections "$2")
+        --out | --part | --sections | --beside)
+            [ $# -ge 2 ] || fail "$1 needs a value"
+            case $1 in
+                --out) out=$2 ;;
+                --part) parts=("$2") ;;
+                --sections) options+=("$1" "$2") ;;
+                --beside) options+=("$1" "$(realpath "$2")") ;;
+            esac
             shift 2
             ;;
         -h | --help)
@@ -77,4 +80,9 @@ mkdir "$scratch/run"
 cp -r "$root/tests" "$root/pyproject.toml" "$scratch/run/"
 
 cd "$scratch/run"
-PYTHONPATH="$scratch/site" "$python" "$root/tools/gpu_check.py" --out "$out" "${sections[@]}"
+status=0
+for part in "${parts[@]}"; do
+    PYTHONPATH="$scratch/site" "$python" "$root/tools/gpu_check.py" --part "$part" --out "$out" \
+        --tests "$scratch/run" ${options[@]+"${options[@]}"} || status=$?
+done
+exit "$status"

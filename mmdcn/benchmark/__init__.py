@@ -10,7 +10,9 @@
 :mod:`~.tables`          all that as Markdown
 :mod:`~.report`          the published page, its picture, and README's table
 :mod:`~.paper`           what the operator takes on a GPU, computed from counted instructions
+:mod:`~.random_weights`  of the detectors
 :mod:`~.cli`             the arguments of `tools/benchmark.py`
+:mod:`~.gpu`             all that `tools/gpu_check.py` adds: checks and timings on a GPU
 ======================== ==========================================================================
 
 Machines are noisy, so no figure stands alone: each is a median, beside those of the peers that were

@@ -31,6 +31,7 @@ from mmdcn.machine import machine, versions
 
 from . import BenchmarkError, memory
 from .progress import track
+from .random_weights import spread_offsets
 
 KERNELS = ("mmdcn", "mmcv")
 PHASES = ("training", "inference")
@@ -174,14 +175,7 @@ def _build(config: Config, settings: Settings) -> nn.Module:
     _forget_pretrained(options)
     model = revert_sync_batchnorm(MODELS.build(options))
     model.init_weights()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            # Each block of a fresh ResNet is the identity, and each kernel samples its grid: what
-            # the deformable layers compute would not matter.
-            if "conv_offset" in name and name.endswith(".bias"):
-                parameter.normal_(0, settings.offset_std)
-            elif parameter.dim() == 1 and name.endswith(".weight") and not parameter.any():
-                parameter.fill_(0.2)
+    spread_offsets(model, settings.offset_std)
     return model.to(settings.device)
 
 

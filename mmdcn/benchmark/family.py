@@ -5,8 +5,9 @@ equation in plain PyTorch.
 """
 
 import functools
+import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -47,9 +48,16 @@ class Problem:
 
 def _bound(function: Callable[..., Tensor], *leaves: Tensor) -> Bound:
     named = {str(number): leaf for number, leaf in enumerate(leaves)}
-    output_shape = function(*(leaf.detach() for leaf in leaves)).shape
-    grad_output = torch.ones(output_shape, device=leaves[0].device)
-    return Bound(lambda: function(*leaves), named, grad_output)
+    grad_output = torch.ones_like(function(*(leaf.detach() for leaf in leaves)))
+    return Bound(lambda: function(*leaves), named, grad_output, function)
+
+
+def in_dtype(bound: Bound, *dtypes: torch.dtype) -> Bound:
+    """The same call on copies of its tensors, rounded to each of the dtypes in turn."""
+    leaves = [leaf.detach() for leaf in bound.leaves.values()]
+    for dtype in dtypes:
+        leaves = [leaf.to(dtype) for leaf in leaves]
+    return _bound(bound.function, *(leaf.requires_grad_() for leaf in leaves))
 
 
 def _random(device: torch.device) -> Callable[..., Tensor]:
@@ -115,10 +123,7 @@ def _roi_pooling(
     offset_std: float,
 ) -> dict[str, Bound]:
     """7×7 bins of boxes of 4 to 24 pixels of the features, on two images."""
-    try:
-        from mmcv.ops import roi_align
-    except ImportError as error:
-        raise BenchmarkError(f"RoI Align needs mmcv: {named_first_line(error)}") from error
+    roi_align = _roi_align()
     normal = _random(device)
     generator = torch.Generator().manual_seed(1)
     x, offset = normal(2, channels, *size), offset_std / 20 * normal(rois, 2, 7, 7)
@@ -132,10 +137,22 @@ def _roi_pooling(
         "mmdcn, no offsets": _bound(
             lambda x: deform_roi_pool(x, boxes, None, 7, 1.0, sampling_ratio), x
         ),
-        "RoI Align": _bound(
-            lambda x: roi_align(x, boxes, (7, 7), 1.0, sampling_ratio, "avg", True), x
-        ),
+        "RoI Align": _bound(lambda x: roi_align(x, boxes, sampling_ratio), x),
     }
+
+
+def _roi_align() -> Callable[[Tensor, Tensor, int], Tensor]:
+    """RoI Align of features, boxes and a sampling ratio: mmcv's, or else torchvision's."""
+    problems = []
+    for module, options in (("mmcv.ops", ("avg", True)), ("torchvision.ops", (True,))):
+        try:
+            function = importlib.import_module(module).roi_align
+        # A broken installation may raise anything.
+        except Exception as error:
+            problems.append(named_first_line(error))
+            continue
+        return lambda x, boxes, ratio: function(x, boxes, (7, 7), 1.0, ratio, *options)
+    raise BenchmarkError(f"RoI Align needs mmcv or torchvision: {'; '.join(problems)}")
 
 
 def _problems() -> Iterator[Problem]:
@@ -164,6 +181,21 @@ def _problems() -> Iterator[Problem]:
 
 PROBLEMS = list(_problems())
 OPERATORS = list(dict.fromkeys(problem.operator for problem in PROBLEMS))
+
+
+def small_problems() -> list[Problem]:
+    """One of each operator in a tiny size, to go through everything quickly."""
+    small = {
+        "deform_conv1d": functools.partial(_convolution, 2, 4, (9,)),
+        "deform_conv3d": functools.partial(_convolution, 1, 4, (3, 4, 5)),
+        "dcnv3": functools.partial(_aggregation, 3, 2, 4, 6),
+        "dcnv4": functools.partial(_aggregation, 4, 2, 4, 6),
+        "deform_roi_pool": functools.partial(_roi_pooling, 4, 3, (16, 20), 2),
+    }
+    return [
+        replace(problem, label="small", bind=small[problem.operator])
+        for problem in {problem.operator: problem for problem in PROBLEMS}.values()
+    ]
 
 
 # -------------------------------------------------------------------------------------- measuring
@@ -210,15 +242,15 @@ def run(settings: Settings, result: dict) -> None:
         except BenchmarkError as error:
             result["left_out"][problem.operator] = str(error)
             continue
-        _check(problem, calls)
-        result["cases"].append(_time(problem, calls, settings))
+        check(problem, calls)
+        result["cases"].append(time_calls(problem, calls, settings))
         measured.append(problem)
     if settings.measure_memory and memory.can_measure(settings.device):
         _add_memory(result["cases"], measured, settings)
     result["complete"] = True
 
 
-def _check(problem: Problem, calls: dict[str, Bound]) -> None:
+def check(problem: Problem, calls: dict[str, Bound]) -> None:
     """Refuse wrong results, whose time means nothing."""
     ours, other = (calls[name] for name in problem.same)
     found, expected = ([b.train().detach(), *b.gradients().values()] for b in (ours, other))
@@ -232,7 +264,7 @@ def _check(problem: Problem, calls: dict[str, Bound]) -> None:
             )
 
 
-def _time(problem: Problem, calls: dict[str, Bound], settings: Settings) -> dict:
+def time_calls(problem: Problem, calls: dict[str, Bound], settings: Settings) -> dict:
     entry = {"operator": problem.operator, "label": problem.label, "yardstick": problem.yardstick}
     entry["times"] = {}
     for direction in DIRECTIONS:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmdcn.errors import named_first_line
-from mmdcn.ops import deform_conv2d
+from mmdcn.ops import deform_conv2d, reference
 
 from .cases import DTYPES, LAYOUTS, Case
 
@@ -38,11 +38,14 @@ class Bound:
         forward: computes the output; differentiable, unless `leaves` is empty.
         leaves: the tensors that get a gradient, by name.
         grad_output: the gradient of the output, as `forward` gives it.
+        function: computes the output of tensors like the leaves, in their order, where there is
+            such a function.
     """
 
     forward: Callable[[], Tensor]
     leaves: dict[str, Tensor]
     grad_output: Tensor | None = None
+    function: Callable[..., Tensor] | None = None
 
     def infer(self) -> Tensor:
         with torch.no_grad():
@@ -153,6 +156,15 @@ class MmdcnOneThread(Mmdcn):
 
     def missing(self, device: torch.device) -> str | None:
         return "threads are the CPU's" if device.type == "cuda" else None
+
+
+class Equation(_TorchImplementation):
+    """The equation in plain PyTorch."""
+
+    name = "plain PyTorch"
+
+    def compute(self, case, input, offset, weight, mask=None):
+        return reference.deform_conv_nd(input, offset, weight, None, mask=mask, **case.arguments())
 
 
 class Dense(_TorchImplementation):

@@ -6,19 +6,24 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from mmcv.cnn.bricks.wrappers import Conv2d as MMCVConv2d
-from mmengine.model import is_model_wrapper
-from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.utils import _pair
 
 from mmdcn.layers import DeformConv2dPack, ModulatedDeformConv2dPack
 
+# Without the toolbox there are no names of layers, and models of others are converted all the same.
+try:
+    from mmcv.cnn.bricks.wrappers import Conv2d as MMCVConv2d
+    from mmengine.model import is_model_wrapper
+    from mmengine.registry import MODELS
+except ImportError:
+    MODELS = None
+
 #: Names of modules, as glob patterns, or a function that says yes or no to a name and its module.
 Select = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
-# Both compute nothing but a convolution; other subclasses of nn.Conv2d compute something else.
-_PLAIN = (nn.Conv2d, MMCVConv2d)
+# These compute nothing but a convolution; other subclasses of nn.Conv2d compute something else.
+_PLAIN = (nn.Conv2d,) if MODELS is None else (nn.Conv2d, MMCVConv2d)
 
 _OF_THE_CONVOLUTION = (
     "in_channels",
@@ -47,8 +52,9 @@ def convert_to_deformable(model: nn.Module, dcn: Mapping[str, Any], select: Sele
     Args:
         model: any module; its convolutions may be anywhere inside.
         dcn: the layer, as in a backbone's ``dcn=``: ``dict(type='DCN')`` or
-            ``dict(type='DCNv2', deform_groups=4)``. ``type`` is a registered name or a class, and
-            derives from :class:`mmdcn.layers.DeformConv2dPack` or
+            ``dict(type='DCNv2', deform_groups=4)``. ``type`` is a registered name (without the
+            toolbox there are none) or a class, and derives from
+            :class:`mmdcn.layers.DeformConv2dPack` or
             :class:`mmdcn.layers.ModulatedDeformConv2dPack`. With ``fallback_on_stride=True``,
             convolutions whose stride is not 1 stay plain.
         select: which convolutions, by their names in ``model.named_modules()``: a pattern like
@@ -70,7 +76,7 @@ def convert_to_deformable(model: nn.Module, dcn: Mapping[str, Any], select: Sele
         >>> type(convert_to_deformable(model, dict(type='DCNv2'), '1')[1]).__name__
         'ModulatedDeformConv2dPack'
     """
-    if is_model_wrapper(model):
+    if _is_wrapper(model):
         raise ValueError(
             f"model: expected the model itself, got a {type(model).__name__} around it, which "
             "would not learn of the new parameters"
@@ -150,6 +156,12 @@ def build_deformable(
     return built
 
 
+def _is_wrapper(model: nn.Module) -> bool:
+    if MODELS is None:
+        return isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    return is_model_wrapper(model)
+
+
 class _InitWeights:
     """A model's ``init_weights`` that sees the plain convolutions in their old places.
 
@@ -181,8 +193,15 @@ class _InitWeights:
 def _layer_class(kind: str | type | None, scope: str | None) -> type[nn.Module]:
     if kind is not None and not isinstance(kind, str | type):
         raise TypeError(f"dcn: expected type to be a name or a class, got {kind!r}")
-    with MODELS.switch_scope_and_registry(scope) as registry:
-        layer_class = registry.get(kind) if isinstance(kind, str) else kind
+    layer_class = kind
+    if isinstance(kind, str):
+        if MODELS is None:
+            raise ValueError(
+                "dcn: expected type to be a class, such as mmdcn.layers.ModulatedDeformConv2dPack, "
+                f"as names are mmengine's, which is not installed, got {kind!r}"
+            )
+        with MODELS.switch_scope_and_registry(scope) as registry:
+            layer_class = registry.get(kind)
     usable = DeformConv2dPack | ModulatedDeformConv2dPack
     if not isinstance(layer_class, type) or not issubclass(layer_class, usable):
         found = "" if layer_class is None or layer_class is kind else f", which is {layer_class}"

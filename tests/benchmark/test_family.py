@@ -1,6 +1,5 @@
 """The benchmark of the other operators."""
 
-import functools
 import json
 
 import pytest
@@ -11,25 +10,11 @@ from mmdcn import timing
 from mmdcn.benchmark import BenchmarkError, cli, family
 
 QUICK = timing.Budget(seconds=0.001, fewest=2, most=3)
-# Smaller ones of each kind, by operator.
-SMALL = {
-    "deform_conv1d": functools.partial(family._convolution, 2, 4, (9,)),
-    "deform_conv3d": functools.partial(family._convolution, 1, 4, (3, 4, 5)),
-    "dcnv3": functools.partial(family._aggregation, 3, 2, 4, 6),
-    "dcnv4": functools.partial(family._aggregation, 4, 2, 4, 6),
-    "deform_roi_pool": functools.partial(family._roi_pooling, 4, 3, (16, 20), 2),
-}
 
 
 @pytest.fixture
 def small(monkeypatch):
-    problems = {problem.operator: problem for problem in family.PROBLEMS}
-    assert set(problems) == set(SMALL)
-    small = [
-        family.Problem(name, "small", problem.yardstick, SMALL[name], problem.same)
-        for name, problem in problems.items()
-    ]
-    monkeypatch.setattr(family, "PROBLEMS", small)
+    monkeypatch.setattr(family, "PROBLEMS", family.small_problems())
 
 
 def test_command_and_report(small, tmp_path, capsys):
@@ -39,7 +24,7 @@ def test_command_and_report(small, tmp_path, capsys):
     said = capsys.readouterr().out
     result = json.loads(run.read_text())
     assert result["complete"]
-    assert [entry["operator"] for entry in result["cases"]] == list(SMALL)
+    assert [entry["operator"] for entry in result["cases"]] == family.OPERATORS
     for entry in result["cases"]:
         for direction, calls in entry["times"].items():
             assert len(calls) == (2 if entry["operator"].startswith("dcn") else 3), direction

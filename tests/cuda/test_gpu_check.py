@@ -1,35 +1,354 @@
-"""tools/gpu_check: what can be shown of it where there is no GPU."""
+"""tools/gpu_check: all that can be shown of it without a GPU, which is all but its figures."""
 
-import importlib.util
+import json
+import os
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+import types
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
-from mmdcn.benchmark import cases
-from mmdcn.ops import deform_conv2d
+from mmdcn import ops, timing
+from mmdcn.benchmark import implementations
+from mmdcn.benchmark.gpu import accuracy, cli, parent, profiling, programs, report, sections, worker
+from mmdcn.benchmark.gpu.sections import SECTIONS, Section
+from mmdcn.benchmark.gpu.settings import Settings
 
-TOOLS = Path(__file__).parents[2] / "tools"
-PASSED = {"status": "passed", "seconds": 0.0, "result": {}}
+ROOT = Path(__file__).parents[2]
+# Sections whose cases run processes that take long to start: these have tests of their own.
+SLOW = {"self-test", "tests", "beside"}
+
+
+def settings(folder: Path, **more) -> Settings:
+    return Settings("cpu", str(folder), **more)
 
 
 @pytest.fixture
-def gpu_check():
-    spec = importlib.util.spec_from_file_location("gpu_check", TOOLS / "gpu_check.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def torchvision(monkeypatch):
+    """As much of torchvision as is called, in modules of its names."""
+
+    class TinyDetector(nn.Module):
+        def __init__(self, **_):
+            super().__init__()
+            block = nn.ModuleDict({"conv2": nn.Conv2d(3, 4, 3, padding=1)})
+            body = nn.ModuleDict({"layer2": nn.ModuleList([block])})
+            self.backbone = nn.ModuleDict({"body": body})
+
+        def forward(self, images, targets=None):
+            features = self.backbone["body"]["layer2"][0]["conv2"](torch.stack(images))
+            assert self.training == (targets is not None)
+            return [{}] * len(images) if targets is None else {"loss": features.float().mean()}
+
+    modules = {
+        "torchvision": {},
+        "torchvision.ops": {"deform_conv2d": ops.deform_conv2d},
+        "torchvision.models": {},
+        "torchvision.models.detection": {"fasterrcnn_resnet50_fpn": TinyDetector},
+    }
+    for name, attributes in modules.items():
+        module = types.ModuleType(name)
+        module.__spec__ = types.SimpleNamespace(name=name)
+        vars(module).update(attributes)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def ended(records: Path) -> list[dict]:
+    return [line for line in parent._read(records) if "ended" in line]
+
+
+# ------------------------------------------------------------------------------- every case, tiny
+
+
+@pytest.mark.parametrize("section", [name for name in SECTIONS if name not in SLOW])
+def test_every_case_of_a_section(section, tmp_path, torchvision, monkeypatch):
+    """Each runs on the CPU, or says what it needs, and its results make a table."""
+    monkeypatch.setattr(programs, "find", lambda program: None)
+    records = tmp_path / "records"
+    assert worker.run(settings(tmp_path), section, records) == 0
+    cases = ended(records)
+    assert len(cases) == parent._read(records)[0]["cases"] > 0
+    assert len({case["case"] for case in cases}) == len(cases)
+    expected = {"not run"} if section in ("sanitizers", "counters") else {"passed"}
+    assert {case["status"] for case in cases} == expected, cases
+    found = {"status": "passed", "seconds": 1.0, "total": len(cases), "cases": cases}
+    part = SECTIONS[section].part or "fast"
+    text = report.markdown({"part": part, "device": "cpu", "sections": {section: found}})
+    assert f"| {section} | passed | 1 s | {len(cases)} {expected.pop()} |" in text
+    if section in report._TABLES and cases[0]["status"] == "passed":
+        # A row at least below the table's head.
+        _, table = text.split(f"## {section.capitalize()}\n")
+        assert table.count("\n|") >= 3
+
+
+def test_a_convolution_that_is_wrong_is_not_timed(tmp_path, monkeypatch):
+    right = ops.deform_conv2d
+    monkeypatch.setattr(implementations, "deform_conv2d", lambda *a, **k: 1.01 * right(*a, **k))
+    monkeypatch.setattr(timing, "interleave", None)
+    assert worker.run(settings(tmp_path), "convolution", tmp_path / "records", 0, 3) == 0
+    for case in ended(tmp_path / "records"):
+        assert case["status"] == "failed"
+        assert "output: distance 1.0e-02" in case["error"]
+        assert case["result"]["expected_from"] == "plain PyTorch"
+
+
+def test_kernels_that_ran_must_be_ours():
+    cuda = torch.device("cuda")
+    ours = "mmdcn::cuda::gather_kernel<8, 2, __half, float, __half>"
+    full = (
+        "void mmdcn::cuda::(anonymous namespace)::gather_kernel<8, 2, __half, float, __half>(int)"
+    )
+    assert profiling.short_name(full) == ours
+    assert profiling.problem({ours: 3.0}, cuda, ("gather_kernel",)) is None
+    assert profiling.problem({}, cuda, ("gather_kernel",)) is None  # nothing seen, nothing said
+    assert "none of the kernels" in profiling.problem({"gemm": 3.0}, cuda)
+    problem = profiling.problem({ours: 3.0}, cuda, ("gather_kernel", "scatter_kernel"))
+    assert problem.startswith("no scatter_kernel among our kernels")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_adding_up_in_half_precision_is_seen(dtype):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(64, 1024, generator=generator).to(dtype) for _ in range(2))
+    exact = a.double() @ b.double().T
+    in_float32 = (a.float() @ b.float().T).to(dtype)
+    assert accuracy.outside_one_rounding(in_float32, exact) == 0
+    parts = [(a[:, i::4].float() @ b[:, i::4].float().T).to(dtype) for i in range(4)]
+    in_halves = parts[0] + parts[1] + parts[2] + parts[3]
+    assert accuracy.outside_one_rounding(in_halves, exact) > 0.02
+
+
+def test_exact_sums_are_those_of_the_convolution():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"input": (2, 4, 6, 5), "offset": (2, 18, 6, 5), "weight": (3, 4, 3, 3)}
+    shapes["mask"] = (2, 9, 6, 5)
+    leaves = {n: torch.randn(s, generator=generator).requires_grad_() for n, s in shapes.items()}
+    output = ops.deform_conv2d(**leaves, padding=1)
+    grad_output = torch.randn(output.shape, generator=generator)
+    output.backward(grad_output)
+    for product, expected in (("output", output), ("grad_weight", leaves["weight"].grad)):
+        sums = accuracy.exact_sums(leaves, grad_output, product)
+        torch.testing.assert_close(sums.float(), expected, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------- what processes do and fear
+
+# A worker without torch: its cases are named after what becomes of them.
+WORKER = """
+import json, os, sys, time
+arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+cases = json.loads(arguments["--settings"])["tests"].split(",")
+def write(**line):
+    with open(arguments["--records"], "a") as stream:
+        stream.write(json.dumps(line) + chr(10))
+if cases[0] == "silent":
+    time.sleep(60)
+write(cases=len(cases))
+first, count = int(arguments["--first"]), int(arguments["--count"])
+for number in range(first, len(cases) if count < 0 else first + count):
+    name, status = cases[number], "passed"
+    write(started=number, case=name)
+    if name == "dies":
+        os.abort()
+    if name == "hangs":
+        time.sleep(60)
+    if name == "fails":
+        status = "failed"
+    if name == "breaks CUDA":
+        status = "device lost"
+    write(ended=number, case=name, status=status, seconds=0.0)
+    if status == "device lost":
+        sys.exit(3)
+if cases[-1] == "ends badly":
+    sys.exit(7)
+"""
+
+
+@pytest.fixture
+def run_section(tmp_path, monkeypatch):
+    """``run_section(*cases)``: what the report has of a section of such cases."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    command = parent.Watched.command
+
+    def scripted(*arguments):
+        full = [str(part) for part in command(*arguments)]
+        return [sys.executable, str(script), *full[3:]]
+
+    monkeypatch.setattr(parent.Watched, "command", scripted)
+    monkeypatch.setattr(programs, "find", lambda program: None)
+    monkeypatch.setitem(SECTIONS, "simulated", Section("fast", "none.none", 60, case_seconds=1))
+
+    def run(*cases, seconds=60):
+        chosen = settings(tmp_path, tests=",".join(cases))
+        log = tmp_path / "log"
+        return parent.run_section("simulated", chosen, seconds, log, lambda entry: None)
+
+    return run
+
+
+def test_a_case_that_ends_its_process_is_lost_alone(run_section):
+    entry = run_section("a", "dies", "b", "breaks CUDA", "c", "fails", "hangs", "d")
+    assert [(case["case"], case["status"]) for case in entry["cases"]] == [
+        ("a", "passed"),
+        ("dies", "crashed"),
+        ("b", "passed"),
+        ("breaks CUDA", "device lost"),
+        ("c", "passed"),
+        ("fails", "failed"),
+        ("hangs", "timed out"),
+        ("d", "passed"),
+    ]
+    assert entry["status"] == "failed"
+    assert entry["cases"][1]["error"] == "the process ended by SIGABRT"
+    assert entry["cases"][6]["error"] == "not done after 1 s"
+    for number in (1, 3):
+        assert entry["cases"][number]["memcheck"] == "compute-sanitizer was not found"
+    assert entry["cases"][6]["memcheck"] == "not run again, as others were before it"
+
+
+def test_a_case_that_ends_its_process_is_run_again_under_memcheck(
+    run_section, tmp_path, monkeypatch
+):
+    sanitizer = tmp_path / "compute-sanitizer"
+    sanitizer.write_text('#!/bin/sh\nshift 2\n"$@"\necho "========= ERROR SUMMARY: 1 error"\n')
+    sanitizer.chmod(0o755)
+    monkeypatch.setattr(programs, "find", lambda program: str(sanitizer))
+    entry = run_section("a", "dies", "b")
+    assert entry["cases"][1]["memcheck"] == "========= ERROR SUMMARY: 1 error"
+    again = parent._read(settings(tmp_path).file("simulated 1 alone.records"))
+    assert [line.get("case") for line in again] == [None, "dies"]
+    assert entry["cases"][2]["status"] == "passed" and "memcheck" not in entry["cases"][2]
+
+
+def test_sections_end_in_time(run_section):
+    began = time.monotonic()
+    entry = run_section("a", "hangs", "b", seconds=0.7)
+    assert [case["status"] for case in entry["cases"]] == ["passed", "left out"]
+    assert (entry["status"], entry["total"]) == ("incomplete", 3)
+    assert time.monotonic() - began < 10
+
+
+def test_processes_that_fail_outside_a_case(run_section, monkeypatch):
+    entry = run_section("a", "ends badly")
+    assert entry["status"] == "failed"
+    assert entry["error"] == "its process ended by status 7 outside any case"
+    monkeypatch.setattr(parent, "START_SECONDS", 0.5)
+    entry = run_section("silent")
+    assert (entry["status"], entry["cases"]) == ("failed", [])
+    assert "no case began" in entry["error"]
+
+
+def command(out: Path, *more: str) -> list[str]:
+    arguments = ["--part", "fast", "--device", "cpu", "--out", str(out), "--sections", "ceilings"]
+    return [sys.executable, str(ROOT / "tools" / "gpu_check.py"), *arguments, *more]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+
+
+def test_the_command_with_a_case_that_crashes(tmp_path):
+    faults = json.dumps({"ceilings/read": "crash"})
+    result = subprocess.run(
+        command(tmp_path, "--faults", faults),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(),
+    )
+    assert result.returncode == 1, result.stderr
+    assert "gpu_check: ceilings: failed or incomplete\n" in result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"gpu_check_fast.{suffix}" for suffix in ("json", "md", "log")
+    }
+    found = json.loads((tmp_path / "gpu_check_fast.json").read_text())
+    assert found["complete"]
+    entry = found["sections"]["ceilings"]
+    statuses = {case["case"]: case["status"] for case in entry["cases"]}
+    assert len(statuses) == entry["total"]
+    assert statuses.pop("read") == "crashed"
+    assert set(statuses.values()) == {"passed"}
+    assert "| ceilings | read | crashed | the process ended by SIGABRT" in result.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end the processes")
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    faults = json.dumps({"ceilings/copy": "hang"})
+    with subprocess.Popen(
+        command(tmp_path, "--faults", faults),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        workers = []
+        deadline = time.monotonic() + 60
+        while not workers and time.monotonic() < deadline:
+            time.sleep(0.1)
+            workers = [int(number) for number in children.read_text().split()]
+        assert workers
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    while Path(f"/proc/{workers[0]}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{workers[0]}").exists()
+
+
+def test_errors_leave_a_worker_as_far_as_the_device_works(tmp_path):
+    faults = {"ceilings/copy": "error", "ceilings/read": "cuda"}
+    records = tmp_path / "records"
+    status = worker.run(settings(tmp_path, faults=faults), "ceilings", records)
+    assert status == worker.DEVICE_LOST
+    assert [case["status"] for case in ended(records)] == ["failed", "device lost"]
+    assert "CUDA error: simulated error" in ended(records)[0]["error"]
+
+
+# ------------------------------------------------------------------------------- parts and programs
+
+
+def test_parts_have_their_sections_and_no_more_time_than_they_may():
+    for part in sections.PARTS:
+        chosen = sections.of_part(part)
+        assert next(iter(chosen)) == "environment"
+        assert sum(section.seconds for section in chosen.values()) <= sections.PART_SECONDS + 60
+    assert list(sections.of_part("correct"))[1] == "smoke"
+    assert SECTIONS["smoke"].seconds <= 60
+
+
+def test_what_time_does_not_suffice_for_is_left_out(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def run_section(name, chosen, seconds, log, changed):
+        ran.append(name)
+        entry = {"status": "passed", "seconds": 1.0, "total": 0, "cases": []}
+        changed(entry)
+        return entry
+
+    monkeypatch.setattr(parent, "run_section", run_section)
+    for name in ("die_with_parent", "turn_termination_into_an_exception"):
+        monkeypatch.setattr(cli, name, lambda: None)
+    arguments = ["--part", "correct", "--device", "cpu", "--out", str(tmp_path)]
+    assert cli.main([*arguments, "--sections", "products,smoke"]) == 0
+    assert ran == ["smoke", "products"]
+    assert cli.main([*arguments, "--seconds", "0"]) == 1
+    assert "no time was left" in capsys.readouterr().out
+    for wrong in (["--sections", "convolution"], ["--device", "cuda"]):
+        if torch.cuda.is_available() and "cuda" in wrong:
+            continue
+        with pytest.raises(SystemExit):
+            cli.main([*arguments, *wrong])
+    assert "got convolution" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so_in_one_sentence():
+def test_without_a_gpu_the_script_says_so_in_one_sentence():
     result = subprocess.run(
-        ["bash", TOOLS / "gpu_check.sh"],
+        ["bash", ROOT / "tools" / "gpu_check.sh"],
         capture_output=True,
         text=True,
         check=False,
@@ -41,186 +360,52 @@ def test_without_a_gpu_it_says_so_in_one_sentence():
     assert "torch sees no CUDA device" in result.stderr
 
 
-def test_a_section_that_breaks_takes_no_other_with_it(gpu_check, tmp_path, monkeypatch, capsys):
-    script = tmp_path / "sections.py"
-    script.write_text(
-        "import json, os, pathlib, sys, time\n"
-        "name, result = sys.argv[2], pathlib.Path(sys.argv[4])\n"
-        "if name == 'dies': os.abort()\n"
-        "if name == 'hangs': result.write_text(json.dumps({'rows': [1]})); time.sleep(60)\n"
-        "answers = {'works': {'rows': [2]}, 'finds': {'failures': ['wrong']}}\n"
-        "answers['cannot'] = {'not_run': 'no such tool'}\n"
-        "result.write_text(json.dumps(answers[name]))\n"
+def test_tests_are_run_or_it_is_said_why_not(tmp_path, monkeypatch):
+    folder = tmp_path / "tests" / "cuda"
+    folder.mkdir(parents=True)
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\nmarkers = ['cuda: GPU']\n")
+    (folder / "test_gpu_some.py").write_text(
+        "import pytest\npytestmark = pytest.mark.cuda\n"
+        "def test_right(): pass\ndef test_wrong(): assert 1 == 2\n"
+        "def test_left_out(): pytest.skip('needs two GPUs')\n"
     )
-    sections = {"dies": 30, "hangs": 2, "finds": 30, "cannot": 30, "works": 30}
-    monkeypatch.setattr(gpu_check, "__file__", str(script))
-    monkeypatch.setattr(gpu_check, "SECTIONS", sections)
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path / "out")])
-    monkeypatch.chdir(tmp_path)
-    assert gpu_check.main() == 1
-
-    written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"gpu_check.json", "gpu_check.md", "gpu_check.log"}
-    report = gpu_check.json.loads((tmp_path / "out" / "gpu_check.json").read_text())["sections"]
-    assert {name: section["status"] for name, section in report.items()} == {
-        "dies": "failed",
-        "hangs": "failed",
-        "finds": "failed",
-        "cannot": "not run",
-        "works": "passed",
+    records = tmp_path / "records"
+    worker.run(settings(tmp_path, tests=str(tmp_path)), "tests", records)
+    (case,) = ended(records)
+    assert case["status"] == "failed"
+    assert case["result"] == {
+        **{"tests": 3, "skipped": 1, "reasons_for_skipping": ["needs two GPUs"]},
+        "failures": ["test_wrong: assert 1 == 2"],
     }
-    assert "not done after 2 seconds" in report["hangs"]["error"]
-    assert report["hangs"]["result"] == {"rows": [1]}  # what it knew when it was stopped
-    assert "dies, hangs, finds did not pass" in capsys.readouterr().err
+    monkeypatch.setattr(programs.importlib.util, "find_spec", lambda name: None)
+    worker.run(settings(tmp_path, tests=str(tmp_path)), "tests", records)
+    assert ended(records)[-1]["status"] == "not run"
+    assert "pytest and hypothesis not installed" in ended(records)[-1]["error"]
 
 
-def test_the_environment_is_what_a_benchmark_says_of_it_and_more(gpu_check, tmp_path, monkeypatch):
-    """With the properties of a GPU that is not there."""
-    properties = SimpleNamespace(
-        name="Some GPU",
-        total_memory=80 * 2**30,
-        major=9,
-        minor=0,
-        multi_processor_count=132,
-        shared_memory_per_block_optin=227 * 1024,
+def test_counters_are_read_from_what_ncu_prints():
+    kernel = '"void mmdcn::cuda::<unnamed>::gather_kernel<8, 2>(int)"'
+    output = (
+        "==PROF== Connected to process 1\n"
+        '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+        f'"0",{kernel},"gpu__time_duration.sum","nsecond","12,345"\n'
+        f'"0",{kernel},"l1tex__t_sector_hit_rate.pct","%","71.5"\n'
+        f'"0",{kernel},"something else","%","1"\n'
     )
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(gpu_check.machine._library, "cuda_is_loaded", lambda: False)
-    with pytest.raises(AssertionError, match="CUDA library was not loaded"):
-        gpu_check.environment(tmp_path)
-    answers = iter([False, True])  # As there are no kernels here to ask for their name.
-    monkeypatch.setattr(gpu_check.machine._library, "cuda_is_loaded", lambda: next(answers))
-    found = gpu_check.environment(tmp_path)
-    assert (found["gpu"], found["gpu_memory_gib"], found["compute_capability"]) == (
-        *("Some GPU", 80.0, "9.0"),
-    )
-    assert (found["multiprocessors"], found["shared_memory_kib"]) == (132, 227)
-    assert found["torch"] == torch.__version__
-    assert found["cuda_library_loaded"]
-    report = gpu_check.markdown({"sections": {"environment": {**PASSED, "result": found}}})
-    assert "| gpu | Some GPU |" in report
+    (found,) = programs.counters_of(output)
+    assert found["time, ns"] == "12,345" and found["L1 hits, %"] == "71.5"
+    assert "gather_kernel<8, 2>" in found["kernel"] and len(found) == 3
+    assert programs.counters_of("ERR_NVGPUCTRPERM") == []
 
 
-def test_only_some_sections(gpu_check, tmp_path, monkeypatch, capsys):
-    ran = []
-    monkeypatch.setattr(gpu_check, "run_section", lambda name, *_: ran.append(name) or PASSED)
-    monkeypatch.chdir(tmp_path)
-    command = ["gpu_check.py", "--out", "out", "--sections", "benchmark_tensor_core,agreement"]
-    monkeypatch.setattr(sys, "argv", command)
-    assert gpu_check.main() == 0
-    assert ran == ["agreement", "benchmark_tensor_core"]
-
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", "out", "--sections", "tests,speed"])
-    with pytest.raises(SystemExit):
-        gpu_check.main()
-    assert "got ['speed']" in capsys.readouterr().err
-
-
-def test_report_compares_with_dense_convolution_and_torchvision(gpu_check):
-    times = {"mmdcn": 2.0, "conv2d": 1.0, "torchvision": 10.0}
-    row = {
-        **{"stage": "c3", "batch": 8, "dtype": "bfloat16", "layout": "channels_last"},
-        "forward_ms": times,
-        "forward_backward_ms": {"mmdcn": 6.0, "conv2d": 4.0},
-        "forward_backward_peak_mb": {"mmdcn": 100.4, "conv2d": 50.0},
-    }
-    line = gpu_check.benchmark_table([row])[-1]
-    columns = [column.strip() for column in line.strip("|").split("|")]
-    assert columns == [
-        *("c3", "8", "bfloat16", "channels_last"),
-        *("2.000", "1.000", "10.000", "2.00", "5.00"),
-        *("6.000", "4.000", "—", "1.50", "—"),
-        "100 / 50 / —",
-    ]
-
-
-def test_a_row_of_the_benchmark_has_every_figure(gpu_check, monkeypatch):
-    """With a clock and a memory instead of CUDA's, and small tensors on the CPU."""
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            self.time = time.perf_counter()
-
-        def elapsed_time(self, end):
-            return 1000 * (end.time - self.time)
-
-    taken = {"Event": Event, "memory_allocated": lambda: 0, "max_memory_allocated": lambda: 10**6}
-    for name in ("_sleep", "synchronize", "reset_peak_memory_stats"):
-        taken[name] = lambda *_: None
-    for name, stand_in in taken.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    small = [
-        replace(case, channels=8, out_channels=8, height=9, width=9) for case in cases.SHAPES["r50"]
-    ]
-    monkeypatch.setitem(cases.SHAPES, "r50", tuple(small))
-    make_tensors = cases.make_tensors
-    monkeypatch.setattr(
-        cases,
-        "make_tensors",
-        lambda case, device, offset_std: make_tensors(case, torch.device("cpu"), offset_std),
-    )
-
-    row = gpu_check.benchmark_row("c4", 2, torch.bfloat16, channels_last=True)
-    assert [row[key] for key in ("stage", "batch", "dtype", "layout")] == [
-        *("c4", 2, "bfloat16", "channels_last")
-    ]
-    for direction in ("forward", "forward_backward"):
-        assert {"mmdcn", "conv2d"} <= set(row[f"{direction}_ms"])
-        assert all(ms > 0 for ms in row[f"{direction}_ms"].values())
-        assert row[f"{direction}_peak_mb"]["mmdcn"] == 1.0
-    compared = {"mmdcn", "mmdcn, zero offsets", "conv2d", "torchvision"}
-    assert set(row["forward_ms"]) | set(row["errors"]) == compared
-    compared.add("mmdcn, deterministic")
-    assert set(row["forward_backward_ms"]) | set(row["errors"]) == compared
-    assert not torch.are_deterministic_algorithms_enabled()
-    assert len(gpu_check.benchmark_table([row])) == 3
-    assert len(gpu_check.kernels_table([row], [row])) == 3
-    assert len(gpu_check.kernels_table([], [row])) == 3
-
-
-def test_report_puts_both_kernels_side_by_side(gpu_check):
-    row = {"stage": "c3", "batch": 8, "dtype": "bfloat16", "layout": "channels_last"}
-    simple = {**row, "forward_ms": {"mmdcn": 8.0, "conv2d": 1.0}}
-    simple["forward_backward_ms"] = {"mmdcn": 30.0}
-    tensor_core = {**row, "forward_ms": {"mmdcn": 2.0, "conv2d": 1.0, "mmdcn, zero offsets": 1.5}}
-    tensor_core["forward_backward_ms"] = {"mmdcn": 6.0, "mmdcn, deterministic": 9.0, "conv2d": 3.0}
-    line = gpu_check.kernels_table([simple], [tensor_core])[-1]
-    columns = [column.strip() for column in line.strip("|").split("|")]
-    assert columns == [
-        *("c3", "8", "bfloat16", "channels_last"),
-        *("8.000", "2.000", "4.00", "2.00", "1.50"),
-        *("30.000", "6.000", "5.00", "2.00", "—"),
-        "1.50",
-    ]
-
-
-def test_sections_run_with_the_kernels_of_their_name(gpu_check, tmp_path, monkeypatch):
-    chosen = []
-    monkeypatch.setattr(
-        gpu_check, "agreement", lambda _: chosen.append(gpu_check.on_tensor_cores()) or {}
-    )
-    monkeypatch.setenv("MMDCN_CUDA_KERNELS", "simple")
-    for section in ("agreement", "agreement_tensor_core"):
-        assert section in gpu_check.SECTIONS
-        command = ["gpu_check.py", "--section", section, "--result", str(tmp_path / "result")]
-        monkeypatch.setattr(sys, "argv", command)
-        assert gpu_check.main() == 0
-    assert chosen == [False, True]
-
-
-@pytest.mark.parametrize("kernels", ["simple", "tensor_core"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_drawn_calls_are_valid(gpu_check, monkeypatch, dtype, kernels):
-    monkeypatch.setenv("MMDCN_CUDA_KERNELS", kernels)
-    for seed in range(10):
-        tensors, arguments = gpu_check.draw_call(seed, dtype)
-        again, _ = gpu_check.draw_call(seed, dtype)
-        assert all(t is None or torch.equal(t, again[name]) for name, t in tensors.items())
-        results = gpu_check.output_and_gradients(deform_conv2d, tensors, arguments)
-        assert all(torch.isfinite(value).all() for value in results.values())
-        for name, value in results.items():
-            assert gpu_check.relative_error(value, value) == 0.0, name
-    assert gpu_check.relative_error(torch.tensor([float("nan")]), torch.ones(1)) == float("inf")
+def test_another_mmdcn_is_timed_in_a_process_of_its_own(tmp_path):
+    records = tmp_path / "records"
+    worker.run(settings(tmp_path, beside=str(ROOT)), "beside", records, 1, 1)
+    (case,) = ended(records)
+    assert case["status"] == "passed", case
+    assert str(ROOT) in case["result"]["mmdcn"]
+    assert [row["dtype"] for row in case["result"]["rows"]] == ["float16", "float32", "bfloat16"]
+    found = {"status": "passed", "seconds": 1.0, "total": 2, "cases": [case, case]}
+    text = report.markdown({"part": "fast", "device": "cpu", "sections": {"beside": found}})
+    assert "| c4 | bfloat16 | forward + backward |" in text
+    assert "| 1.00× |" in text
