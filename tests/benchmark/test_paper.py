@@ -1,6 +1,7 @@
 """The budget on paper: its arithmetic by hand, its block in the documentation."""
 
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,9 +59,17 @@ def test_chunks_are_those_of_the_operator(shape, batch, arithmetic, pixels):
     assert ours.Chunks.of(H100, convolution, image_bytes=1).pixels == pixels
 
 
+def test_sizes_are_those_of_the_kernels():
+    source = (ROOT / "mmdcn" / "csrc" / "cuda" / "deform_conv" / "kernels.cu").read_text()
+    limits = re.search(r"kLeast = INT64_C\((\d+)\) << 20, kMost = INT64_C\((\d+)\) << 20", source)
+    copies = re.search(r"copy_bytes\(\) { return INT64_C\((\d+)\) << 20; }", source)
+    expected = [int(limits[1]), int(limits[2]), int(copies[1])]
+    assert expected == [ours.LEAST_CHUNK >> 20, ours.LARGEST_CHUNK >> 20, ours.COPIES >> 20]
+
+
 def test_copies_limit_the_images_of_a_chunk():
-    # Two images of 7 MB fit into 16 MB, so the third is a span of its own.
-    chunks = ours.Chunks.of(H100, problem("c5", 3, "float16"), image_bytes=7 << 20)
+    # Two images of 3 MB fit into 8 MB, so the third is a span of its own.
+    chunks = ours.Chunks.of(H100, problem("c5", 3, "float16"), image_bytes=3 << 20)
     assert (chunks.pixels, chunks.spans) == ([2100, 1050], 2)
 
 
@@ -81,7 +90,7 @@ def test_scatter_by_hand():
     # 128 vectors of four of a sample's 512 channels: each lane of a warp has four of them.
     count = counts.SCATTER["float32"]
     samples = 1050 * 9
-    exchanges = 4 * 5  # of four dots, over 32 lanes
+    exchanges = 5  # of the four dots, over 32 lanes
     warps = samples * (count.sample + 4 * count.vector + exchanges * count.shuffle)
     warps += samples / 128 * (8 * count.block + 4 * (count.locate + count.finish))
     scatter = step(ours.backward(H100, problem("c5", 1, "float32")), "scatter")

@@ -108,18 +108,28 @@ class Kernel:
         called are divisions of numbers above 2^32, which no tensor of a detector has.
         """
         stops = [loop[0], *sorted(one.number for one in through), loop[-1]]
-        steps = sum(self._steps(a, b, loop) for a, b in itertools.pairwise(stops))
-        return steps + 1
+        return sum(self.steps(a, b, loop) for a, b in itertools.pairwise(stops)) + 1
 
-    def _steps(self, start: int, end: int, loop: range) -> int:
-        """Instructions from one to another, without the last one."""
+    def longest_path(self, loop: range) -> int:
+        """The largest number that a round can execute that calls nothing and goes only forwards."""
+        executed = {loop[0]: 1}
+        for at in loop[:-1]:
+            if at not in executed:
+                continue
+            for following in self._followers(at):
+                if at < following <= loop[-1]:
+                    executed[following] = max(executed.get(following, 0), executed[at] + 1)
+        return executed[loop[-1]]
+
+    def steps(self, start: int, end: int, within: range) -> int:
+        """The least number of instructions from one to another, without the last one."""
         distance, waiting = {start: 0}, deque([start])
         while waiting:
             at = waiting.popleft()
             if at == end:
                 return distance[at]
             for following in self._followers(at):
-                if following in loop and following not in distance:
+                if following in within[1:] and following not in distance:
                     distance[following] = distance[at] + 1
                     waiting.append(following)
         raise AssertionError(f"{self.name}: nothing leads from {start} to {end}")

@@ -156,16 +156,13 @@ def test_scatter_adds_scalars_on_sm_80(code, dtype, rank):
 def gather_counts(kernel: Kernel) -> dict[str, int]:
     """What :class:`counts.Gather` says, of a kernel."""
     stores, loads = kernel.named(r"STG\..*"), kernel.named(r"LDG\.E\.128.*")
+    locating = kernel.loops_around(kernel.named(r"LDG\..*")[0])[0]
     vectors, samples = kernel.loops_around(stores[0])[:2]
     vector = kernel.path(vectors, loads + stores)
-    sample = kernel.path(samples, loads + stores) - vector
-    located = locating(kernel)
-    locate = kernel.path(kernel.loops_around(located[0])[0], located)
-    once = kernel.path(whole(kernel), located + loads + stores)
     return {
-        "block": once - locate - sample - vector,
-        "locate": locate,
-        "sample": sample,
+        "block": outside(kernel, locating, samples),
+        "locate": kernel.longest_path(locating),
+        "sample": kernel.path(samples, loads + stores) - vector,
         "vector": vector,
     }
 
@@ -173,40 +170,31 @@ def gather_counts(kernel: Kernel) -> dict[str, int]:
 def scatter_counts(kernel: Kernel) -> dict[str, int]:
     """What :class:`counts.Scatter` says, of a kernel."""
     additions = reductions_in(kernel)
+    locating = kernel.loops_around(kernel.named(r"LDG\..*")[0])[0]
     vectors, samples = kernel.loops_around(additions[0])[:2]
     loads = kernel.named(r"LDG\..*", vectors)
     vector = kernel.path(vectors, loads + additions)
     exchanges = kernel.named(r"SHFL\..*", samples)
-    shuffles = [kernel.path(kernel.loops_around(one)[0], [one]) for one in exchanges]
-    sample = kernel.path(samples, loads + additions + exchanges) - vector - sum(shuffles)
-    located = locating(kernel)
-    locate = kernel.path(kernel.loops_around(located[0])[0], located)
+    rounds = {kernel.loops_around(one)[0] for one in exchanges}
+    shuffle = sum(kernel.path(loop, kernel.named(r"SHFL\..*", loop)) for loop in rounds)
     # The first of two loops, which also writes the gradient of a mask.
     finishing = kernel.loops_around(kernel.named(r"STG\..*")[0])[0]
-    written = kernel.named(r"STG\..*", finishing)
-    finish = kernel.path(finishing, written)
-    once = kernel.path(whole(kernel), located + loads + additions + exchanges + written)
     return {
-        "block": once - locate - sample - vector - sum(shuffles) - finish,
-        "locate": locate,
-        "sample": sample,
+        "block": outside(kernel, locating, samples, finishing),
+        "locate": kernel.longest_path(locating),
+        "sample": kernel.path(samples, loads + additions + exchanges) - vector - shuffle,
         "vector": vector,
-        "shuffle": max(shuffles),
-        "finish": finish,
+        "shuffle": shuffle,
+        "finish": kernel.longest_path(finishing),
     }
 
 
-def locating(kernel: Kernel) -> list[Instruction]:
-    """What locates a sample that has all of its corners: reads of coordinates, stores of these."""
-    loop = kernel.loops_around(kernel.named(r"LDG\..*")[0])[0]
-    stores = [one for one in kernel.named(r"STS.*", loop) if not one.predicate]
-    return kernel.named(r"LDG\..*", loop) + stores
-
-
-def whole(kernel: Kernel) -> range:
-    """All of a kernel, up to where it ends."""
-    ends = [one for one in kernel.named("EXIT") if not one.predicate]
-    return range(ends[0].number + 1)
+def outside(kernel: Kernel, *loops: range) -> int:
+    """Instructions on the way through a kernel outside of these loops."""
+    end = next(one.number for one in kernel.named("EXIT") if not one.predicate)
+    whole = range(end + 1)
+    passed = [0, *(place for loop in loops for place in (loop[0], loop[-1])), end]
+    return sum(kernel.steps(a, b, whole) for a, b in zip(passed[::2], passed[1::2]))
 
 
 @needs_tools
@@ -288,6 +276,7 @@ def test_the_way_through_a_loop():
     (loop,) = kernel.loops_around(store)
     assert loop == range(1, 10)
     assert kernel.path(loop, [load]) == 5  # around the call, and past the store
-    assert kernel.path(loop, [load, store]) == 7
+    assert kernel.path(loop, [load, store]) == kernel.longest_path(loop) == 7
+    assert kernel.steps(0, 10, range(11)) == 6
     with pytest.raises(AssertionError, match="nothing leads"):
         kernel.path(loop, kernel.named(r"CALL\..*"))

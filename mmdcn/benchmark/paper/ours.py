@@ -9,8 +9,8 @@ from .problem import WARP, Problem, even_parts, moving, permuting_copy, product_
 
 _THREADS = 256
 _GATHER_SAMPLES, _SCATTER_SAMPLES = 256, 128  # of a block
-_LEAST_CHUNK, _LARGEST_CHUNK = 16 << 20, 48 << 20  # bytes
-_COPIES = 16 << 20  # bytes
+LEAST_CHUNK, LARGEST_CHUNK = 16 << 20, 48 << 20  # bytes
+COPIES = 8 << 20  # bytes
 _COORDINATES = 12  # bytes of a sample's offset and mask
 
 
@@ -24,9 +24,9 @@ class Chunks:
     @classmethod
     def of(cls, device: Device, problem: Problem, image_bytes: float) -> "Chunks":
         """As `chunks.h` and `images_at_a_time` cut, if the copies of an image take so much."""
-        size = min(max(device.l2_size // 2, _LEAST_CHUNK), _LARGEST_CHUNK)
+        size = min(max(device.l2_size // 2, LEAST_CHUNK), LARGEST_CHUNK)
         most = size // (problem.row * problem.element)
-        images = min(max(int(_COPIES // image_bytes), 1), problem.batch)
+        images = min(max(int(COPIES // image_bytes), 1), problem.batch)
         pixels, spans = [], 0
         for first in range(0, problem.batch, images):
             spans += 1
@@ -154,7 +154,7 @@ def _scatter(device: Device, problem: Problem, chunks: Chunks) -> Step:
     count = counts.SCATTER[problem.dtype]
     vectors = problem.channels // 4
     lanes = _lanes(vectors)
-    exchanges = 4 * int(math.log2(lanes))  # the dots of four corners are added up over the lanes
+    exchanges = int(math.log2(lanes))  # the dots of the corners are added up over the lanes
     per_sample = count.sample + count.vector * math.ceil(vectors / lanes)
     per_sample += count.shuffle * exchanges
     # Half of the threads locate and finish a sample each; the others wait.
