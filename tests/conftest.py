@@ -1,13 +1,17 @@
-"""What all tests share: the oracle's problems, and hypothesis settings that repeat."""
+"""What all tests share: hypothesis settings that repeat, the order of files, and a compiler."""
 
 import os
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 TESTS = Path(__file__).parent
+WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 
 # Two threads make the threaded paths run, on any machine.
 torch.set_num_threads(2)
@@ -50,3 +54,32 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def compile_host(tmp_path_factory) -> Callable:
+    """``compile_host(source, name, *flags)``: the path of what is compiled from the source.
+
+    It is compiled once for all processes of a test run.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+
+    def build(source: Path, name: str, *flags: str) -> Path:
+        target = folder / name
+        with FileLock(f"{target}.lock"):
+            if not target.is_file():
+                _compile(source, target, *flags)
+        return target
+
+    return build
+
+
+def _compile(source: Path, target: Path, *flags: str) -> None:
+    unfinished = target.with_suffix(".unfinished")
+    cxx = os.environ.get("CXX", "g++").split()
+    command = [*cxx, "-std=c++17", *WARNINGS, str(source), "-o", str(unfinished), *flags]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    unfinished.rename(target)

@@ -1,47 +1,18 @@
-"""Builds the CUDA operators' source for the host, once for all processes of a test run."""
+"""The CUDA operators' source, built for the host."""
 
 import ctypes
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 
 HERE = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
-WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 OPERATORS = ("deform_conv2d", "deform_conv_nd", "deform_aggregate", "deform_roi_pool")
 SCHEMAS = [*OPERATORS, *(f"{name}_backward" for name in OPERATORS)]
 SCHEMAS += ["cuda_product", "set_cuda_product"]
-
-
-@pytest.fixture(scope="session")
-def compile_host(tmp_path_factory) -> Callable:
-    """``compile_host(source, name, *flags)``: the path of what is compiled from the source."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-
-    def build(source: str, name: str, *flags: str) -> Path:
-        target = folder / name
-        with FileLock(f"{target}.lock"):
-            if not target.is_file():
-                _compile(HERE / source, target, *flags)
-        return target
-
-    return build
-
-
-def _compile(source: Path, target: Path, *flags: str) -> None:
-    unfinished = target.with_suffix(".unfinished")
-    cxx = os.environ.get("CXX", "g++").split()
-    command = [*cxx, "-std=c++17", *WARNINGS, str(source), "-o", str(unfinished), *flags]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    unfinished.rename(target)
 
 
 @pytest.fixture
@@ -51,7 +22,7 @@ def check_with_sanitizers(compile_host, sanitizers) -> Callable:
     def check(operator: str, problems: int) -> None:
         flags = ("-O1", "-g1", "-pthread", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all")
         name = f"check_{operator}_{sanitizers.partition(',')[0]}"
-        program = compile_host(f"check_{operator}.cpp", name, *flags)
+        program = compile_host(HERE / f"check_{operator}.cpp", name, *flags)
         runs = [("0", str(problems), "4")]
         if sanitizers != "thread":
             runs.append(("100", "1", "256"))  # the geometry of the GPU's blocks
@@ -73,7 +44,7 @@ def sanitizers(request) -> str:
 def host_library(compile_host) -> Path:
     """The CUDA operators for CPU tensors."""
     return compile_host(
-        *("host_library.cpp", "host_library.so"),
+        *(HERE / "host_library.cpp", "host_library.so"),
         *("-O1", "-shared", "-fPIC", "-pthread", "-Wl,-Bsymbolic"),
         *("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
         *("-isystem", str(TORCH / "include"), f"-L{TORCH / 'lib'}", "-ltorch_cpu"),

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from mmdcn import mmcv_kernels
-from mmdcn.ops import _devices, _library, reference
+from mmdcn.ops import _devices, _library, _products, reference
 from mmdcn.ops._registration import OPERATORS
 from tests.ops.calls import CALLS
-from tests.ops.test_contract import compare, gradients, variables
+from tests.ops.contract import compare, gradients, variables
 from tests.switched_off import CPU, Graphs, counting, switch_off
 
 EVERY = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
@@ -246,6 +246,7 @@ def gpu(monkeypatch, undecided):
     monkeypatch.setattr(_devices, "_small_calls", lambda device: {"deform_conv2d": ()})
     monkeypatch.setattr(_devices, "_run_kernels", lambda arguments: None)
     monkeypatch.setattr(_devices, "driver_cuda", lambda: "12.4")
+    monkeypatch.setattr(_products, "choose", lambda device: None)
     synchronized = []
     monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -266,8 +267,13 @@ def failing(monkeypatch, error: Exception) -> list:
 NO_IMAGE = "mmdcn: CUDA refused to launch a kernel: no kernel image is available for execution on"
 
 
-def test_a_gpu_on_which_our_kernels_run(gpu, caplog):
-    assert _devices.server("deform_conv2d", GPU) == _devices.OURS
+def test_a_gpu_on_which_our_kernels_run(gpu, monkeypatch, caplog):
+    """Torch's calls for the products are chosen with that, once."""
+    chosen = []
+    monkeypatch.setattr(_products, "choose", chosen.append)
+    for operator in OPERATORS:
+        assert _devices.server(operator, GPU) == _devices.OURS
+    assert chosen == [GPU]
     assert gpu == [GPU, GPU]  # An error of a kernel shows when it has run; of others', before.
     assert not caplog.records
 

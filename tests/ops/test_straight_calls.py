@@ -113,6 +113,23 @@ def test_cuda_tensors_go_straight_where_our_kernels_are_known_to_run(
     assert goes == (decided is True and not deterministic)
 
 
+@pytest.fixture
+def float32_precision():
+    """Sets torch's settings of the convolutions and of the products of matrices, for a test.
+
+    pytest's monkeypatch cannot: it deletes attributes that an instance has no dictionary entry for.
+    """
+    settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [each.fp32_precision for each in settings]
+
+    def choose(*values: str) -> None:
+        for each, value in zip(settings, values):
+            each.fp32_precision = value
+
+    yield choose
+    choose(*before)
+
+
 @pytest.mark.parametrize(
     "convolutions, products, expected",
     [
@@ -122,10 +139,11 @@ def test_cuda_tensors_go_straight_where_our_kernels_are_known_to_run(
         ("ieee", "ieee", {}),
     ],
 )
-def test_torchs_settings_for_float32_are_options(convolutions, products, expected, monkeypatch):
+def test_torchs_settings_for_float32_are_options(
+    float32_precision, convolutions, products, expected
+):
     options = sys.modules["mmdcn.ops.deform_conv"]._options
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", convolutions)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", products)
+    float32_precision(convolutions, products)
     assert options(torch.empty(0)) == expected
     assert torch.compile(lambda x: options(x), fullgraph=True)(torch.empty(0)) == expected
     torch.compiler.reset()
