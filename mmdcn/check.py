@@ -80,9 +80,9 @@ def check(device: torch.device) -> bool:
     right = True
     print(f"\n{device}: {description(device)}")
     try:
-        _devices.service(device)
-        print(f"{_devices.describe(device)}.")
-        if device.type == "cuda" and _devices.service(device).kernels:
+        service = _devices.service(device)
+        print(f"{_devices.describe(device, service)}.")
+        if device.type == "cuda" and service.kernels:
             print(f"Products of convolutions there: {_products.describe(device)}.")
     except RuntimeError as problem:
         right = False

@@ -14,6 +14,7 @@ from mmdcn import timing
 
 from . import BenchmarkError, cases, family, operators, report, tables
 from .implementations import PEERS
+from .paper import page as paper
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -27,6 +28,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     _add_family(commands)
     _add_detectors(commands)
     _add_report(commands)
+    _add_paper(commands)
     args = parser.parse_args(arguments)
     args.parser = commands.choices[args.command]
     return args
@@ -377,4 +379,31 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
 def _run_report(args: argparse.Namespace) -> int:
     written = report.publish(report.load_runs(args.runs), args.out, args.readme)
     print(*written, sep="\n")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------- on paper
+
+
+def _add_paper(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "paper",
+        help="the operator on a GPU, computed on paper from counted instructions: nothing is run",
+        description="Compute what the operator's steps would take on an H100, beside those of "
+        "torchvision's, from counted instructions and stated rates. Nothing is measured.",
+    )
+    parser.set_defaults(run=_run_paper)
+    parser.add_argument(
+        "--page",
+        type=Path,
+        help="a Markdown file whose block between the markers is made anew (default: print it)",
+    )
+
+
+def _run_paper(args: argparse.Namespace) -> int:
+    if args.page is None:
+        print(paper.block())
+    else:
+        paper.publish(args.page)
+        print(args.page)
     return 0

@@ -84,8 +84,9 @@ def server(operator: str, device: torch.device) -> str:
 
 def service(device: torch.device) -> Service:
     """What computes on the device; decided, and logged once, at the first call."""
-    if device in DECIDED:
-        return DECIDED[device]
+    decided = DECIDED.get(device)
+    if decided is not None:
+        return decided
     if device.type in ("cpu", "meta"):
         return DECIDED.setdefault(device, Service(kernels=True))
     if device.type == "cuda" and _is_capturing():
@@ -97,20 +98,19 @@ def service(device: torch.device) -> Service:
             with _disable_current_modes(), torch.no_grad():
                 DECIDED[device] = _decide(device)
             if DECIDED[device].problem:
-                _logger.warning(describe(device))
-    return DECIDED[device]
+                _logger.warning(describe(device, DECIDED[device]))
+        return DECIDED[device]
 
 
-def describe(device: torch.device) -> str:
+def describe(device: torch.device, service: Service) -> str:
     """What computes on the device, why, and what to do about it if it is not our kernels."""
-    found = DECIDED[device]
-    if found.kernels:
+    if service.kernels:
         return f"mmdcn's kernels compute on {device}"
     by_mmcv = ""
-    if found.substitutes:
-        by_mmcv = f"mmcv's kernels compute {' and '.join(sorted(found.substitutes))} there, and "
+    if service.substitutes:
+        by_mmcv = f"mmcv's kernels compute {' and '.join(sorted(service.substitutes))} there, and "
     return (
-        f"mmdcn's kernels do not compute on {device}: {found.problem}; until then {by_mmcv}plain "
+        f"mmdcn's kernels do not compute on {device}: {service.problem}; until then {by_mmcv}plain "
         f"PyTorch computes {'the rest' if by_mmcv else 'there'}, which is right and slow "
         "(python -m mmdcn.check says more)"
     )
@@ -135,6 +135,7 @@ def _problem_of_kernels(device: torch.device) -> str | None:
     if not _library.cuda_is_loaded():
         return _problem_of_library()
     arguments = _small_calls(device)
+    torch.cuda.synchronize(device)  # An error of what ran before is not ours to catch.
     try:
         _run_kernels(arguments)
         torch.cuda.synchronize(device)

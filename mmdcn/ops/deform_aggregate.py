@@ -45,7 +45,8 @@ def dcnv3(
     A sample with a coordinate that is not finite, or outside (-1, H) × (-1, W), contributes zero
     and has zero gradient. float16 and bfloat16 accumulate in float32. On the CPU the result is the
     same, bit for bit, for any number of threads; on CUDA the gradient of the input is not, and
-    raises under ``torch.use_deterministic_algorithms(True)``.
+    raises under ``torch.use_deterministic_algorithms(True)``. On a device that our kernels do not
+    serve, the reference computes.
 
     Args:
         input: features of shape (N, H, W, C); float32, float64, float16 or bfloat16. N may be 0.

@@ -48,7 +48,9 @@ def deform_conv2d(
 
     Differentiable any number of times, from the second on through the reference, which is slow.
     Within the transformations of ``torch.func`` (``vmap``, ``grad``, ``jvp`` and so on) and in
-    forward-mode differentiation, the reference computes everything.
+    forward-mode differentiation, the reference computes everything. On a device that our kernels do
+    not serve, mmcv's compute, where mmcv is installed and has some, or else the reference; one
+    warning for each device says which and why.
 
     Args:
         input: features of shape (N, C, H, W); float32, float64, float16 or bfloat16. N may be 0.
@@ -71,9 +73,8 @@ def deform_conv2d(
     Raises:
         TypeError: an argument is no tensor or number, or has another dtype than it must.
         ValueError: a shape, a device or a number does not fit the others.
-        RuntimeError: on CUDA, if ``torch.use_deterministic_algorithms(True)`` is set, and not
-            what cuBLAS needs for it: the message says what. A device that our kernels do not serve
-            is no error: there mmcv's or the reference compute.
+        RuntimeError: on CUDA, ``torch.use_deterministic_algorithms(True)`` is set, and what cuBLAS
+            needs for it is not; the message says what to set.
 
     Example:
         >>> input, weight = torch.randn(1, 8, 32, 32), torch.randn(16, 8, 3, 3)

@@ -117,9 +117,8 @@ def deform_conv3d(
         Tensor of shape (N, Co, Do, Ho, Wo) in the input's dtype, contiguous, where
         ``Do = (D + 2 · padding - dilation · (kd - 1) - 1) // stride + 1``, and Ho and Wo likewise.
 
-    Samples outside (-1, D) × (-1, H) × (-1, W), precision, derivatives and errors are as in
-    :func:`mmdcn.ops.deform_conv2d`. On CUDA the gradient of the input is added in no fixed order,
-    and raises under ``torch.use_deterministic_algorithms(True)``.
+    Samples outside (-1, D) × (-1, H) × (-1, W), precision, derivatives, errors and what is
+    deterministic are as in :func:`mmdcn.ops.deform_conv2d`.
 
     Example:
         >>> input, weight = torch.randn(1, 4, 5, 6, 7), torch.randn(8, 4, 3, 3, 3)

@@ -57,7 +57,8 @@ def deform_roi_pool(
     float16 and bfloat16 accumulate in float32, and coordinates are float32 beside them. Under
     autocast the input keeps its dtype, and so does the output; `rois` and `offset` may have any.
     On the CPU the result is the same, bit for bit, for any number of threads; on CUDA the gradient
-    of the input is not, and raises under ``torch.use_deterministic_algorithms(True)``.
+    of the input is not, and raises under ``torch.use_deterministic_algorithms(True)``. On a device
+    that our kernels do not serve, mmcv's compute, or the reference.
 
     Args:
         input: features of shape (N, C, H, W); float32, float64, float16 or bfloat16.

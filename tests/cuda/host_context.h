@@ -53,11 +53,13 @@ void poison(T* data, int64_t elements) {
   std::memset(static_cast<void*>(data), kPoison, elements * sizeof(T));
 }
 
+constexpr int kMostExchanged = 8;
+
 // What the threads of a block share beside their storage.
 struct HostBlock {
   int64_t number, blocks;
   pthread_barrier_t barrier;
-  std::vector<double> exchange;  // one value of each thread
+  std::vector<double> exchange;  // kMostExchanged values of each thread
 };
 
 template <int kThreads_, int kLanes_>
@@ -76,15 +78,25 @@ class HostContext {
   }
 
   // In the order in which the GPU's lanes add up.
-  template <typename T>
-  T sum_lanes(T value, int lanes) const {
-    for (int other = lanes / 2; other > 0; other /= 2) {
-      shared_->exchange[thread_] = value;
-      sync();
-      value += static_cast<T>(shared_->exchange[thread_ ^ other]);
-      sync();
+  template <typename T, int N>
+  void sum_lanes(T (&values)[N], int lanes) const {
+    if (lanes == 1) return;
+    const int first = thread_ / lanes * lanes;
+    std::copy(values, values + N, &shared_->exchange[thread_ * kMostExchanged]);
+    sync();
+    for (int i = 0; i < N; ++i) {
+      T sums[kLanes];
+      for (int lane = 0; lane < lanes; ++lane) {
+        sums[lane] = static_cast<T>(shared_->exchange[(first + lane) * kMostExchanged + i]);
+      }
+      for (int other = lanes / 2; other > 0; other /= 2) {
+        T before[kLanes];
+        std::copy(sums, sums + lanes, before);
+        for (int lane = 0; lane < lanes; ++lane) sums[lane] = before[lane] + before[lane ^ other];
+      }
+      values[i] = sums[thread_ - first];
     }
-    return value;
+    sync();
   }
 
   template <typename T, int N>
@@ -143,7 +155,7 @@ void run_blocks(int64_t blocks, const Program& program) {
   const auto storage = std::make_unique<Storage>();
   for (int64_t block = 0; block < blocks; ++block) {
     std::memset(static_cast<void*>(storage.get()), kPoison, sizeof(Storage));
-    HostBlock shared = {block, blocks, {}, std::vector<double>(Ctx::kThreads)};
+    HostBlock shared = {block, blocks, {}, std::vector<double>(Ctx::kThreads * kMostExchanged)};
     if (Ctx::kThreads == 1) {
       program(Ctx(0, &shared), *storage);
       continue;

@@ -1,40 +1,21 @@
 """The CUDA sources compile, without a GPU: no warning, no register spill, no excess of memory."""
 
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-CSRC = ROOT / "mmdcn" / "csrc"
+from .built import CSRC, built, find_nvcc
+
 CUDA = CSRC / "cuda"
 ARCHITECTURES = ("80", "90")
 
 
-def find_nvcc() -> str | None:
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    candidates = [*(os.path.join(home, "bin", "nvcc") for home in homes if home), "nvcc"]
-    return next(filter(None, map(shutil.which, candidates)), None)
-
-
 def built_report(source: Path) -> str:
-    """What ptxas said when this folder's build compiled the source, if that tells all.
-
-    Empty unless warnings were errors then, and nothing that was compiled has changed since.
-    """
-    name = "_".join(source.relative_to(CSRC).with_suffix("").parts)
-    for kernels in ROOT.glob(f"build/temp*/{name}.kernels"):
-        recipe, included = (kernels.with_suffix(suffix) for suffix in (".command", ".d"))
-        if not recipe.is_file() or "all-warnings" not in recipe.read_text():
-            continue
-        listed = included.read_text().replace("\\\n", " ").partition(":")[2].split()
-        made = kernels.stat().st_mtime
-        if all((ROOT / path).stat().st_mtime <= made for path in listed):
-            return kernels.read_text()
-    return ""
+    """What ptxas said when this folder's build compiled the source; empty if that is not known."""
+    target = built(source)
+    return target.with_suffix(".kernels").read_text() if target else ""
 
 
 def compiled_report(source: Path, target: Path) -> str:

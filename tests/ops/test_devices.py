@@ -4,6 +4,7 @@ import logging
 import re
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -267,7 +268,7 @@ NO_IMAGE = "mmdcn: CUDA refused to launch a kernel: no kernel image is available
 
 def test_a_gpu_on_which_our_kernels_run(gpu, caplog):
     assert _devices.server("deform_conv2d", GPU) == _devices.OURS
-    assert gpu == [GPU]  # The error of a kernel shows when it has run.
+    assert gpu == [GPU, GPU]  # An error of a kernel shows when it has run; of others', before.
     assert not caplog.records
 
 
@@ -278,7 +279,7 @@ def test_a_gpu_on_which_they_do_not_run(gpu, monkeypatch, caplog):
         for operator in OPERATORS:
             assert _devices.server(operator, GPU) == _devices.REFERENCE
     assert len(calls) == 1
-    assert gpu == [GPU]  # which clears the error
+    assert gpu == [GPU, GPU]  # before, and to clear the error
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     message = record.getMessage()
@@ -324,6 +325,21 @@ def test_small_calls_run_on_mmcvs_kernels(mmcv_offered):
     assert not _devices._runs("deform_conv2d", CPU)
 
 
+def test_an_error_of_what_ran_before_is_not_caught(gpu, monkeypatch):
+    calls = failing(monkeypatch, RuntimeError("must not be called"))
+    error = torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    def synchronize(device):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(torch.AcceleratorError) as caught:
+        _devices.service(GPU)
+    assert caught.value is error
+    assert not calls
+    assert not _devices.DECIDED
+
+
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("full"), RuntimeError("CUDA error: out of memory")]
 )
@@ -345,7 +361,12 @@ def test_nothing_is_decided_while_a_graph_is_captured(gpu, monkeypatch):
 
 def test_threads_decide_once(gpu, monkeypatch):
     calls = []
-    monkeypatch.setattr(_devices, "_run_kernels", lambda _: calls.append(threading.get_ident()))
+
+    def run(arguments):
+        calls.append(arguments)
+        time.sleep(0.05)  # so that all others come meanwhile
+
+    monkeypatch.setattr(_devices, "_run_kernels", run)
     barrier = threading.Barrier(8)
 
     def ask():

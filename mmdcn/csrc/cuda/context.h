@@ -8,8 +8,9 @@
 //   thread()                   this thread's number, in [0, kThreads)
 //   block(), blocks()          this block's number and how many there are, for strided loops
 //   sync()                     barrier of the block
-//   sum_lanes(value, lanes)    the sum over the threads whose numbers agree but for the last
-//                              `lanes`, a power of two; all threads of the block call it together
+//   sum_lanes(values, lanes)   each value becomes the sum over `lanes` neighbouring threads, a
+//   power
+//                              of two; all threads of the block call it together
 //   load(address, vector)      neighbouring elements of the arguments (see vector.h)
 //   store(address, value)      writes an element of a result, or a vector of them; made once per
 //                              element
@@ -45,12 +46,12 @@ struct DeviceContext {
   __device__ int64_t blocks() const { return gridDim.x; }
   __device__ void sync() const { __syncthreads(); }
 
-  template <typename T>
-  __device__ T sum_lanes(T value, int lanes) const {
+  template <typename T, int N>
+  __device__ void sum_lanes(T (&values)[N], int lanes) const {
     for (int other = lanes / 2; other > 0; other /= 2) {
-      value += __shfl_xor_sync(0xFFFFFFFFu, value, other);
+      MMDCN_UNROLL
+      for (int i = 0; i < N; ++i) values[i] += __shfl_xor_sync(0xFFFFFFFFu, values[i], other);
     }
-    return value;
   }
 
   // Vectors are of 16 bytes, of 8, or of a single element.

@@ -38,9 +38,9 @@ MMDCN_BLOCK void scatter_samples(const Ctx& ctx, const DeformAggregateShape& sha
                                                 dot);
       }
       if (!dots_wanted) continue;
+      ctx.sum_lanes(dot, Team::kLanes);
       MMDCN_UNROLL
       for (int q = 0; q < 4; ++q) {
-        dot[q] = ctx.sum_lanes(dot[q], Team::kLanes);
         if (lane == 0) storage.dot[place][k][q] = dot[q];
       }
     }

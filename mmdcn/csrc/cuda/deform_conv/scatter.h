@@ -53,9 +53,9 @@ MMDCN_BLOCK void scatter_block(const Ctx& ctx, const ConvProblem<R>& problem,
         sample.scatter(ctx, input, c, gradient, grad_input, dots_wanted, dot);
       }
       if (!dots_wanted) continue;
+      ctx.sum_lanes(dot, lanes);
       MMDCN_UNROLL
       for (int q = 0; q < kCorners; ++q) {
-        dot[q] = ctx.sum_lanes(dot[q], lanes);
         if (lane == 0) storage.dot[i][q] = dot[q];
       }
     }

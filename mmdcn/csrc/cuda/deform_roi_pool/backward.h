@@ -59,10 +59,10 @@ MMDCN_BLOCK void scatter_bins(const Ctx& ctx, const DeformRoIPoolShape& shape,
   if (!moved_wanted) return;
   MMDCN_UNROLL
   for (int i = 0; i < Teams::kPerThread; ++i) {
-    const BinGradient<acc_t> sum = {ctx.sum_lanes(moved[i].y, Teams::kLanes),
-                                    ctx.sum_lanes(moved[i].x, Teams::kLanes)};
+    acc_t sum[2] = {moved[i].y, moved[i].x};
+    ctx.sum_lanes(sum, Teams::kLanes);
     const int place = (ctx.thread() + i * Ctx::kThreads) / Teams::kLanes;
-    if (Teams::lane(ctx) == 0) storage.moved[place] = sum;
+    if (Teams::lane(ctx) == 0) storage.moved[place] = {sum[0], sum[1]};
   }
 }
 
