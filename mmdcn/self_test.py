@@ -79,13 +79,31 @@ def largest_error(name: str, device: torch.device, dtype: torch.dtype) -> float:
     Returns:
         The largest error of each tensor over its largest element; of these, the largest, or NaN.
     """
-    call = calls()[name]
+    with _exact_float32():
+        found = errors(name, calls()[name], device, dtype)
+    return float(torch.tensor(list(found.values())).max())
+
+
+def errors(name: str, call: Call, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """The errors of a call's output and gradients, by the reference in float64 on the CPU.
+
+    Args:
+        name: the operator's name in mmdcn.ops.
+        call: of that operator.
+        device: where the operator is to compute.
+        dtype: of all tensors, which are rounded to it for the reference too.
+
+    Returns:
+        For ``'output'`` and each ``'grad_…'``, the largest error over the largest element (or over
+        1, if that is less); NaN where the result has one.
+    """
     rounded = {n: t.to(dtype) for n, t in call.tensors.items()}
     exact = _results(getattr(reference, name), call, rounded, torch.device("cpu"), torch.float64)
-    with _exact_float32():
-        actual = _results(getattr(ops, name), call, rounded, device, dtype)
-    errors = [(a.double().cpu() - e).abs().max() / e.abs().max() for a, e in zip(actual, exact)]
-    return float(torch.stack(errors).max())
+    actual = _results(getattr(ops, name), call, rounded, device, dtype)
+    return {
+        n: float((actual[n].double().cpu() - e).abs().max() / e.abs().max().clamp(min=1.0))
+        for n, e in exact.items()
+    }
 
 
 def _results(
@@ -94,7 +112,7 @@ def _results(
     rounded: dict[str, Tensor],
     device: torch.device,
     dtype: torch.dtype,
-) -> list[Tensor]:
+) -> dict[str, Tensor]:
     """The output, and the gradients of its sum with fixed weights."""
     leaves = {
         name: tensor.to(device, dtype).detach().requires_grad_(name not in call.constant)
@@ -103,10 +121,12 @@ def _results(
     output = function(**leaves, **call.arguments)
     # Multiples of 1/8, which every dtype has; no multiple of all of them adds up to zero.
     weights = (torch.arange(output.numel()) % 15 - 5).view(output.shape) / 8
+    names = [name for name in leaves if name not in call.constant]
     gradients = torch.autograd.grad(
-        output, [t for t in leaves.values() if t.requires_grad], weights.to(device, dtype)
+        output, [leaves[name] for name in names], weights.to(device, dtype)
     )
-    return [output.detach(), *gradients]
+    found = {f"grad_{name}": gradient for name, gradient in zip(names, gradients)}
+    return {"output": output.detach(), **found}
 
 
 @contextlib.contextmanager

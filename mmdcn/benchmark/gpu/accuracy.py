@@ -6,18 +6,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mmdcn import self_test
 from mmdcn.errors import named_first_line
 from mmdcn.ops import _products, deform_conv2d
 
 from .. import cases
 from ..implementations import Mmdcn
-from .calls import float32_in, small
+from .calls import DTYPES, float32_in, small
 from .sections import Case, Wrong
 from .settings import Settings
-from .smoke import product_by
+from .smoke import product_by, product_in_force, tolerance
 
-# Largest error of a right product, relative to the largest element.
-_BOUND = {"tf32": 2e-3, "float16": 2e-3, "bfloat16": 1.6e-2}
 # Channels and groups of the problems: what cuDNN likes, several groups, and what it must pad.
 _PROBLEMS = (
     ("deform_conv2d", 64, 1),
@@ -41,29 +40,30 @@ def candidates(settings: Settings) -> list[Case]:
 
 
 def _in_force(settings: Settings) -> dict:
-    if settings.tiny:
-        return {"calls": {}}
-    chosen = _products.chosen(settings.target)
-    return {"calls": {f"{product}, {arithmetic}": c for (product, arithmetic), c in chosen.items()}}
+    keys = [
+        (product, arithmetic) for product, each in _products.CALLS.items() for arithmetic in each
+    ]
+    return {"calls": {", ".join(key): product_in_force(settings, *key) for key in keys}}
 
 
 def _candidate(settings: Settings, product: str, arithmetic: str, call: str) -> dict:
     """A call that is in force must be right, and so must the last; the others need not be."""
-    dtype = torch.float32 if arithmetic == "tf32" else getattr(torch, arithmetic)
+    dtype = DTYPES.get(arithmetic, torch.float32)
     calls = _products.CALLS[product][arithmetic]
-    needed = {calls[-1]}
-    if not settings.tiny:
-        needed.add(torch.ops.mmdcn.cuda_product(settings.target.index, product, arithmetic))
-    worst, problem = 0.0, None
+    needed = {calls[-1], product_in_force(settings, product, arithmetic)}
+    errors, problem = [0.0], None
     with float32_in(arithmetic), product_by(settings, product, arithmetic, call):
         for operator, channels, groups in _PROBLEMS[1:2] if settings.tiny else _PROBLEMS:
             try:
-                errors = small(operator, channels, groups).errors(settings.target, dtype)
+                found = self_test.errors(
+                    operator, small(operator, channels, groups), settings.target, dtype
+                )
             except RuntimeError as error:
                 problem = f"{operator}, {groups} groups of {channels}: {named_first_line(error)}"
                 break
-            worst = max(worst, *errors.values())
-    if problem is None and not worst <= _BOUND[arithmetic]:
+            errors += found.values()
+    worst = float(torch.tensor(errors).max())  # NaN, if there is one
+    if problem is None and not worst <= tolerance(arithmetic):
         problem = f"error {worst:.1e}"
     result = {"right": problem is None, "error": worst, "problem": problem}
     if problem is not None and call in needed:
@@ -90,8 +90,7 @@ def accumulation(settings: Settings) -> list[Case]:
 
 
 def _accumulation(settings: Settings, case: cases.Case, product: str, call: str) -> dict:
-    key = settings.target.index, product, case.dtype
-    in_force = settings.tiny or torch.ops.mmdcn.cuda_product(*key) == call
+    in_force = product_in_force(settings, product, case.dtype) in (call, None)
     made = cases.make_tensors(case, settings.target, offset_std=2.0)
     ours = Mmdcn().bind(case, made)
     with product_by(settings, product, case.dtype, call):

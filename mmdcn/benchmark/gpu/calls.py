@@ -1,18 +1,15 @@
-"""One call of an operator, and what it should give: the reference on the CPU, in float64."""
+"""Small calls of the operators, and the settings that they are made in."""
 
 import contextlib
-import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mmdcn import ops
-from mmdcn.ops import reference
+from mmdcn.self_test import TOLERANCE, Call
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
 OPERATORS = (
     "deform_conv1d",
     "deform_conv2d",
@@ -23,71 +20,8 @@ OPERATORS = (
 )
 _CONVOLUTIONS = OPERATORS[:3]
 
-# Largest error relative to the largest element of the exact result, which is of the same, already
-# rounded inputs: rounding of results and of accumulation only.
-TOLERANCE = {
-    torch.float64: 1e-12,
-    torch.float32: 2e-5,
-    torch.float16: 2e-3,
-    torch.bfloat16: 1.6e-2,
-}
 # Sums in fixed point have fewer bits than in float64.
 FIXED_POINT_TOLERANCE = 1e-10
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a public operator.
-
-    Attributes:
-        operator: its name in :mod:`mmdcn.ops`.
-        tensors: its tensors in float64 on the CPU.
-        arguments: the others.
-        constant: the tensors that nothing is differentiated for.
-    """
-
-    operator: str
-    tensors: dict[str, Tensor]
-    arguments: dict
-    constant: tuple[str, ...] = ()
-
-    def errors(self, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-        """The error of the output and of each gradient, relative to the largest element.
-
-        It is infinite where the result is not finite.
-        """
-        rounded = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
-        actual = self._results(getattr(ops, self.operator), rounded, device, dtype)
-        equation = getattr(reference, self.operator, reference.deform_conv_nd)
-        exact = self._results(equation, rounded, torch.device("cpu"), torch.float64)
-        return {name: _error(actual[name], exact[name]) for name in exact}
-
-    def _results(
-        self,
-        function: Callable[..., Tensor],
-        rounded: dict[str, Tensor],
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> dict[str, Tensor]:
-        leaves = {
-            name: tensor.to(device, dtype).detach().requires_grad_(name not in self.constant)
-            for name, tensor in rounded.items()
-        }
-        output = function(**leaves, **self.arguments)
-        # Multiples of 1/8, which every dtype has.
-        direction = (torch.arange(output.numel()) % 15 - 5).view(output.shape) / 8
-        output.backward(direction.to(device, dtype))
-        gradients = {f"grad_{n}": t.grad for n, t in leaves.items() if n not in self.constant}
-        return {"output": output.detach(), **gradients}
-
-
-def _error(actual: Tensor, exact: Tensor) -> float:
-    difference = (actual.double().cpu() - exact).abs().max() / exact.abs().max().clamp(min=1.0)
-    return float(difference.nan_to_num(math.inf))
 
 
 # -------------------------------------------------------------------------------------- the calls
@@ -163,7 +97,7 @@ def _convolution(
         "bias": normal(groups * out_channels),
         "mask": normal(batch, samples, *out).sigmoid(),
     }
-    return Call(operator, tensors, {"padding": padding, "stride": stride})
+    return Call(tensors, {"padding": padding, "stride": stride})
 
 
 def _aggregation(
@@ -178,7 +112,7 @@ def _aggregation(
         tensors = {"input": input, "offset": offset.flatten(3), "mask": mask.flatten(3)}
     else:
         tensors = {"input": input, "offset_mask": torch.cat([offset, mask], dim=-1).flatten(3)}
-    return Call(operator, tensors, arguments)
+    return Call(tensors, arguments)
 
 
 def _roi_pooling(normal: Callable[..., Tensor], channels: int, groups: int) -> Call:
@@ -192,7 +126,7 @@ def _roi_pooling(normal: Callable[..., Tensor], channels: int, groups: int) -> C
         "offset": _eighths(normal(3, 2 * groups, 2, 4)),
     }
     arguments = {"output_size": (2, 4), "spatial_scale": 0.5, "sampling_ratio": 2, "gamma": 0.125}
-    return Call("deform_roi_pool", tensors, arguments, constant=("rois",))
+    return Call(tensors, arguments, constant=("rois",))
 
 
 # ------------------------------------------------------------------------------------- settings

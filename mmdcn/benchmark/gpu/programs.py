@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mmdcn import machine
-from mmdcn.ops import _library
+from mmdcn.ops import _devices, _library
 
 from . import other_mmdcn, processes
 from .profiling import short_name
@@ -53,8 +53,10 @@ def _facts(settings: Settings) -> dict:
         _, output = processes.run(command, settings.file("nvidia-smi.log"))
         names = ("driver", "largest clock", "largest memory clock", "power limit")
         facts |= dict(zip(names, (part.strip() for part in output.split(","))))
-    if not _library.cuda_is_loaded():
-        raise Wrong(["mmdcn's CUDA library was not loaded"], facts)
+    serves = _devices.service(settings.target)
+    facts["what computes"] = _devices.describe(settings.target)
+    if not serves.kernels:
+        raise Wrong([serves.problem], facts)
     return facts
 
 

@@ -6,84 +6,56 @@ from collections.abc import Iterator
 
 import torch
 
-from mmdcn.ops import _library
+from mmdcn import self_test
+from mmdcn.ops import _devices
 
 from . import profiling
-from .calls import (
-    DTYPES,
-    FIXED_POINT_TOLERANCE,
-    OPERATORS,
-    TOLERANCE,
-    Call,
-    deterministic,
-    drawn,
-    float32_in,
-    name_of,
-    small,
-)
+from .calls import DTYPES, FIXED_POINT_TOLERANCE, OPERATORS, deterministic, drawn, float32_in, small
 from .sections import Case, Wrong
 from .settings import Settings
 
-# Vectors of every width, and one channel at a time.
+# Vectors of channels, and one channel at a time.
 _CHANNELS = {"vectors": 16, "scalars": 5}
 # These have a gradient of the input that is the same in every run.
 _DETERMINISTIC = OPERATORS[:3]
+TF32_TOLERANCE = 1e-3
 
 
 def variants(settings: Settings) -> list[Case]:
     """A small call for each kernel: every operator, dtype, width, and way of adding."""
     found = []
     for operator in OPERATORS:
-        for dtype in DTYPES[:1] if settings.tiny else DTYPES:
+        for dtype in list(DTYPES)[:1] if settings.tiny else DTYPES:
             for width, channels in _CHANNELS.items():
-                name = f"{operator}, {name_of(dtype)}, {width}"
-                call = functools.partial(small, operator, channels)
-                found.append(_case(settings, name, call, dtype))
+                check = functools.partial(_check, settings, operator, channels, dtype)
+                found.append(Case(f"{operator}, {dtype}, {width}", check))
                 if operator in _DETERMINISTIC:
-                    found.append(_case(settings, f"{name}, deterministic", call, dtype, True))
-    for dtype in (torch.float16, torch.bfloat16):
-        name = f"deform_conv2d, {name_of(dtype)}, columns in float32"
-        run = functools.partial(_with_wide_columns, settings, name_of(dtype), dtype)
-        found.append(Case(name, run))
-    run = functools.partial(_check, settings, functools.partial(small, OPERATORS[1], 16), None)
-    found.append(Case("deform_conv2d, tf32", run))
-    return found
-
-
-def random_problems(settings: Settings) -> list[Case]:
-    """Drawn problems of every operator, in every dtype."""
-    seeds, dtypes = (range(1), DTYPES[:1]) if settings.tiny else (range(16), DTYPES)
-    return [
-        Case(
-            f"{operator}, {name_of(dtype)}",
-            functools.partial(_several, settings, operator, dtype, seeds),
-        )
-        for operator in OPERATORS
-        for dtype in dtypes
-    ]
-
-
-def _case(settings: Settings, name: str, call, dtype: torch.dtype, fixed: bool = False) -> Case:
-    return Case(name, functools.partial(_check, settings, call, dtype, fixed))
+                    fixed = functools.partial(check, in_fixed_point=True)
+                    found.append(Case(f"{operator}, {dtype}, {width}, deterministic", fixed))
+    for dtype in ("float16", "bfloat16"):
+        wide = functools.partial(_check_with_wide_columns, settings, dtype)
+        found.append(Case(f"deform_conv2d, {dtype}, columns in float32", wide))
+    tf32 = functools.partial(_check, settings, "deform_conv2d", 16, "tf32")
+    return [*found, Case("deform_conv2d, tf32", tf32)]
 
 
 def _check(
-    settings: Settings, make_call, dtype: torch.dtype | None, fixed_point: bool = False
+    settings: Settings, operator: str, channels: int, arithmetic: str, in_fixed_point: bool = False
 ) -> dict:
-    """The errors of a call, and the kernels that computed it; dtype None stands for TF32."""
-    call: Call = make_call()
-    bound = 1e-3 if dtype is None else TOLERANCE[dtype]
-    if fixed_point:
+    """The errors of a small call, and the kernels that computed it."""
+    call = small(operator, channels)
+    bound = tolerance(arithmetic)
+    if in_fixed_point:
         bound = max(bound, FIXED_POINT_TOLERANCE)
-    found = {}
+    dtype, found = DTYPES.get(arithmetic, torch.float32), {}
 
     def compute() -> None:
-        found.update(call.errors(settings.target, dtype or torch.float32))
+        found.update(self_test.errors(operator, call, settings.target, dtype))
 
-    in_order = deterministic() if fixed_point else contextlib.nullcontext()
-    with float32_in("tf32" if dtype is None else "float32"), in_order:
+    in_order = deterministic() if in_fixed_point else contextlib.nullcontext()
+    with float32_in(arithmetic), in_order:
         seen = profiling.kernels(compute, settings.target)
-    parts = ("gather_kernel", "scatter_kernel") if call.operator.startswith("deform_conv") else ()
+    parts = ("gather_kernel", "scatter_kernel") if operator.startswith("deform_conv") else ()
     ours = {n: t for n, t in seen.items() if profiling.OURS[settings.device] in n}
     result = {"errors": found, "bound": bound, "kernels": ours, "kernels_seen": len(seen)}
     wrong = [f"{n}: error {e:.1e}" for n, e in found.items() if not e <= bound]
@@ -94,37 +66,66 @@ def _check(
     return result
 
 
-def _with_wide_columns(settings: Settings, arithmetic: str, dtype: torch.dtype) -> dict:
+def _check_with_wide_columns(settings: Settings, dtype: str) -> dict:
     """The weight's gradient where torch cannot add half types up in float32."""
-    with product_by(settings, "grad_weight", arithmetic, "matmul"):
-        return _check(settings, functools.partial(small, "deform_conv2d", 16), dtype)
+    with product_by(settings, "grad_weight", dtype, "matmul"):
+        return _check(settings, "deform_conv2d", 16, dtype)
 
 
-def _several(settings: Settings, operator: str, dtype: torch.dtype, seeds: range) -> dict:
-    worst: dict[str, float] = {}
-    wrong = []
-    with float32_in("float32"):
-        for seed in seeds:
-            for name, error in drawn(operator, seed).errors(settings.target, dtype).items():
-                worst[name] = max(error, worst.get(name, 0.0))
-                if not error <= TOLERANCE[dtype]:
-                    wrong.append(f"{name} of problem {seed}: error {error:.1e}")
-    result = {"errors": worst, "bound": TOLERANCE[dtype], "problems": len(seeds)}
-    if wrong:
-        raise Wrong(wrong, result)
-    return result
+def tolerance(arithmetic: str) -> float:
+    """The largest error of a right result, relative to the largest element."""
+    return TF32_TOLERANCE if arithmetic == "tf32" else self_test.TOLERANCE[DTYPES[arithmetic]]
+
+
+def product_in_force(settings: Settings, product: str, arithmetic: str) -> str | None:
+    """Which of torch's operators computes a matrix product of convolutions on CUDA."""
+    # The first call on a device chooses them, which must not come later.
+    if settings.tiny or not _devices.service(settings.target).kernels:
+        return None
+    return torch.ops.mmdcn.cuda_product(settings.target.index, product, arithmetic)
 
 
 @contextlib.contextmanager
 def product_by(settings: Settings, product: str, arithmetic: str, call: str) -> Iterator[None]:
     """Have one of torch's operators compute a matrix product of convolutions on CUDA."""
-    if settings.tiny or not _library.cuda_is_loaded():
+    before = product_in_force(settings, product, arithmetic)
+    if before is None:
         yield
         return
     key = settings.target.index, product, arithmetic
-    before = torch.ops.mmdcn.cuda_product(*key)
     torch.ops.mmdcn.set_cuda_product(*key, call)
     try:
         yield
     finally:
         torch.ops.mmdcn.set_cuda_product(*key, before)
+
+
+# --------------------------------------------------------------------------------- drawn problems
+
+
+def random_problems(settings: Settings) -> list[Case]:
+    """Drawn problems of every operator, in every dtype."""
+    seeds, dtypes = (range(1), list(DTYPES)[:1]) if settings.tiny else (range(16), DTYPES)
+    return [
+        Case(f"{operator}, {dtype}", functools.partial(_several, settings, operator, dtype, seeds))
+        for operator in OPERATORS
+        for dtype in dtypes
+    ]
+
+
+def _several(settings: Settings, operator: str, dtype: str, seeds: range) -> dict:
+    worst: dict[str, float] = {}
+    wrong, bound = [], tolerance(dtype)
+    for seed in seeds:
+        with float32_in(dtype):
+            errors = self_test.errors(
+                operator, drawn(operator, seed), settings.target, DTYPES[dtype]
+            )
+        for name, error in errors.items():
+            worst[name] = max(error, worst.get(name, 0.0))
+            if not error <= bound:
+                wrong.append(f"{name} of problem {seed}: error {error:.1e}")
+    result = {"errors": worst, "bound": bound, "problems": len(seeds)}
+    if wrong:
+        raise Wrong(wrong, result)
+    return result

@@ -16,7 +16,7 @@ from . import profiling
 from .calls import float32_in
 from .sections import Case, NotRun, Wrong
 from .settings import Settings
-from .smoke import product_by
+from .smoke import product_by, product_in_force
 from .timed import DISTANCE, Checked, passes_of, results_of
 
 # The pass in which a product is computed, and little else.
@@ -58,8 +58,7 @@ def _product(settings: Settings, case: cases.Case, product: str, arithmetic: str
                 timed[call] = timing.Call(_by(settings, product, arithmetic, call, run))
             samples = timing.interleave(timed, settings.target, settings.budget)
     found = {call: timing.median(taken) for call, taken in samples.items()}
-    key = settings.target.index, product, arithmetic
-    chosen = None if settings.tiny else torch.ops.mmdcn.cuda_product(*key)
+    chosen = product_in_force(settings, product, arithmetic)
     return {
         **{"product": product, "arithmetic": arithmetic, "stage": case.name, "chosen": chosen},
         **{"milliseconds": found, "wrong": wrong},
