@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmdcn.ops import _devices, _products
+
 HERE = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
 OPERATORS = ("deform_conv2d", "deform_conv_nd", "deform_aggregate", "deform_roi_pool")
@@ -72,3 +74,44 @@ def set_memory(host_library) -> Callable[[int, int], None]:
     function.argtypes = [ctypes.c_int64, ctypes.c_int64]
     function(3000, 3000)
     return function
+
+
+# ------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.fixture
+def exact_float32():
+    """Float32 is exact in the tests on a GPU, unless they say otherwise."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+@pytest.fixture
+def tf32(exact_float32):
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+
+
+@pytest.fixture
+def deterministic_algorithms(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def product_by():
+    """``product_by(product, arithmetic, call)`` has a call compute a product during the test."""
+    device = torch.device("cuda", 0)
+    # The first call on a device chooses them, which must not come later.
+    assert _devices.service(device).kernels, _devices.describe(device)
+    before = _products.chosen(device)
+
+    def choose(product: str, arithmetic: str, call: str) -> None:
+        torch.ops.mmdcn.set_cuda_product(0, product, arithmetic, call)
+
+    yield choose
+    for key, call in before.items():
+        choose(*key, call)

@@ -9,14 +9,12 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from tests.cuda.gpu import MARKS
 from tests.ops.aggregate_problems import AggregateProblem
 from tests.ops.problems import DTYPES, TOLERANCE, VOLUME, Problem, compare, divisors, run, wide
 from tests.ops.roi_problems import RoIProblem
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
-]
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
