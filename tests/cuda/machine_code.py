@@ -12,6 +12,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import pytest
+
+from .built import built, find_nvcc
+
+Code = dict[str, tuple[list["Kernel"], str]]
+
 
 def find_nvdisasm() -> str | None:
     """NVIDIA's disassembler: PyPI's nvidia-cuda-nvdisasm, or else a CUDA toolkit's."""
@@ -182,3 +188,51 @@ def parse(listing: str) -> list[Kernel]:
                 )
             )
     return kernels
+
+
+# --------------------------------------------------------------------------------- for the tests
+
+needs_tools = pytest.mark.skipif(find_nvdisasm() is None, reason="nvdisasm was not found")
+
+
+def of_source(source: Path, folder: Path) -> Code:
+    """The kernels for each architecture that there is code for, and the release of their nvcc.
+
+    Args:
+        source: a file of kernels; the build's object of it is read, or else nvcc is run.
+        folder: for temporary files.
+    """
+    target = built(source)
+    if target is not None:
+        found = cubins(target)
+    elif find_nvcc() is not None:
+        file = folder / "kernels.cubin"
+        command = [find_nvcc(), "-std=c++17", "-O3", "-gencode=arch=compute_90,code=sm_90"]
+        subprocess.run([*command, "-cubin", "-o", str(file), str(source)], check=True)
+        found = {"90": file.read_bytes()}
+    else:
+        pytest.skip("no current object of the kernels and no nvcc were found")
+    return {
+        architecture: (
+            disassemble(found[architecture], folder),
+            compiler_release(found[architecture]),
+        )
+        for architecture in ("80", "90")
+        if architecture in found
+    }
+
+
+def kernels_of(code: Code, architecture: str) -> list[Kernel]:
+    if architecture not in code:
+        pytest.skip(f"nothing is built for sm_{architecture}")
+    return code[architecture][0]
+
+
+def only(kernels: list[Kernel], pattern: str) -> Kernel:
+    found = [kernel for kernel in kernels if re.search(pattern, kernel.name)]
+    assert len(found) == 1, f"{pattern}: {[kernel.name for kernel in found]}"
+    return found[0]
+
+
+def reductions_in(kernel: Kernel) -> list[Instruction]:
+    return kernel.named(r"(REDG?|ATOMG?|ATOM)\..*")

@@ -1,7 +1,6 @@
 """The machine code of the convolutions' kernels, without a GPU: wide accesses, short loops."""
 
 import re
-import subprocess
 from dataclasses import asdict
 
 import pytest
@@ -9,8 +8,8 @@ import pytest
 from mmdcn.benchmark.paper import counts
 
 from . import machine_code
-from .built import CSRC, built, find_nvcc
-from .machine_code import Instruction, Kernel
+from .built import CSRC
+from .machine_code import Code, Kernel, kernels_of, needs_tools, only, reductions_in
 
 SOURCE = CSRC / "cuda" / "deform_conv" / "kernels.cu"
 MANGLED = {"float32": "f", "float16": "6__half", "bfloat16": "13__nv_bfloat16", "float64": "d"}
@@ -24,52 +23,17 @@ GATHER_80 = {"float32": 72, "float16": 128, "bfloat16": 128}
 SCATTER_80 = {"float32": 97, "float16": 106, "bfloat16": 106}
 SLACK = 1.1
 
-needs_tools = pytest.mark.skipif(
-    machine_code.find_nvdisasm() is None, reason="nvdisasm was not found"
-)
-
 
 @pytest.fixture(scope="module")
-def code(tmp_path_factory) -> dict[str, tuple[list[Kernel], str]]:
-    """The kernels for each architecture that there is code for, and the release of their nvcc."""
-    folder = tmp_path_factory.mktemp("code")
-    target = built(SOURCE)
-    if target is not None:
-        cubins = machine_code.cubins(target)
-    elif find_nvcc() is not None:
-        file = folder / "kernels.cubin"
-        command = [find_nvcc(), "-std=c++17", "-O3", "-gencode=arch=compute_90,code=sm_90"]
-        subprocess.run([*command, "-cubin", "-o", str(file), str(SOURCE)], check=True)
-        cubins = {"90": file.read_bytes()}
-    else:
-        pytest.skip("no current object of the kernels and no nvcc were found")
-    return {
-        architecture: (
-            machine_code.disassemble(cubins[architecture], folder),
-            machine_code.compiler_release(cubins[architecture]),
-        )
-        for architecture in ("80", "90")
-        if architecture in cubins
-    }
+def code(tmp_path_factory) -> Code:
+    return machine_code.of_source(SOURCE, tmp_path_factory.mktemp("code"))
 
 
-def kernels_of(code: dict, architecture: str) -> list[Kernel]:
-    if architecture not in code:
-        pytest.skip(f"nothing is built for sm_{architecture}")
-    return code[architecture][0]
-
-
-def counted_kernels(code: dict, architecture: str) -> list[Kernel]:
+def counted_kernels(code: Code, architecture: str) -> list[Kernel]:
     kernels, release = kernels_of(code, architecture), code[architecture][1]
     if release != counts.COMPILER:
         pytest.skip(f"counted in code of nvcc {counts.COMPILER}, not {release}")
     return kernels
-
-
-def only(kernels: list[Kernel], pattern: str) -> Kernel:
-    found = [kernel for kernel in kernels if re.search(pattern, kernel.name)]
-    assert len(found) == 1, f"{pattern}: {[kernel.name for kernel in found]}"
-    return found[0]
 
 
 def gather_kernel(kernels: list[Kernel], dtype: str, rank: int = 2, wide: bool = False) -> Kernel:
@@ -89,10 +53,6 @@ def scatter_kernel(kernels: list[Kernel], dtype: str, vector: int, rank: int = 2
     )
 
 
-def reductions_in(kernel: Kernel) -> list[Instruction]:
-    return kernel.named(r"(REDG?|ATOMG?|ATOM)\..*")
-
-
 def vector_loop(kernel: Kernel, architecture: str) -> range:
     """The innermost loop of a scattering kernel, of those with additions the one with most loads.
 
@@ -100,16 +60,6 @@ def vector_loop(kernel: Kernel, architecture: str) -> range:
     """
     loops = [kernel.loops_around(one)[0] for one in reductions_in(kernel)]
     return max(loops, key=lambda loop: len(kernel.named("LDG.*", loop)))
-
-
-@needs_tools
-@pytest.mark.parametrize("architecture", ["80", "90"])
-def test_no_local_memory(code, architecture):
-    kernels = kernels_of(code, architecture)
-    assert len(kernels) > 50
-    for kernel in kernels:
-        assert len(kernel.instructions) > 20
-        assert kernel.named(r"(LDL|STL)(\..*)?") == [], kernel.name
 
 
 @needs_tools

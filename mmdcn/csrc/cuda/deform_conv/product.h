@@ -1,9 +1,9 @@
 // The matrix products of deformable convolution, which torch computes.
 //
 // Each product can be computed by more than one of torch's operators. Which of them is right on a
-// device, with the libraries that it has, is found out at the first call there (mmdcn/ops/_products.py
-// lists them, best first, with the reasons); until then, and where all others fail, it is kMatmul,
-// which works wherever torch does.
+// device, with the libraries that it has, is found out at the first call there
+// (mmdcn/ops/_products.py lists them, best first, with the reasons); until then, and where all
+// others fail, it is kMatmul, which works wherever torch does.
 #pragma once
 
 #include "../types.h"
