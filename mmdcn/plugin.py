@@ -15,7 +15,9 @@
 - mmengine's loading of checkpoints, so that it reads plain data only
   (:mod:`mmdcn.engine.checkpoint`);
 - torch's registration of modules in other modules, so that checkpoints load in which offset
-  branches have their former names (:mod:`mmdcn.engine.old_keys`).
+  branches have their former names (:mod:`mmdcn.engine.old_keys`);
+- ``init_weights`` of mmengine's modules, so that the offset branches inside start at zero
+  (:mod:`mmdcn.engine.zero_start`).
 
 It also tells mmengine how to count our operator's operations (:mod:`mmdcn.engine.complexity`).
 
@@ -49,7 +51,7 @@ from mmengine.registry import HOOKS, MODELS, Registry
 from torch import Tensor, nn
 
 from mmdcn import layers, mmcv_kernels, models
-from mmdcn.engine import checkpoint, complexity, old_keys
+from mmdcn.engine import checkpoint, complexity, old_keys, zero_start
 from mmdcn.engine.sampling_hook import SamplingVisualizationHook
 from mmdcn.functions import deform_conv2d, deform_roi_pool, modulated_deform_conv2d
 from mmdcn.models import basic_block
@@ -195,6 +197,7 @@ def install() -> None:
     checkpoint.install()
     complexity.install()
     old_keys.install()
+    zero_start.install()
     logging.getLogger("mmdcn").addHandler(_TO_MMENGINE)
 
     if _MMCV_PROBLEM is not None:
@@ -237,6 +240,7 @@ def uninstall() -> None:
     basic_block.uninstall()
     checkpoint.uninstall()
     old_keys.uninstall()
+    zero_start.uninstall()
     logging.getLogger("mmdcn").removeHandler(_TO_MMENGINE)
     _replaced_layers = None
 
@@ -272,6 +276,7 @@ class Report:
         basic_block_takes_dcn: whether mmdet's ResNet-18 and ResNet-34 take ``dcn=``.
         safe_checkpoints: whether mmengine loads checkpoints as plain data.
         old_keys: whether checkpoints load in which offset branches have their former names.
+        zero_start: whether offset branches start at zero whatever mmengine initialises.
         mmcv_problem: why mmcv.ops does not load and how to mend it, or None.
     """
 
@@ -281,6 +286,7 @@ class Report:
     basic_block_takes_dcn: bool
     safe_checkpoints: bool
     old_keys: bool
+    zero_start: bool
     mmcv_problem: str | None
 
     def __str__(self) -> str:
@@ -296,6 +302,8 @@ class Report:
         lines.append(f"Checkpoints load {loads}.")
         load = "load" if self.old_keys else "do not load"
         lines.append(f"Former names of offset branches in them {load}.")
+        start = "start at zero" if self.zero_start else "may be initialised"
+        lines.append(f"Offset branches {start} when mmengine initialises a model.")
         if self.mmcv_problem is not None:
             lines.append(self.mmcv_problem)
         return "\n".join(lines)
@@ -325,6 +333,7 @@ def report() -> Report:
         basic_block_takes_dcn=basic_block.installed(),
         safe_checkpoints=checkpoint.installed(),
         old_keys=old_keys.installed(),
+        zero_start=zero_start.installed(),
         mmcv_problem=_MMCV_PROBLEM,
     )
 

@@ -93,6 +93,9 @@ class OffsetBranch:
     that its output has the size of the layer's output.
     """
 
+    #: The modules that start at zero, in every layer that has some; ``init_offset`` sets them back.
+    offset_branches = ("conv_offset",)
+
     _version = 2  # mmcv's count for the keys in state dicts; deform_conv.py takes the older ones.
 
     def _add_offset_branch(self, channels_per_tap: int) -> None:

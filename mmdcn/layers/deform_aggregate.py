@@ -201,6 +201,8 @@ class DCNv3(_DeformAggregateBase):
         torch.Size([1, 32, 8, 8])
     """
 
+    offset_branches = ("offset", "mask")
+
     def __init__(
         self,
         *args: Any,
@@ -223,11 +225,15 @@ class DCNv3(_DeformAggregateBase):
 
     def init_weights(self) -> None:
         """Zero offsets, modulations and biases, Glorot's initialisation for the projections."""
+        self.init_offset()
+        _init_projection(self.input_proj, self.groups)
+        _init_projection(self.output_proj, self.groups)
+
+    def init_offset(self) -> None:
+        """Set offsets and modulations to zero: all taps of the regular grid then weigh alike."""
         for branch in (self.offset, self.mask):
             nn.init.zeros_(branch.weight)
             nn.init.zeros_(branch.bias)
-        _init_projection(self.input_proj, self.groups)
-        _init_projection(self.output_proj, self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo)."""
@@ -261,6 +267,8 @@ class DCNv4(_DeformAggregateBase):
         torch.Size([1, 32, 4, 4])
     """
 
+    offset_branches = ("offset_mask",)
+
     def __init__(
         self,
         *args: Any,
@@ -288,14 +296,18 @@ class DCNv4(_DeformAggregateBase):
 
     def init_weights(self) -> None:
         """Zero offsets and biases, equal modulations, Glorot's initialisation for projections."""
+        self.init_offset()
+        if not self.without_pointwise:
+            _init_projection(self.value_proj, self.groups)
+            _init_projection(self.output_proj, self.groups)
+
+    def init_offset(self) -> None:
+        """Set offsets to zero and modulations to 1 / taps."""
         nn.init.zeros_(self.offset_mask.weight)
         nn.init.zeros_(self.offset_mask.bias)
         with torch.no_grad():
             used = self.offset_mask.bias[: 3 * self.deform_groups * self.taps]
             used.view(self.deform_groups, 3, self.taps)[:, 2] = 1 / self.taps
-        if not self.without_pointwise:
-            _init_projection(self.value_proj, self.groups)
-            _init_projection(self.output_proj, self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo)."""
