@@ -5,9 +5,9 @@
 - the names of :data:`LAYERS` in mmengine's root registry ``MODELS``, so that configs with
   ``dict(type='DCN')`` build our layers. In the scope ``mmdcn`` (``'mmdcn.DCN'``) the same names are
   always ours, also after :func:`uninstall`;
-- ``mmcv.ops.deform_conv2d``, ``mmcv.ops.modulated_deform_conv2d`` and
-  ``mmcv.ops.deform_roi_pool``, in every module that has imported them already and in every module
-  that will (:mod:`mmdcn.functions`);
+- ``mmcv.ops.deform_conv2d``, ``mmcv.ops.modulated_deform_conv2d``,
+  ``mmcv.ops.deform_roi_pool`` and ``mmcv.cnn.fuse_conv_bn``, in every module that has imported
+  them already and in every module that will (:mod:`mmdcn.functions`);
 - the RoI pooling layers' names in ``mmcv.ops`` itself (:data:`ROI_LAYERS`), where mmdet's RoI
   extractors look up ``roi_layer=dict(type='DeformRoIPoolPack')``;
 - the constructor of mmdet's ``BasicBlock``, so that ResNet-18 and ResNet-34 take ``dcn=``
@@ -46,6 +46,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from mmcv.cnn import fuse_conv_bn as _mmcv_fuse_conv_bn
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS, MODELS, Registry
 from torch import Tensor, nn
@@ -53,7 +54,12 @@ from torch import Tensor, nn
 from mmdcn import layers, mmcv_kernels, models
 from mmdcn.engine import checkpoint, complexity, old_keys, zero_start
 from mmdcn.engine.sampling_hook import SamplingVisualizationHook
-from mmdcn.functions import deform_conv2d, deform_roi_pool, modulated_deform_conv2d
+from mmdcn.functions import (
+    deform_conv2d,
+    deform_roi_pool,
+    fuse_conv_bn,
+    modulated_deform_conv2d,
+)
 from mmdcn.models import basic_block
 
 try:
@@ -191,6 +197,7 @@ def install() -> None:
     for theirs, ours, autograd_function in _FUNCTIONS:
         _rebind(theirs, ours)
         autograd_function.apply = staticmethod(ours)
+    _rebind(_mmcv_fuse_conv_bn, fuse_conv_bn)
     if _mmcv_ops is not None:
         vars(_mmcv_ops).update(ROI_LAYERS)
     basic_block.install()
@@ -234,6 +241,7 @@ def uninstall() -> None:
     for theirs, ours, autograd_function in _FUNCTIONS:
         _rebind(ours, theirs)
         del autograd_function.apply  # so that the inherited one shows again
+    _rebind(fuse_conv_bn, _mmcv_fuse_conv_bn)
     for name, layer in ROI_LAYERS.items() if _mmcv_ops is not None else ():
         if vars(_mmcv_ops)[name] is layer:  # or else somebody replaced it
             vars(_mmcv_ops)[name] = getattr(_mmcv_roi_pool, name)
@@ -329,7 +337,8 @@ def report() -> Report:
         functions={
             f"mmcv.ops.{ours.__name__}": sorted(".".join(place) for place in _places(ours))
             for _, ours, _ in _FUNCTIONS
-        },
+        }
+        | {"mmcv.cnn.fuse_conv_bn": sorted(map(".".join, _places(fuse_conv_bn)))},
         basic_block_takes_dcn=basic_block.installed(),
         safe_checkpoints=checkpoint.installed(),
         old_keys=old_keys.installed(),
