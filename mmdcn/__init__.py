@@ -1,18 +1,29 @@
 """mmdcn: deformable convolution for the OpenMMLab detection toolbox.
 
 Importing it installs the plugin (:mod:`mmdcn.plugin`) where the toolbox is installed. Without the
-toolbox, the operators and the layers work all the same.
+toolbox, the operators, the layers and the conversion of models work all the same.
 """
 
 from importlib.util import find_spec
 
-from . import layers, ops
+from . import layers, models, ops
 from .version import __version__
 
-__all__ = ["__version__", "layers", "ops"]
+__all__ = ["__version__", "layers", "models", "ops"]
+
+_WITHOUT_TOOLBOX = (
+    "mmdcn.plugin is for the OpenMMLab toolbox, and mmengine and mmcv are not both installed; "
+    "operators, layers and the conversion of models work without them"
+)
 
 if find_spec("mmengine") is not None and find_spec("mmcv") is not None:
-    from . import models, plugin
+    from . import plugin
 
     plugin.install()
-    __all__ += ["models", "plugin"]
+    __all__ += ["plugin"]
+
+
+def __getattr__(name: str) -> None:
+    if name == "plugin":
+        raise AttributeError(_WITHOUT_TOOLBOX)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -46,12 +46,17 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from mmcv.cnn import fuse_conv_bn as _mmcv_fuse_conv_bn
-from mmengine.logging import print_log
-from mmengine.registry import HOOKS, MODELS, Registry
 from torch import Tensor, nn
 
-from mmdcn import layers, mmcv_kernels, models
+from mmdcn import _WITHOUT_TOOLBOX, layers, mmcv_kernels, models
+
+try:
+    from mmcv.cnn import fuse_conv_bn as _mmcv_fuse_conv_bn
+    from mmengine.logging import print_log
+    from mmengine.registry import HOOKS, MODELS, Registry
+except ModuleNotFoundError as error:
+    raise ImportError(f"{_WITHOUT_TOOLBOX} ({error})") from error
+
 from mmdcn.engine import checkpoint, complexity, old_keys, zero_start
 from mmdcn.engine.sampling_hook import SamplingVisualizationHook
 from mmdcn.functions import (

@@ -189,14 +189,12 @@ def test_a_shared_convolution_stays_shared():
 )
 def test_geometry_and_dtype_carry_over(conv, padding):
     plain = nn.Sequential(conv).double()
-    conv.weight.requires_grad_(False)
     model = convert_to_deformable(
         copy.deepcopy(plain), dict(type="DCNv2", deform_groups=2), select=["0"]
     )
     layer = model[0]
     assert layer.padding == padding
     assert layer.conv_offset.weight.dtype == torch.float64
-    assert not any(p.requires_grad for p in layer.conv_offset.parameters())
     x = torch.randn(2, 4, 9, 11).double()
     torch.testing.assert_close(model(x), plain(x))
 
