@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdcn.layers._checks import check_channels, check_numbers
+from mmdcn.layers._checks import NamedArguments, check_channels, check_numbers
 from mmdcn.ops._registration import autocast_is_enabled
 
 
-class DeformConvBase(nn.Module):
+class DeformConvBase(NamedArguments, nn.Module):
     """The arguments, parameters and description that all layers have in common."""
 
     #: The number of spatial dimensions, and the operator and the plain convolution over as many.

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmdcn.layers._checks import check_channels, check_pair
+from mmdcn.layers._checks import NamedArguments, check_channels, check_pair
 from mmdcn.layers._deform_conv_base import predict
 from mmdcn.ops import dcnv3, dcnv4
 
 
-class _DeformAggregateBase(nn.Module):
+class _DeformAggregateBase(NamedArguments, nn.Module):
     """The arguments and geometry that both layers have in common."""
 
     def __init__(

@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mmdcn.layers._checks import check_int, check_pair
+from mmdcn.layers._checks import NamedArguments, check_int, check_pair
 from mmdcn.ops import deform_roi_pool
 
 
-class DeformRoIPool(nn.Module):
+class DeformRoIPool(NamedArguments, nn.Module):
     """Deformable RoI pooling (arXiv 1703.06211, section 2.2), at offsets that the caller gives.
 
     Args:

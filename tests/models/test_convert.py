@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ pytest.importorskip("mmdet")
 
 import mmcv.cnn
 from mmdet.registry import MODELS
+from mmengine.registry import MODELS as RootMODELS
 from mmengine.registry import DefaultScope
 
 from mmdcn import layers, plugin
@@ -145,6 +147,24 @@ def test_pretrained_weights_may_come_after(tmp_path):
     assert_same_output(other, plain, x)
 
 
+def test_a_pretrained_converted_model_keeps_its_offsets(tmp_path):
+    """Its branches' keys are loaded while init_weights sees the plain convolutions."""
+    trained = convert_to_deformable(fpn().eval(), dict(type="DCNv2"), "fpn_convs.*.conv")
+    for layer in converted(trained).values():
+        nn.init.normal_(layer.conv_offset.weight)
+    state = trained.state_dict()
+    for old, new in (("", ""), ("conv.conv_offset", "conv_offset")):
+        renamed = {key.replace(old, new): value for key, value in state.items()}
+        torch.save({"state_dict": renamed}, tmp_path / "trained.pth")
+        init_cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "trained.pth"))
+        model = convert_to_deformable(
+            fpn(init_cfg=init_cfg).eval(), dict(type="DCNv2"), "fpn_convs.*.conv"
+        )
+        model.init_weights()
+        assert_same_output(model, trained, levels())
+        assert not model.fpn_convs[0].conv._load_state_dict_pre_hooks
+
+
 def test_converting_twice_copying_and_pickling():
     torch.manual_seed(1)
     plain = fpn()
@@ -246,6 +266,7 @@ def zoo():
             "lopsided": nn.Conv2d(4, 4, 2, padding="same"),
             "standardised": _Standardised(4, 4, 3),
             "lazy": nn.LazyConv2d(4, 3),
+            "spectral": nn.utils.spectral_norm(nn.Conv2d(4, 4, 3)),
             "hooked": _hooked(),
             "deformable": layers.DeformConv2dPack(4, 4, 3),
             "parametrized": nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)),
@@ -265,12 +286,16 @@ def zoo():
         ("transposed", "no transposed convolution, got 'transposed', a ConvTranspose2d"),
         ("volume", "plain 2-D convolutions, got 'volume', a Conv3d"),
         ("reflecting", "padding_mode='zeros', got 'reflecting', with padding_mode='reflect'"),
-        ("lopsided", "'lopsided' cannot become .*padding: expected as much on both sides"),
+        (
+            "lopsided",
+            "'lopsided' cannot become .*padding: expected as much on both sides.*ZeroPad2d",
+        ),
         ("standardised", "plain 2-D convolutions, got 'standardised', a _Standardised"),
-        ("lazy", "plain 2-D convolutions, got 'lazy', a LazyConv2d"),
+        ("lazy", "plain 2-D convolutions, got 'lazy', a LazyConv2d.* run the model once"),
         ("hooked", "without hooks, got 'hooked'"),
         ("deformable", "got 'deformable', which is deformable already"),
-        ("parametrized", "plain 2-D convolutions, got 'parametrized'"),
+        ("parametrized", "2-D convolutions, got 'parametrized'.* convert first, parametrize after"),
+        ("spectral", "plain 2-D convolutions, got 'spectral'.* convert first, parametrize after"),
     ],
 )
 def test_a_choice_that_cannot_be_is_refused(select, message):
@@ -291,11 +316,63 @@ def test_a_choice_that_cannot_be_is_refused(select, message):
         (dict(type=3), TypeError, "expected type to be a name or a class, got 3"),
         (dict(type="DCN", stride=2), ValueError, "expected no stride, which is the convolution's"),
         (dict(type="DCN", deform_groups=3), ValueError, "'conv' cannot become .*deform_groups=3"),
+        ("DCNv2", TypeError, r"dcn: expected a layer such as dict\(type='DCNv2'\), got 'DCNv2'"),
+        (None, TypeError, "dcn: expected a layer such as .* got None"),
+        (
+            dict(type="DCNv2", deform_group=2),
+            TypeError,
+            "'conv' cannot become .*ModulatedDeformConv2dPack: .*'deform_group'.* 'deform_groups'",
+        ),
     ],
 )
 def test_a_layer_that_cannot_be_is_refused(dcn, error, message):
     with pytest.raises(error, match=message):
         convert_to_deformable(zoo(), dcn, "conv")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Conv2d, "model: expected a model, got the class Conv2d: make an instance of it first"),
+        (dict(type="FPN"), "model: expected an nn.Module, got a dict"),
+    ],
+)
+def test_what_is_no_model_is_refused(model, message):
+    with pytest.raises(TypeError, match=message):
+        convert_to_deformable(model, dict(type="DCN"), "*")
+
+
+@pytest.mark.parametrize("select", ["*", "", lambda name, module: True])
+def test_a_convolution_that_is_the_model_itself(select):
+    conv = nn.Conv2d(4, 6, 3, padding=1)
+    layer = convert_to_deformable(conv, dict(type="DCNv2"), select)
+    assert isinstance(layer, layers.ModulatedDeformConv2dPack)
+    assert layer.weight is conv.weight
+    x = torch.randn(1, 4, 5, 5)
+    torch.testing.assert_close(layer(x), conv(x))
+    for refused, pattern, message in (
+        (nn.Conv2d(4, 4, 3), "conv", r"such as '\*', as the model is one itself, got 'conv'"),
+        (nn.Conv3d(4, 4, 3), "*", "got the model itself, a Conv3d"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert_to_deformable(refused, dict(type="DCN"), pattern)
+
+
+def test_a_function_chooses_by_name_and_module():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    convert_to_deformable(
+        model, dict(type="DCN"), lambda _, m: isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)
+    )
+    assert [*converted(model)] == ["2"]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_branch_has_the_memory_format_of_the_weight(memory_format):
+    model = nn.Sequential(nn.Conv2d(4, 4, 3)).to(memory_format=memory_format)
+    layer = convert_to_deformable(model, dict(type="DCNv2"), "0")[0]
+    for weight in (layer.weight, layer.conv_offset.weight):
+        assert weight.is_contiguous(memory_format=memory_format)
+    assert not layer.conv_offset.weight.any()
 
 
 @pytest.mark.parametrize("select", [None, 3, ["conv", 3]])
@@ -310,3 +387,24 @@ def test_without_the_plugin_the_scope_says_whose_layer_it_is():
         convert_to_deformable(zoo(), dict(type="DCN"), "conv")
     model = convert_to_deformable(zoo(), dict(type="mmdcn.DCN"), "conv")
     assert isinstance(model["conv"], layers.DeformConv2dPack)
+
+
+@pytest.mark.parametrize("type_of_layer", ["DCNv2", "mmdcn.DCNv2", "OwnPack"])
+def test_model_type_is_looked_up_in_the_scope_that_builds(type_of_layer, monkeypatch):
+    class OwnPack(layers.ModulatedDeformConv2dPack):
+        pass
+
+    monkeypatch.setitem(MODELS.module_dict, "OwnPack", OwnPack)
+    plain = dict(type="ResNet", depth=18, base_channels=8)
+    config = plain | dict(
+        type="mmdcn.Deformable",
+        model_type="ResNet",
+        convert=dict(dcn=dict(type=type_of_layer), select="layer4.*.conv2"),
+    )
+    monkeypatch.setattr(DefaultScope, "get_current_instance", classmethod(lambda cls: None))
+    monkeypatch.setattr(DefaultScope, "overwrite_default_scope", lambda scope: nullcontext())
+    assert len(converted(MODELS.build(config))) == 2
+    with pytest.raises(KeyError, match="ResNet is not in the mmengine::model registry"):
+        RootMODELS.build(config)
+    with pytest.raises(KeyError, match="ResNet is not in the mmengine::model registry"):
+        RootMODELS.build(plain)
