@@ -83,7 +83,22 @@ def predict(branch: nn.Module, x: Tensor) -> Tensor:
     if not autocast_is_enabled(x.device.type):
         return branch(x)
     with torch.autocast(x.device.type, enabled=False):
-        return branch(x.to(next(branch.parameters()).dtype))
+        return branch(x.to(_weight_dtype(branch, x.dtype)))
+
+
+def _weight_dtype(branch: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype of a module's weights, which need not be parameters.
+
+    In a replica of ``nn.DataParallel`` they are mere tensors, and so they are in a module whose
+    parameters FSDP keeps in one flat tensor.
+    """
+    for parameter in branch.parameters():
+        return parameter.dtype
+    for module in branch.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor):
+            return weight.dtype
+    return default
 
 
 class OffsetBranch:
