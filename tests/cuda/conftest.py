@@ -47,7 +47,7 @@ def host_library(compile_host) -> Path:
     """The CUDA operators for CPU tensors."""
     return compile_host(
         *(HERE / "host_library.cpp", "host_library.so"),
-        *("-O1", "-shared", "-fPIC", "-pthread", "-Wl,-Bsymbolic"),
+        *("-O1", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden"),
         *("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
         *("-isystem", str(TORCH / "include"), f"-L{TORCH / 'lib'}", "-ltorch_cpu"),
     )
