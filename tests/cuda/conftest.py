@@ -22,7 +22,7 @@ def check_with_sanitizers(compile_host, sanitizers) -> Callable:
     """Runs one of the programs check_*.cpp, and fails where it finds anything."""
 
     def check(operator: str, problems: int) -> None:
-        flags = ("-O1", "-g1", "-pthread", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all")
+        flags = ("-Og", "-g1", "-pthread", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all")
         name = f"check_{operator}_{sanitizers.partition(',')[0]}"
         program = compile_host(HERE / f"check_{operator}.cpp", name, *flags)
         runs = [("0", str(problems), "4")]

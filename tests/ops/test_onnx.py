@@ -153,7 +153,12 @@ def test_layer_of_open_size(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "blocks"),
-    [("DCN", 2), ("DCNv2", 6), pytest.param("DCN", 6, marks=pytest.mark.slow)],
+    [
+        ("DCN", 2),
+        ("DCNv2", 2),
+        pytest.param("DCN", 6, marks=pytest.mark.slow),
+        pytest.param("DCNv2", 6, marks=pytest.mark.slow),
+    ],
 )
 def test_backbone_of_open_size(name, blocks, tmp_path):
     pytest.importorskip("mmdet")
