@@ -290,6 +290,20 @@ def _config(value: str) -> Path:
     return Path(value)
 
 
+# What is timed if nothing else is said: mmdet's sizes on a GPU, and small ones on a CPU.
+_DETECTORS = tuple(
+    f"configs/{folder}/faster-rcnn_r50{layers}_fpn_1x_coco.py"
+    for folder, layers in (
+        ("faster_rcnn", ""),
+        ("dcn", "-dconv-c3-c5"),
+        ("dcnv2", "-mdconv-c3-c5"),
+        ("dcnv4", "-dcnv4-c3-c5"),
+    )
+)
+_ON_GPU = {"size": (1333, 800), "batch": [1, 2, 8], "amp": True}
+_ON_CPU = {"size": (320, 240), "batch": [2], "amp": False}
+
+
 def _add_detectors(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "detector",
@@ -303,9 +317,9 @@ def _add_detectors(commands: argparse._SubParsersAction) -> None:
         "--configs",
         type=_config,
         nargs="+",
-        required=True,
         metavar="CONFIG",
-        help="of detectors; the others are compared with the first",
+        help="of detectors; the others are compared with the first (default: Faster R-CNN with "
+        "R-50, plain, DCN, DCNv2 and DCNv4, of this project's configs/)",
     )
     parser.add_argument(
         "--kernels",
@@ -316,17 +330,18 @@ def _add_detectors(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--size",
         type=_size,
-        default=(320, 240),
         metavar="WxH",
-        help="width and height of the images (default: 320x240)",
+        help="width and height of the images (default: 320x240; on a GPU, 1333x800)",
     )
     parser.add_argument(
-        "--batch", type=_number(int, 1), default=2, help="images at a time (default: %(default)s)"
+        "--batch",
+        type=_several(_number(int, 1)),
+        help="images at a time, one or more numbers (default: 2; on a GPU, 1,2,8)",
     )
     parser.add_argument(
         "--amp",
-        action="store_true",
-        help="in mixed precision: float16 on a GPU, bfloat16 on the CPU",
+        action=argparse.BooleanOptionalAction,
+        help="in mixed precision: float16 on a GPU, where it is the default, bfloat16 on the CPU",
     )
 
 
@@ -335,15 +350,27 @@ def _run_detectors(args: argparse.Namespace) -> int:
         from . import detectors
     except ImportError as error:
         raise BenchmarkError(f"detectors need mmengine, mmcv and mmdet: {error}") from error
+    common = _common_settings(args)
+    for name, value in (_ON_CPU if common["device"].type == "cpu" else _ON_GPU).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     settings = detectors.Settings(
-        args.configs,
+        args.configs or _own_configs(),
         kernels=args.kernels,
         size=args.size,
-        batch=args.batch,
+        batches=args.batch,
         amp=args.amp,
-        **_common_settings(args),
+        **common,
     )
     return _measure(args, lambda result: detectors.run(settings, result))
+
+
+def _own_configs() -> list[Path]:
+    paths = [Path(__file__).parents[2] / name for name in _DETECTORS]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise BenchmarkError(f"--configs: name configs of detectors, as {missing[0]} is not here")
+    return paths
 
 
 # -------------------------------------------------------------------------------------- the report
