@@ -10,14 +10,16 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import mmdcn  # noqa: F401  # registers the layers, for configs that do not import them
-from mmdcn.engine import export, launch
+__arguments_first__ = True  # see mmdcn/startup.py
+from mmdcn.engine import launch
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="config file")
-    parser.add_argument("checkpoint", help="checkpoint file or address")
+    parser.add_argument("config", type=launch.config_file, help="config file")
+    parser.add_argument(
+        "checkpoint", type=launch.checkpoint_file, help="checkpoint file or address"
+    )
     parser.add_argument("-o", "--out", type=Path, required=True, help="the ONNX file to write")
     parser.add_argument(
         "--images",
@@ -31,8 +33,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
+    from mmdcn.engine import export
+
     cfg = launch.read_config(args.config, args.cfg_options)
     network = export.build(cfg, args.checkpoint)
     with tempfile.TemporaryDirectory() as folder:
@@ -53,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(main, parse_args)

@@ -102,11 +102,11 @@ def _leaves(
     for name in names:
         if name not in tensors:
             continue
-        dtype = DTYPES[case.dtype]
+        dtype = getattr(torch, case.dtype)
         if wide and name in ("offset", "mask") and dtype.itemsize < 4:
             dtype = torch.float32
         copied = tensors[name].detach().to(dtype, copy=True)
-        copied = copied.contiguous(memory_format=LAYOUTS[case.layout])
+        copied = copied.contiguous(memory_format=getattr(torch, LAYOUTS[case.layout]))
         leaves[name] = copied.requires_grad_(name != "grad_output")
     return leaves
 
@@ -142,7 +142,7 @@ class MmdcnFloat32(Mmdcn):
     name = "mmdcn float32"
 
     def refuses(self, case: Case) -> str | None:
-        return None if DTYPES[case.dtype].itemsize < 4 else f"the same as mmdcn in {case.dtype}"
+        return None if DTYPES[case.dtype] < 4 else f"the same as mmdcn in {case.dtype}"
 
     def bind(self, case: Case, tensors: dict[str, Tensor]) -> Bound:
         return super().bind(replace(case, dtype="float32"), tensors)

@@ -17,11 +17,12 @@ _base_ = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
 custom_imports = dict(imports=['mmdcn'], allow_failed_imports=False)
 model = dict(
     backbone=dict(
+        depth=18,
         base_channels=8,
         init_cfg=None,
         dcn=dict(type='DCNv2', deform_groups=1, fallback_on_stride=False),
         stage_with_dcn=(False, False, False, True)),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64),
+    neck=dict(in_channels=[8, 16, 32, 64], out_channels=64),
     bbox_head=dict(in_channels=64, feat_channels=64, stacked_convs=1))
 """
 
