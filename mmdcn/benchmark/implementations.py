@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmdcn.errors import named_first_line
+from mmdcn.machine import onnxruntime_problem
 from mmdcn.ops import deform_conv2d, reference
 
 from .cases import DTYPES, LAYOUTS, Case
@@ -240,7 +241,11 @@ class OnnxRuntime(Implementation):
     def missing(self, device: torch.device) -> str | None:
         if device.type == "cuda":
             return "measured on the CPU only"
-        return _import_problem("onnxruntime", "onnxruntime") or _import_problem("onnx", "onnx")
+        return (
+            _import_problem("onnxruntime", "onnxruntime")
+            or _import_problem("onnx", "onnx")
+            or onnxruntime_problem()
+        )
 
     def refuses(self, case: Case) -> str | None:
         if case.layout != "nchw":
