@@ -71,6 +71,7 @@ def main(args: argparse.Namespace) -> None:
         sampling_page,
     )
 
+    launch.check_device(args.device)
     cfg = launch.load_config(args)
     model = init_detector(cfg, args.checkpoint, device=args.device, cfg_options={})
     try:

@@ -27,6 +27,7 @@ __all__ = [
     "add_config_options",
     "begin",
     "build_runner",
+    "check_device",
     "checkpoint_file",
     "config_file",
     "load_config",
@@ -225,6 +226,20 @@ def _init_gloo(cfg: Config) -> None:
             broadcast_buffers=False,
             find_unused_parameters=cfg.get("find_unused_parameters", False),
         )
+
+
+def check_device(name: str) -> None:
+    """Check that torch has a device of this name.
+
+    Raises:
+        InputError: it has not.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {first_line(error)}") from error
 
 
 # ------------------------------------------------------------------------- a tool, begun and ended

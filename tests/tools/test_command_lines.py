@@ -53,7 +53,7 @@ def run(command: list[str], cwd: Path) -> tuple[subprocess.CompletedProcess, flo
 
 
 def test_the_programs_are_found():
-    assert {"train.py", "demo.py"} <= {path.name for path in TOOLS}
+    assert {"train.py", "image_demo.py", "demo.py"} <= {path.name for path in TOOLS}
     assert {"check.py", "worker.py"} <= {path.name for path in MODULES}
 
 
@@ -105,6 +105,7 @@ MISTAKES = {
     "test.py": ["missing.py", "missing.pth"],
     "export_onnx.py": ["missing.py", "missing.pth", "-o", "model.onnx"],
     "visualize_sampling.py": ["missing.py", "missing.pth", "missing.png"],
+    "image_demo.py": ["missing.png", "missing.py", "missing.pth"],
     "dist_train.sh": ["missing.py", "2"],
     "dist_test.sh": ["missing.py", "missing.pth", "2"],
 }
