@@ -271,7 +271,12 @@ def test_exporters_are_told_before_and_after_their_import(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     ("name", "blocks"),
-    [("DCN", 2), ("DCNv2", 6), pytest.param("DCN", 6, marks=pytest.mark.slow)],
+    [
+        ("DCN", 2),
+        ("DCNv2", 2),
+        pytest.param("DCN", 6, marks=pytest.mark.slow),
+        pytest.param("DCNv2", 6, marks=pytest.mark.slow),
+    ],
 )
 def test_backbone_of_open_size(name, blocks, tmp_path):
     pytest.importorskip("mmdet")
