@@ -6,7 +6,7 @@ toolbox, the operators, the layers and the conversion of models work all the sam
 
 from importlib.util import find_spec
 
-from . import layers, models, ops
+from . import startup
 from .version import __version__
 
 __all__ = ["__version__", "layers", "models", "ops"]
@@ -16,14 +16,22 @@ _WITHOUT_TOOLBOX = (
     "operators, layers and the conversion of models work without them"
 )
 
-if find_spec("mmengine") is not None and find_spec("mmcv") is not None:
-    from . import plugin
 
-    plugin.install()
-    __all__ += ["plugin"]
+def _toolbox_is_installed() -> bool:
+    return find_spec("mmengine") is not None and find_spec("mmcv") is not None
 
 
 def __getattr__(name: str) -> None:
-    if name == "plugin":
+    if name == "plugin" and not _toolbox_is_installed():
         raise AttributeError(_WITHOUT_TOOLBOX)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if not startup.postponed():
+    from . import layers, models, ops
+
+    if _toolbox_is_installed():
+        from . import plugin
+
+        plugin.install()
+        __all__ += ["plugin"]

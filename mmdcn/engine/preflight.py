@@ -20,13 +20,15 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
+from mmdcn.errors import InputError
+
 __all__ = ["ConfigError", "check"]
 
 # How many of the listed images are looked for: one may be missing, all means a wrong folder.
 _IMAGES_LOOKED_FOR = 20
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError, ValueError):
     """The config, or what it points to, cannot work. The message lists each problem on a line."""
 
 
