@@ -42,9 +42,7 @@ def fuse_conv_bn(module: nn.Module) -> nn.Module:
         >>> bool((fuse_conv_bn(model)(x) - expected).abs().max() < 1e-5), model[1]
         (True, Identity())
     """
-    places = Counter(
-        child for parent in module.modules() for child in parent._modules.values() if child
-    )
+    places = Counter(child for parent in module.modules() for child in parent._modules.values())
     for parent in list(module.modules()):
         _fuse_children(parent, places)
     return module
@@ -52,9 +50,7 @@ def fuse_conv_bn(module: nn.Module) -> nn.Module:
 
 def _fuse_children(parent: nn.Module, places: Counter[nn.Module]) -> None:
     in_order = isinstance(parent, nn.Sequential)
-    # mmcv's ConvModule registers its parts in one order, and may run them in another.
-    order = getattr(parent, "order", ("conv", "norm"))
-    if "norm" in order and order[order.index("norm") - 1 :][:1] != ("conv",):
+    if not _runs_norm_after_conv(parent):
         return
     before: str | None = None  # the name of the layer that a normalisation would fold into
     for name, child in parent._modules.items():
@@ -72,6 +68,14 @@ def _fuse_children(parent: nn.Module, places: Counter[nn.Module]) -> None:
         elif in_order or next(child.parameters(), None) is not None:
             # Elsewhere the order of what has no parameters, such as activations, means nothing.
             before = None
+
+
+def _runs_norm_after_conv(parent: nn.Module) -> bool:
+    """Not so where mmcv's ConvModule, which registers its convolution first, runs it later."""
+    order = getattr(parent, "order", None)
+    if not isinstance(order, tuple) or "norm" not in order:
+        return True
+    return "conv norm" in " ".join(order)
 
 
 def _linear_part(layer: nn.Module) -> nn.Module | None:
