@@ -15,7 +15,9 @@
 - mmengine's loading of checkpoints, so that it reads plain data only
   (:mod:`mmdcn.engine.checkpoint`);
 - torch's registration of modules in other modules, so that checkpoints load in which offset
-  branches have their former names (:mod:`mmdcn.engine.old_keys`).
+  branches have their former names (:mod:`mmdcn.engine.old_keys`);
+- mmengine's and torch's loading of state dicts, so that a log line says how many offset branches a
+  plain model's checkpoint leaves at zero (:mod:`mmdcn.engine.plain_checkpoints`).
 
 It also tells mmengine how to count our operator's operations (:mod:`mmdcn.engine.complexity`).
 
@@ -49,7 +51,7 @@ from mmengine.registry import HOOKS, MODELS, Registry
 from torch import Tensor, nn
 
 from mmdcn import layers, mmcv_kernels, models
-from mmdcn.engine import checkpoint, complexity, old_keys
+from mmdcn.engine import checkpoint, complexity, old_keys, plain_checkpoints
 from mmdcn.engine.sampling_hook import SamplingVisualizationHook
 from mmdcn.functions import deform_conv2d, deform_roi_pool, modulated_deform_conv2d
 from mmdcn.models import basic_block
@@ -195,6 +197,7 @@ def install() -> None:
     checkpoint.install()
     complexity.install()
     old_keys.install()
+    plain_checkpoints.install()
     logging.getLogger("mmdcn").addHandler(_TO_MMENGINE)
 
     if _MMCV_PROBLEM is not None:
@@ -237,6 +240,7 @@ def uninstall() -> None:
     basic_block.uninstall()
     checkpoint.uninstall()
     old_keys.uninstall()
+    plain_checkpoints.uninstall()
     logging.getLogger("mmdcn").removeHandler(_TO_MMENGINE)
     _replaced_layers = None
 

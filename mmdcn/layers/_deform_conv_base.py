@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmdcn.layers._checkpoint_keys import read_other_keys
 from mmdcn.layers._checks import check_channels, check_numbers
 from mmdcn.ops._registration import autocast_is_enabled
 
@@ -104,6 +105,7 @@ class OffsetBranch:
             self.padding,
             self.dilation,
         )
+        read_other_keys(self)
 
     def init_offset(self) -> None:
         """Set the branch to zero: the kernel then samples its regular grid."""
