@@ -249,7 +249,7 @@ CHECKS = {
 
 
 def test_every_row_has_a_check():
-    assert ROWS == list(CHECKS)
+    assert list(CHECKS) == ROWS
 
 
 @pytest.mark.parametrize("row", CHECKS)
