@@ -17,7 +17,9 @@
 - torch's registration of modules in other modules, so that checkpoints load in which offset
   branches have their former names (:mod:`mmdcn.engine.old_keys`);
 - mmengine's and torch's loading of state dicts, so that a log line says how many offset branches a
-  plain model's checkpoint leaves at zero (:mod:`mmdcn.engine.plain_checkpoints`).
+  plain model's checkpoint leaves at zero (:mod:`mmdcn.engine.plain_checkpoints`);
+- mmengine's constructor of optimizers, so that ``dcn_offset_lr_mult`` reaches all our layers
+  (:mod:`mmdcn.engine.offset_learning_rate`).
 
 It also tells mmengine how to count our operator's operations (:mod:`mmdcn.engine.complexity`).
 
@@ -51,7 +53,14 @@ from mmengine.registry import HOOKS, MODELS, Registry
 from torch import Tensor, nn
 
 from mmdcn import layers, mmcv_kernels, models
-from mmdcn.engine import checkpoint, complexity, old_keys, plain_checkpoints
+from mmdcn.engine import (
+    checkpoint,
+    complexity,
+    offset_learning_rate,
+    old_keys,
+    plain_checkpoints,
+)
+from mmdcn.engine.offset_hook import OffsetStatisticsHook
 from mmdcn.engine.sampling_hook import SamplingVisualizationHook
 from mmdcn.functions import deform_conv2d, deform_roi_pool, modulated_deform_conv2d
 from mmdcn.models import basic_block
@@ -140,6 +149,7 @@ for _name, _layer in LAYERS.items():
 _SCOPE.register_module(name="Deformable", module=models.build_deformable)
 
 for _registry in (HOOKS, Registry("hook", parent=HOOKS, scope="mmdcn")):
+    _registry.register_module(module=OffsetStatisticsHook)
     _registry.register_module(module=SamplingVisualizationHook)
 
 # ------------------------------------------------------------------------------------- taking over
@@ -196,6 +206,7 @@ def install() -> None:
     basic_block.install()
     checkpoint.install()
     complexity.install()
+    offset_learning_rate.install()
     old_keys.install()
     plain_checkpoints.install()
     logging.getLogger("mmdcn").addHandler(_TO_MMENGINE)
@@ -239,6 +250,7 @@ def uninstall() -> None:
             vars(_mmcv_ops)[name] = getattr(_mmcv_roi_pool, name)
     basic_block.uninstall()
     checkpoint.uninstall()
+    offset_learning_rate.uninstall()
     old_keys.uninstall()
     plain_checkpoints.uninstall()
     logging.getLogger("mmdcn").removeHandler(_TO_MMENGINE)

@@ -105,6 +105,15 @@ def test_builds_with_our_layers(name):
     )
 
 
+@pytest.mark.parametrize("path", CONFIGS.rglob("*.py"), ids=lambda path: path.stem)
+def test_offsets_are_logged_where_there_are_any(path):
+    config = Config.fromfile(path)
+    hooks = [hook.type for hook in config.default_hooks.values()]
+    deformable = re.search(r"dconv|dcnv4", path.stem) is not None
+    assert ("OffsetStatisticsHook" in hooks) == deformable
+    assert {"LoggerHook", "CheckpointHook"} <= set(hooks)
+
+
 def narrow(config: Config) -> Config:
     """An eighth of the channels: quick to initialise and to run, and of the same structure."""
     heads = config.model.roi_head

@@ -1,4 +1,4 @@
-"""What deformable operators sample while a model runs, with the names of the modules that call them.
+"""What deformable operators sample while a model runs, by the names of the modules that call.
 
 The calls are seen at the operator: of DCN to DCNv4, in one to three dimensions, and of modules that
 compute offsets of their own, such as the heads of VFNet, TOOD or RepPoints.

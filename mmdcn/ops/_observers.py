@@ -1,7 +1,7 @@
 """Observers of the deformable operators: they are told what every call samples.
 
-The functions in mmdcn.ops tell them of each call, whatever the call comes from (a layer, a head that
-computes its own offsets, mmcv's functions) and whatever computes it. A compiled graph calls no
+The functions in mmdcn.ops tell them of each call, whatever the call comes from (a layer, a head
+that computes its own offsets, mmcv's functions) and whatever computes it. A compiled graph calls no
 functions, hence tells nobody.
 """
 

@@ -164,7 +164,9 @@ def _share(call: SampledCall, scale: float) -> Tensor | None:
     if call.modulation is None:
         return None
     modulation = call.modulation.float() / scale
-    if call.weighs or modulation.numel() and not 0 <= modulation.min() <= modulation.max() <= 1:
+    if modulation.numel() == 0:
+        return modulation
+    if call.weighs or not 0 <= modulation.min() <= modulation.max() <= 1:
         modulation = modulation.nan_to_num().abs()
         modulation = modulation / modulation.amax().clamp(min=1e-12)
     return modulation

@@ -108,12 +108,15 @@ def test_calls_are_counted_anew_in_every_pass(size):
     assert names(model, lambda: (model(x), model(x))) == 2 * expected
 
 
-def test_a_repetition_by_checkpointing_is_not_another_call():
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_repetition_by_checkpointing_is_not_another_call(use_reentrant):
     model = nn.Sequential(layers.DeformConv2dPack(3, 3, 3, padding=1))
     x = torch.randn(1, 3, 8, 8, requires_grad=True)
-    for use_reentrant in (False, True):
-        run = lambda r=use_reentrant: checkpoint(model, x, use_reentrant=r).sum().backward()
-        assert names(model, run) == ["0"]
+
+    def run():
+        checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
+
+    assert names(model, run) == ["0"]
 
 
 def test_a_failed_pass_leaves_nothing_behind():
@@ -131,7 +134,7 @@ def test_bad_arguments_get_their_own_error_while_observed():
     layer = layers.DeformConv2d(4, 4, 3)
     with (
         named_calls(layer, lambda *_: None),
-        pytest.raises(ValueError, match="offset: offset.shape"),
+        pytest.raises(ValueError, match="offset: expected|offset: offset"),
     ):
         layer(torch.randn(1, 4, 8, 8), torch.randn(1, 16, 6, 6))
 
