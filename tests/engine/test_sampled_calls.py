@@ -134,7 +134,7 @@ def test_bad_arguments_get_their_own_error_while_observed():
     layer = layers.DeformConv2d(4, 4, 3)
     with (
         named_calls(layer, lambda *_: None),
-        pytest.raises(ValueError, match="offset: expected|offset: offset"),
+        pytest.raises(ValueError, match=r"^offset: "),
     ):
         layer(torch.randn(1, 4, 8, 8), torch.randn(1, 16, 6, 6))
 
