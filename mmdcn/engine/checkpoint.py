@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -195,12 +196,13 @@ def _explain(source: object, message: str) -> str:
     )
 
 
-def load(f: Any, map_location: Any = None) -> Any:
+def load(f: Any, map_location: Any = None, mmap: bool = False) -> Any:
     """Load a checkpoint as plain data.
 
     Args:
         f: path or open binary file of a checkpoint written by ``torch.save``.
         map_location: as in ``torch.load``.
+        mmap: leave tensors in the file until they are used, where its format allows it.
 
     Returns:
         What was saved. ``meta['config']``, Python text in checkpoints of older toolboxes, is moved
@@ -211,7 +213,8 @@ def load(f: Any, map_location: Any = None) -> Any:
             what mmengine writes, and classes allowed through ``torch.serialization``.
     """
     with _plain_data_only(getattr(f, "name", f) if hasattr(f, "read") else f):
-        checkpoint = torch.load(f, map_location=map_location, weights_only=True)
+        mmap = mmap and zipfile.is_zipfile(f)
+        checkpoint = torch.load(f, map_location=map_location, weights_only=True, mmap=mmap)
     return _without_config(checkpoint)
 
 
