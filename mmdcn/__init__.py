@@ -6,13 +6,16 @@ toolbox, the operators and the layers work all the same.
 
 from importlib.util import find_spec
 
-from . import layers, ops
+from . import startup
 from .version import __version__
 
 __all__ = ["__version__", "layers", "ops"]
 
-if find_spec("mmengine") is not None and find_spec("mmcv") is not None:
-    from . import models, plugin
+if not startup.postponed():
+    from . import layers, ops
 
-    plugin.install()
-    __all__ += ["models", "plugin"]
+    if find_spec("mmengine") is not None and find_spec("mmcv") is not None:
+        from . import models, plugin
+
+        plugin.install()
+        __all__ += ["models", "plugin"]

@@ -1,4 +1,8 @@
-"""What exceptions say, on one line each."""
+"""Errors: the kind that ends a tool with its message alone, and what others say, on one line."""
+
+
+class InputError(Exception):
+    """A mistake in what a tool was given; its message is all that its user needs to see."""
 
 
 def first_line(error: BaseException) -> str:

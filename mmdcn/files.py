@@ -1,15 +1,79 @@
-"""Files that are written whole or not at all."""
+"""Files: images that are found, and what is written whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import io
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmdcn.errors import InputError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+#: The endings of the files that are taken for images, in lower case: those that mmdet takes.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+def images_in(folder: Path) -> Iterator[Path]:
+    """The images of a folder, by name."""
+    return (path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def find_images(inputs: Sequence[str]) -> list[Path]:
+    """The images that files, folders and patterns such as ``photos/*.jpg`` name, each once.
+
+    Raises:
+        InputError: one of them names no image.
+    """
+    found: list[Path] = []
+    for text in inputs:
+        path = Path(text)
+        if path.is_dir():
+            images = list(images_in(path))
+            expected = f"a folder with images ({', '.join(IMAGE_SUFFIXES)})"
+        elif path.is_file():
+            images, expected = [path], ""
+        else:
+            matches = map(Path, sorted(glob.glob(text, recursive=True)))
+            images = [match for match in matches if match.is_file()]
+            expected = "an image, a folder, or a pattern that fits some"
+        if not images:
+            raise InputError(f"no image {text!r}: expected {expected}")
+        found += images
+    return list(dict.fromkeys(found))
+
+
+def check_names_differ(images: Sequence[Path]) -> None:
+    """Check that results which are named after their images do not take each other's place.
+
+    Raises:
+        InputError: two images of other folders, or of other formats, have the same name.
+    """
+    named: dict[str, Path] = {}
+    for path in images:
+        other = named.setdefault(path.stem, path)
+        if other != path:
+            raise InputError(
+                f"{other} and {path} would give results of the same name: call once for each, "
+                "with another --out-dir"
+            )
+
+
+def check_folder(folder: Path, argument: str) -> None:
+    """Check that files can be written to a folder, which need not exist yet.
+
+    Raises:
+        InputError: it is a file, or is in a place that cannot be written to.
+    """
+    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        what = "cannot be written to" if place.is_dir() else "is a file"
+        raise InputError(f"argument {argument}: expected a folder to write to, and {place} {what}")
 
 
 @contextlib.contextmanager

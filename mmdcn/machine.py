@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -21,6 +22,9 @@ PACKAGES = {
     "onnxruntime": ("onnxruntime",),
     "torchvision": ("torchvision",),
 }
+
+#: The first onnxruntime that computes ONNX's DeformConv.
+ONNXRUNTIME_WITH_DEFORM_CONV = "1.25.0"
 
 
 def machine(device: torch.device) -> dict:
@@ -70,6 +74,27 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def onnxruntime_problem() -> str | None:
+    """Why the onnxruntime that is installed does not compute ``DeformConv``, or None if it does.
+
+    Raises:
+        ImportError: none is installed.
+    """
+    import onnxruntime
+
+    least, version = ONNXRUNTIME_WITH_DEFORM_CONV, onnxruntime.__version__
+    if _release(version) >= _release(least):
+        return None
+    return (
+        f"DeformConv needs onnxruntime {least} or newer, got {version}: "
+        f"`pip install 'onnxruntime>={least}'`, under Python 3.11 or newer"
+    )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def driver() -> str | None:

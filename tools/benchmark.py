@@ -1,13 +1,19 @@
 """Benchmark of mmdcn against its peers on this machine, written as tables."""
 
-import contextlib
-import sys
+import argparse
 
-# The toolbox logs to the standard output of its import, but that is for the tables.
-with contextlib.redirect_stdout(sys.stderr):
+__arguments_first__ = True  # see mmdcn/startup.py
+from mmdcn.benchmark import cli
+from mmdcn.engine import launch
+
+
+def main(args: argparse.Namespace) -> int:
     from mmdcn import timing
-    from mmdcn.benchmark import cli
+
+    timing.keep_freed_memory()
+    return cli.run(args)
+
 
 if __name__ == "__main__":
-    timing.keep_freed_memory()
-    sys.exit(cli.main())
+    # The standard output is for the tables.
+    launch.run(main, cli.parse_args, log_to_stderr=True)

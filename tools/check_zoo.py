@@ -5,8 +5,8 @@ import sys
 import warnings
 from pathlib import Path
 
-from mmdcn import zoo
-from mmdcn.files import write
+__arguments_first__ = True  # see mmdcn/startup.py
+from mmdcn.engine import launch
 
 
 def parse_args() -> argparse.Namespace:
@@ -24,8 +24,10 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
+    from mmdcn import zoo
+    from mmdcn.files import write
+
     warnings.simplefilter("ignore")
     results, passed_over = [], {}
     for found, checked in zoo.sweep(zoo.find(args.only, passed_over), args.results):
@@ -42,4 +44,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(
+        main, parse_args, when_interrupted="the same command goes on with what is not checked yet"
+    )

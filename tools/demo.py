@@ -15,6 +15,31 @@ from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 
+__arguments_first__ = True  # see mmdcn/startup.py
+from mmdcn.datasets.parameters import Parameters
+from mmdcn.engine import launch
+
+
+def parse_args() -> argparse.Namespace:
+    defaults = Parameters()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/demo"))
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="of data and training")
+    parser.add_argument("--iters", type=int, help="training iterations (default: the configs')")
+    parser.add_argument("--train-images", type=int, default=defaults.train_images)
+    parser.add_argument("--val-images", type=int, default=defaults.val_images)
+    launch.add_config_options(parser)
+    args = parser.parse_args()
+    if args.iters is not None and args.iters < 1:
+        parser.error(f"argument --iters: must be at least 1, got {args.iters}")
+    return args
+
+
+if __name__ == "__main__":
+    launch.begin(parse_args)  # before what follows, which takes seconds
+
 import cv2
 import numpy as np
 import torch
@@ -22,7 +47,7 @@ from matplotlib.figure import Figure
 from mmdet.apis import inference_detector, init_detector
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.runner import Runner, find_latest_checkpoint
 from mmengine.structures import InstanceData
 from rich.console import Console
@@ -61,31 +86,9 @@ RESULT = "result.json"
 console = Console()
 
 
-def parse_args() -> argparse.Namespace:
-    defaults = warped_shapes.Parameters()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/demo"))
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="of data and training")
-    parser.add_argument("--iters", type=int, help="training iterations (default: the configs')")
-    parser.add_argument("--train-images", type=int, default=defaults.train_images)
-    parser.add_argument("--val-images", type=int, default=defaults.val_images)
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=DictAction,
-        default={},
-        help="override settings of all three configs: key=value, as in tools/train.py",
-    )
-    args = parser.parse_args()
-    if args.iters is not None and args.iters < 1:
-        parser.error(f"argument --iters: must be at least 1, got {args.iters}")
-    return args
-
-
 def main() -> None:
     args = parse_args()
+    settings = launch.parse_settings(args.cfg_options)
     start = time.monotonic()
     try:
         parameters = warped_shapes.Parameters(
@@ -117,7 +120,7 @@ def main() -> None:
     for number, (name, file_name) in enumerate(MODELS.items(), 1):
         console.rule(f"model {number} of {len(MODELS)}: {name}")
         cfg = Config.fromfile(CONFIGS / file_name)
-        cfg.merge_from_dict(args.cfg_options)
+        cfg.merge_from_dict(settings)
         cfg.randomness.seed = args.seed
         if args.iters is not None:
             set_iterations(cfg, args.iters)
@@ -375,8 +378,8 @@ def read_json(path: Path) -> dict | None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        console.print("interrupted; run the same command again to go on from the last checkpoint")
-        sys.exit(130)
+    launch.run(
+        lambda args: main(),
+        parse_args,
+        when_interrupted="run the same command again to go on from the last checkpoint",
+    )

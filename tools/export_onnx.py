@@ -10,42 +10,73 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import mmdcn  # noqa: F401  # registers the layers, for configs that do not import them
-from mmdcn.engine import export, launch
+__arguments_first__ = True  # see mmdcn/startup.py
+from mmdcn.engine import launch
+from mmdcn.errors import InputError
+
+
+def image_file(text: str) -> Path:
+    path = Path(text)
+    if not path.is_file():
+        raise InputError(f"no image {text!r}")
+    return path
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="config file")
-    parser.add_argument("checkpoint", help="checkpoint file or address")
+    parser.add_argument("config", type=launch.config_file, help="config file")
+    parser.add_argument(
+        "checkpoint", type=launch.checkpoint_file, help="checkpoint file or address"
+    )
     parser.add_argument("-o", "--out", type=Path, required=True, help="the ONNX file to write")
     parser.add_argument(
         "--images",
         nargs="+",
-        type=Path,
+        type=image_file,
         metavar="FILE",
         help="images to compare on (default: some of the config's test set, or where that is not "
         "on disk, generated ones)",
+    )
+    parser.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="do not compare: for where onnxruntime is missing, or older than 1.25.0, which is the "
+        "first with DeformConv and needs Python 3.11",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=5.0,
+        help="of samples for each speed (default: %(default)s)",
     )
     launch.add_config_options(parser)
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
+    from mmdcn.engine import export
+
     cfg = launch.read_config(args.config, args.cfg_options)
     network = export.build(cfg, args.checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         paths = args.images or export.find_images(cfg, Path(folder))
         images = list(export.load_images(cfg, network, paths))
-    print(f"comparing on {', '.join(path.name for path in paths)}", flush=True)
+    if not args.no_verify:
+        print(f"comparing on {', '.join(path.name for path in paths)}", flush=True)
     verified = export.export(
-        network, images, args.out, report=lambda step: print(f"{step} ...", flush=True)
+        network,
+        images,
+        args.out,
+        seconds=args.seconds,
+        report=lambda step: print(f"{step} ...", flush=True),
+        verify=not args.no_verify,
     )
 
     print(
         f"wrote {args.out}: {', '.join(network.input_names)} -> {len(network.output_names)} outputs"
     )
+    if verified is None:
+        return
     print(f"largest error: {verified.largest_error:.1e} of the largest element ({verified.output})")
     size = "×".join(map(str, verified.shape))
     for name, milliseconds in verified.milliseconds.items():
@@ -53,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(main, parse_args)

@@ -1,8 +1,8 @@
 """Checks and timings of the installed mmdcn on this machine's GPU, for tools/gpu_check.sh."""
 
-import sys
-
+__arguments_first__ = True  # see mmdcn/startup.py
 from mmdcn.benchmark.gpu import cli
+from mmdcn.engine import launch
 
 if __name__ == "__main__":
-    sys.exit(cli.main())
+    launch.run(cli.check, cli.parse_args)

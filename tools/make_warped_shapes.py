@@ -5,7 +5,10 @@ import signal
 import sys
 from pathlib import Path
 
-from mmdcn.datasets.warped_shapes import CONTACT_SHEET, Parameters, generate
+__arguments_first__ = True  # see mmdcn/startup.py
+from mmdcn.datasets.parameters import Parameters
+from mmdcn.engine import launch
+from mmdcn.errors import InputError
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,24 +43,29 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="replace warped shapes made with other parameters; anything else is left alone",
     )
-    return parser.parse_args()
+    given = vars(parser.parse_args())
+    args = argparse.Namespace(out_dir=given.pop("out_dir"), overwrite=given.pop("overwrite"))
+    try:
+        args.parameters = Parameters(**given | {"strengths": tuple(given["strengths"])})
+    except ValueError as error:
+        raise InputError(error) from error
+    return args
 
 
-def main() -> None:
-    args = vars(parse_args())
-    out_dir, overwrite = args.pop("out_dir"), args.pop("overwrite")
+def main(args: argparse.Namespace) -> None:
+    from mmdcn.datasets.warped_shapes import CONTACT_SHEET, generate
+
     # An exit by SystemExit removes the half-made data on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        parameters = Parameters(**args | {"strengths": tuple(args["strengths"])})
-        written = generate(out_dir, parameters, overwrite)
-    except (ValueError, FileExistsError) as error:
-        sys.exit(f"error: {error}")
+        written = generate(args.out_dir, args.parameters, args.overwrite)
+    except FileExistsError as error:
+        raise InputError(error) from error
     if written:
-        print(f"wrote {out_dir}; see {out_dir / CONTACT_SHEET}")
+        print(f"wrote {args.out_dir}; see {args.out_dir / CONTACT_SHEET}")
     else:
-        print(f"{out_dir} is up to date")
+        print(f"{args.out_dir} is up to date")
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main, parse_args)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 from copy import deepcopy
+from typing import TYPE_CHECKING
 
-from mmdet.engine.hooks.utils import trigger_visualization_hook
-from mmdet.evaluation import DumpDetResults
-from mmdet.utils import setup_cache_size_limit_of_dynamo
-from mmengine.config import Config, ConfigDict
+__arguments_first__ = True  # see mmdcn/startup.py
+from mmdcn.engine import launch
 
-import mmdcn  # noqa: F401  # registers the layers, for configs that do not import them
-from mmdcn.engine import launch, preflight
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="config file")
-    parser.add_argument("checkpoint", help="checkpoint file or address")
+    parser.add_argument("config", type=launch.config_file, help="config file")
+    parser.add_argument(
+        "checkpoint", type=launch.checkpoint_file, help="checkpoint file or address"
+    )
     parser.add_argument(
         "--work-dir", help="folder for logs and metrics (default: work_dirs/<name of the config>)"
     )
@@ -43,6 +44,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
+    from mmdet.engine.hooks.utils import trigger_visualization_hook
+
+    from mmdcn.engine import preflight
+
     if "visualization" not in cfg.get("default_hooks", {}):
         raise preflight.ConfigError(
             "--show and --show-dir: the config must have "
@@ -53,6 +58,8 @@ def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
 
 def augment_at_test_time(cfg: Config) -> None:
     """Predict on flipped images too, unless the config says how to augment (as mmdet does)."""
+    from mmengine.config import ConfigDict
+
     dataset = cfg.test_dataloader.dataset
     while "dataset" in dataset:
         dataset = dataset.dataset
@@ -79,8 +86,12 @@ def augment_at_test_time(cfg: Config) -> None:
     dataset.pipeline = cfg.tta_pipeline
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
+    from mmdet.evaluation import DumpDetResults
+    from mmdet.utils import setup_cache_size_limit_of_dynamo
+
+    from mmdcn.engine import preflight
+
     setup_cache_size_limit_of_dynamo()
     cfg = launch.load_config(args)
     cfg.load_from = args.checkpoint
@@ -96,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(main, parse_args)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from mmdet.utils import setup_cache_size_limit_of_dynamo
-from mmengine.config import Config
+__arguments_first__ = True  # see mmdcn/startup.py
+from mmdcn.engine import launch
 
-import mmdcn  # noqa: F401  # registers the layers, for configs that do not import them
-from mmdcn.engine import amp, launch, preflight
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="config file")
+    parser.add_argument("config", type=launch.config_file, help="config file")
     parser.add_argument(
         "--work-dir",
         help="folder for logs and checkpoints (default: work_dirs/<config name>)",
@@ -40,6 +41,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def scale_learning_rate(cfg: Config) -> None:
+    from mmdcn.engine import preflight
+
     if not {"enable", "base_batch_size"} <= set(cfg.get("auto_scale_lr") or {}):
         raise preflight.ConfigError(
             "--auto-scale-lr: the config must have auto_scale_lr=dict(enable=False, "
@@ -53,8 +56,11 @@ def resume(cfg: Config, path: str) -> None:
     cfg.load_from = None if path == "auto" else path
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
+    from mmdet.utils import setup_cache_size_limit_of_dynamo
+
+    from mmdcn.engine import amp, preflight
+
     setup_cache_size_limit_of_dynamo()
     cfg = launch.load_config(args)
     if args.amp:
@@ -68,4 +74,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(
+        main,
+        parse_args,
+        when_interrupted="with --resume, the same command goes on from the last checkpoint",
+    )

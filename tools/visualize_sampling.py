@@ -3,23 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
-from mmdet.apis import init_detector
-from mmengine.config import DictAction
-
-import mmdcn  # noqa: F401  # registers the layers, for configs that do not import them
+__arguments_first__ = True  # see mmdcn/startup.py
 from mmdcn.engine import launch
-from mmdcn.engine.preflight import ConfigError
-from mmdcn.files import write, write_figure
-from mmdcn.visualization import (
-    choose_layers,
-    object_centers,
-    sample_image,
-    sampling_figure,
-    sampling_page,
-)
 
 
 def point(text: str) -> tuple[float, float]:
@@ -29,8 +16,10 @@ def point(text: str) -> tuple[float, float]:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="config file")
-    parser.add_argument("checkpoint", help="checkpoint file or address")
+    parser.add_argument("config", type=launch.config_file, help="config file")
+    parser.add_argument(
+        "checkpoint", type=launch.checkpoint_file, help="checkpoint file or address"
+    )
     parser.add_argument("image", help="image file")
     parser.add_argument(
         "--points",
@@ -56,13 +45,7 @@ def parse_args() -> argparse.Namespace:
         help="the picture, a .png; the page is beside it, a .html (default: sampling_<image>.png)",
     )
     parser.add_argument("--device", default="cpu", help="(default: cpu)")
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=DictAction,
-        metavar="KEY=VALUE",
-        help="override settings of the config",
-    )
+    launch.add_config_options(parser)
     # Only training and testing ask for these.
     parser.set_defaults(launcher="none", work_dir=None, local_rank=0)
     args = parser.parse_args()
@@ -75,11 +58,21 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
+    from mmdet.apis import init_detector
+
+    from mmdcn.engine.preflight import ConfigError
+    from mmdcn.files import write, write_figure
+    from mmdcn.visualization import (
+        choose_layers,
+        object_centers,
+        sample_image,
+        sampling_figure,
+        sampling_page,
+    )
+
+    launch.check_device(args.device)
     cfg = launch.load_config(args)
-    if "://" not in args.checkpoint and not os.path.isfile(args.checkpoint):
-        raise ConfigError(f"no checkpoint {args.checkpoint!r}")
     model = init_detector(cfg, args.checkpoint, device=args.device, cfg_options={})
     try:
         sampled = sample_image(model, args.image)
@@ -105,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(main, parse_args)

@@ -4,6 +4,7 @@
 :mod:`~.cases`           the problems: named sets of shapes, and their tensors
 :mod:`~.implementations` what computes them: ours, and the peers that happen to be installed
 :mod:`~.memory`          the memory that one call takes beyond what goes in and comes out
+:mod:`~.apart`           the process in which it is measured on the CPU
 :mod:`~.operators`       all of that for the operator
 :mod:`~.family`          the same for the other operators, beside what they replace
 :mod:`~.detectors`       whole detectors, in training and at inference

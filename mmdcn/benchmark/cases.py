@@ -1,17 +1,31 @@
-"""The problems that operators are timed on: named sets of shapes, and their tensors."""
+"""The problems that operators are timed on: named sets of shapes, and their tensors.
 
+The command line offers what is named here, before torch is imported.
+"""
+
+from __future__ import annotations
+
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from . import BenchmarkError
 
-DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
-LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+#: torch's dtypes, with the bytes of an element.
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+#: torch's memory format of each layout.
+LAYOUTS = {"nchw": "contiguous_format", "channels_last": "channels_last"}
 VERSIONS = ("v1", "v2")
+#: What ours is compared with (:mod:`~.implementations`).
+PEERS = ("dense", "mmcv", "onnxruntime", "torchvision")
+#: The other operators (:mod:`~.family`).
+OTHER_OPERATORS = ("deform_conv1d", "deform_conv3d", "dcnv3", "dcnv4", "deform_roi_pool")
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,7 @@ class Case:
     def bytes_moved(self, direction: str) -> int:
         """The least that memory must give and take: each tensor once in each pass."""
         sizes = {
-            name: torch.Size(shape).numel() * self.element_size(name)
+            name: math.prod(shape) * self.element_size(name)
             for name, shape in self.shapes().items()
         }
         forward = sum(sizes.values())
@@ -91,7 +105,7 @@ class Case:
 
     def element_size(self, tensor: str) -> int:
         wide = tensor in ("offset", "mask") and self.dtype != "float64"
-        return (torch.float32 if wide else DTYPES[self.dtype]).itemsize
+        return DTYPES["float32" if wide else self.dtype]
 
     def arguments(self) -> dict[str, int]:
         """Stride, padding and dilation, as functions of torch take them."""
@@ -185,6 +199,8 @@ def make_tensors(case: Case, device: torch.device, offset_std: float) -> dict[st
 
     ``grad_output`` is the gradient that the output gets.
     """
+    import torch
+
     generator = torch.Generator(device).manual_seed(0)
     shapes = case.shapes()
     shapes["grad_output"] = shapes.pop("output")

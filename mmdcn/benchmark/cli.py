@@ -1,4 +1,6 @@
-"""The arguments of `tools/benchmark.py`."""
+"""The arguments of `tools/benchmark.py`, which are read before torch is imported."""
+
+from __future__ import annotations
 
 import argparse
 import os
@@ -7,14 +9,12 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from . import BenchmarkError, cases
 
-from mmdcn import timing
-
-from . import BenchmarkError, cases, family, operators, report, tables
-from .implementations import PEERS
-from .paper import page as paper
+if TYPE_CHECKING:
+    import torch
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -35,7 +35,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = parse_args(arguments)
+    return run(parse_args(arguments))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the arguments say; the exit status."""
     try:
         return args.run(args)
     except BenchmarkError as error:
@@ -45,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _measure(args: argparse.Namespace, measure: Callable[[dict], None]) -> int:
     """Run a measurement; what is known when it ends, or is interrupted, is printed and written."""
+    from . import report, tables
+
     command = shlex.join(["tools/benchmark.py", *sys.argv[1:]])
     result = {"command": command}
     interrupted = False
@@ -101,7 +107,7 @@ def _number(kind: type, least: float, exclusive: bool = False) -> Callable[[str]
 
 
 def _peers(value: str) -> list[str]:
-    return [] if value == "none" else _several(_one_of(*PEERS))(value)
+    return [] if value == "none" else _several(_one_of(*cases.PEERS))(value)
 
 
 def _shape(value: str) -> str:
@@ -145,6 +151,8 @@ def _add_common(parser: argparse.ArgumentParser, seconds: float) -> None:
 
 
 def _check_device(args: argparse.Namespace) -> torch.device:
+    import torch
+
     if args.device == "cuda" and not torch.cuda.is_available():
         args.parser.error("argument --device: expected cpu, as torch sees no GPU here, got 'cuda'")
     cores = os.cpu_count() or 1
@@ -158,6 +166,8 @@ def _check_device(args: argparse.Namespace) -> torch.device:
 
 def _common_settings(args: argparse.Namespace) -> dict:
     """The options that :func:`_add_common` added, as the settings of each measurement call it."""
+    from mmdcn import timing
+
     return {
         "device": _check_device(args),
         "offset_std": args.offset_std,
@@ -214,8 +224,8 @@ def _add_operators(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--peers",
         type=_peers,
-        default=list(PEERS),
-        help=f"of {', '.join(PEERS)}, or none (default: all); those not installed are named",
+        default=list(cases.PEERS),
+        help=f"of {', '.join(cases.PEERS)}, or none (default: all); those not installed are named",
     )
     parser.add_argument("--forward-only", action="store_true", help="leave the backward pass out")
     parser.add_argument(
@@ -233,6 +243,8 @@ def _add_operators(commands: argparse._SubParsersAction) -> None:
 
 
 def _run_operators(args: argparse.Namespace) -> int:
+    from . import operators
+
     settings = operators.Settings(
         cases.expand(args.shapes, args.versions, args.layouts, args.dtype, args.batch),
         peers=args.peers,
@@ -258,13 +270,15 @@ def _add_family(commands: argparse._SubParsersAction) -> None:
     _add_common(parser, seconds=1.0)
     parser.add_argument(
         "--operators",
-        type=_several(_one_of(*family.OPERATORS)),
-        default=list(family.OPERATORS),
-        help=f"of {', '.join(family.OPERATORS)} (default: all)",
+        type=_several(_one_of(*cases.OTHER_OPERATORS)),
+        default=list(cases.OTHER_OPERATORS),
+        help=f"of {', '.join(cases.OTHER_OPERATORS)} (default: all)",
     )
 
 
 def _run_family(args: argparse.Namespace) -> int:
+    from . import family
+
     settings = family.Settings(
         args.operators,
         **_common_settings(args),
@@ -377,6 +391,8 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
 
 
 def _run_report(args: argparse.Namespace) -> int:
+    from . import report
+
     written = report.publish(report.load_runs(args.runs), args.out, args.readme)
     print(*written, sep="\n")
     return 0
@@ -401,6 +417,8 @@ def _add_paper(commands: argparse._SubParsersAction) -> None:
 
 
 def _run_paper(args: argparse.Namespace) -> int:
+    from .paper import page as paper
+
     if args.page is None:
         print(paper.block())
     else:

@@ -332,7 +332,8 @@ def _extra_bytes(detector: Detector, path: Path) -> dict[str, int]:
     return memory.measure_apart(__name__, order)[-1]
 
 
-def _measure(order: dict) -> Iterator[dict[str, int]]:
+def measure(order: dict) -> Iterator[dict[str, int]]:
+    """The answer to an order of :func:`memory.measure_apart`."""
     path = Path(order["path"])
     settings = Settings(
         [path],
@@ -343,7 +344,3 @@ def _measure(order: dict) -> Iterator[dict[str, int]]:
     )
     detector = Detector(path, order["kernels"], settings)
     yield {phase: detector.extra_bytes(phase) for phase in PHASES}
-
-
-if __name__ == "__main__":
-    memory.answer(_measure)

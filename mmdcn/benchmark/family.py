@@ -19,6 +19,7 @@ from mmdcn.machine import machine, versions
 from mmdcn.ops import dcnv3, dcnv4, deform_conv1d, deform_conv3d, deform_roi_pool, reference
 
 from . import BenchmarkError, memory
+from .cases import OTHER_OPERATORS
 from .implementations import Bound
 from .operators import DIRECTIONS, TOLERANCE, distance, set_up
 from .progress import track
@@ -180,7 +181,7 @@ def _problems() -> Iterator[Problem]:
 
 
 PROBLEMS = list(_problems())
-OPERATORS = list(dict.fromkeys(problem.operator for problem in PROBLEMS))
+OPERATORS = list(OTHER_OPERATORS)
 
 
 def small_problems() -> list[Problem]:
@@ -305,11 +306,8 @@ def _extra_bytes_of(bound: Bound, device: torch.device) -> dict[str, int]:
     return {direction: memory.extra_bytes(bound, direction, device) for direction in DIRECTIONS}
 
 
-def _measure(order: dict) -> Iterator[dict[str, int]]:
+def measure(order: dict) -> Iterator[dict[str, int]]:
+    """The answers to an order of :func:`memory.measure_apart`."""
     device = torch.device("cpu")
     for number, name in zip(order["problems"], order["names"]):
         yield _extra_bytes_of(PROBLEMS[number].bind(device, order["offset_std"])[name], device)
-
-
-if __name__ == "__main__":
-    memory.answer(_measure)

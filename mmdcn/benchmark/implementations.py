@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmdcn.errors import named_first_line
+from mmdcn.machine import onnxruntime_problem
 from mmdcn.ops import deform_conv2d, reference
 
 from .cases import DTYPES, LAYOUTS, Case
@@ -102,11 +103,11 @@ def _leaves(
     for name in names:
         if name not in tensors:
             continue
-        dtype = DTYPES[case.dtype]
+        dtype = getattr(torch, case.dtype)
         if wide and name in ("offset", "mask") and dtype.itemsize < 4:
             dtype = torch.float32
         copied = tensors[name].detach().to(dtype, copy=True)
-        copied = copied.contiguous(memory_format=LAYOUTS[case.layout])
+        copied = copied.contiguous(memory_format=getattr(torch, LAYOUTS[case.layout]))
         leaves[name] = copied.requires_grad_(name != "grad_output")
     return leaves
 
@@ -142,7 +143,7 @@ class MmdcnFloat32(Mmdcn):
     name = "mmdcn float32"
 
     def refuses(self, case: Case) -> str | None:
-        return None if DTYPES[case.dtype].itemsize < 4 else f"the same as mmdcn in {case.dtype}"
+        return None if DTYPES[case.dtype] < 4 else f"the same as mmdcn in {case.dtype}"
 
     def bind(self, case: Case, tensors: dict[str, Tensor]) -> Bound:
         return super().bind(replace(case, dtype="float32"), tensors)
@@ -240,7 +241,11 @@ class OnnxRuntime(Implementation):
     def missing(self, device: torch.device) -> str | None:
         if device.type == "cuda":
             return "measured on the CPU only"
-        return _import_problem("onnxruntime", "onnxruntime") or _import_problem("onnx", "onnx")
+        return (
+            _import_problem("onnxruntime", "onnxruntime")
+            or _import_problem("onnx", "onnx")
+            or onnxruntime_problem()
+        )
 
     def refuses(self, case: Case) -> str | None:
         if case.layout != "nchw":

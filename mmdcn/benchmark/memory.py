@@ -84,13 +84,13 @@ def extra_bytes(bound: Bound, direction: str, device: torch.device) -> int:
 def measure_apart(module: str, order: dict) -> list[dict[str, int | str]]:
     """Answers of a module that is run with an order, in a process of its own.
 
-    The module calls :func:`answer`. Where its process ends too soon, the last answer's ``cannot``
-    says so.
+    Its function `measure` is given the order, and gives the answers (:mod:`~.apart`). Where its
+    process ends too soon, the last answer's ``cannot`` says so.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         process = subprocess.run(
-            [sys.executable, "-m", module],
+            [sys.executable, "-m", f"{__package__}.apart", module],
             input=json.dumps({**order, "result": str(result)}),
             capture_output=True,
             text=True,
@@ -104,19 +104,6 @@ def measure_apart(module: str, order: dict) -> list[dict[str, int | str]]:
     return answers
 
 
-def answer(measure: Callable[[dict], Iterator[dict[str, int | str]]]) -> None:
-    """Run the process of :func:`measure_apart`: give what `measure` finds, as it finds it."""
-    order = json.load(sys.stdin)
-    torch.set_num_threads(order["threads"])
-    result = Path(order["result"])
-    temporary = result.with_suffix(".new")
-    answers = []
-    for found in measure(order):
-        answers.append(found)
-        temporary.write_text(json.dumps(answers))
-        temporary.replace(result)
-
-
 def measure_on_cpu(
     name: str, problems: list[cases.Case], offset_std: float, threads: int
 ) -> list[dict[str, int | str]]:
@@ -125,7 +112,8 @@ def measure_on_cpu(
     return measure_apart(__name__, {**order, "offset_std": offset_std, "threads": threads})
 
 
-def _measure(order: dict) -> Iterator[dict[str, int | str]]:
+def measure(order: dict) -> Iterator[dict[str, int | str]]:
+    """The answers to the order of :func:`measure_on_cpu`."""
     device = torch.device("cpu")
     kind = all_implementations()[order["name"]]
     # What an arena keeps after the first call would hide what the second one needs.
@@ -138,7 +126,3 @@ def _measure(order: dict) -> Iterator[dict[str, int | str]]:
         if implementation.backward:
             found["forward_backward"] = extra_bytes(bound, "forward_backward", device)
         yield found
-
-
-if __name__ == "__main__":
-    answer(_measure)

@@ -333,7 +333,7 @@ def _rates(settings: Settings) -> dict:
     products = {}  # the dtype of each, and its operations
     # What is stored in half precision may be multiplied in float32, where that is faster.
     for dtype in dict.fromkeys([*dtypes, "float32"]):
-        a, b = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(2))
+        a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
         name = f"a matrix product of {size} × {size} in {dtype}"
         calls[name] = timing.Call(lambda a=a, b=b: a @ b)
         products[name] = (dtype, 2 * size**3)
@@ -355,7 +355,7 @@ def _rates(settings: Settings) -> dict:
         "gflop_per_s_from": {},
     }
     for dtype in dtypes:
-        usable = ("float32", dtype) if DTYPES[dtype].itemsize < 4 else (dtype,)
+        usable = ("float32", dtype) if DTYPES[dtype] < 4 else (dtype,)
         gflop_per_s = {
             name: flops / timing.median(samples[name]) / 1e6
             for name, (product_dtype, flops) in products.items()

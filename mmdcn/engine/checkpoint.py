@@ -31,12 +31,12 @@ from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
-from mmdcn.errors import named_first_line
+from mmdcn.errors import InputError, named_first_line
 
 __all__ = ["UnsafeCheckpointError", "install", "installed", "load", "uninstall"]
 
 
-class UnsafeCheckpointError(pickle.UnpicklingError):
+class UnsafeCheckpointError(InputError, pickle.UnpicklingError):
     """The checkpoint holds something other than plain data; nothing of it has been executed."""
 
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmdcn import files, timing
+from mmdcn import files, machine, timing
 from mmdcn.engine.network import ExportError, Network, build, find_images, load_images
 from mmdcn.engine.preflight import ConfigError
 from mmdcn.errors import first_line
@@ -56,7 +57,8 @@ def export(
     path: Path,
     seconds: float = 5.0,
     report: Callable[[str], None] = lambda step: None,
-) -> Verified:
+    verify: bool = True,
+) -> Verified | None:
     """Write the network to an ONNX file, and compare it with PyTorch on images.
 
     Batch, height, width and the number of boxes stay open. The file appears under its name only
@@ -68,22 +70,27 @@ def export(
         path: the file.
         seconds: how long to measure the speed of each.
         report: is told what begins.
+        verify: whether the file is compared, for which onnxruntime is needed.
 
     Raises:
         ExportError: an operation has no counterpart among ONNX's standard operators, or the file
             computes something else than PyTorch.
-        ConfigError: a package that the exporter needs is missing, or there can be no such file.
+        ConfigError: a package that the exporter needs is missing or too old, or there can be no
+            such file.
     """
     try:
         import onnx
-        import onnxruntime  # noqa: F401
 
         import mmdcn.ops.onnx  # noqa: F401
+
+        problem = machine.onnxruntime_problem() if verify else None
     except ImportError as error:
         raise ConfigError(
             f"the export needs onnx, onnxscript and onnxruntime: {error}; "
             "`pip install onnx onnxscript onnxruntime`"
         ) from error
+    if problem is not None and _is_deformable(network, images[0]):
+        raise ConfigError(f"the file cannot be compared with PyTorch here, as asked for: {problem}")
     if path.is_dir():
         raise ConfigError(f"cannot write {path}: expected the name of a file, got a folder")
     try:
@@ -92,6 +99,8 @@ def export(
             report("writing the network, which may take minutes")
             _write(network, images[0], temporary)
             _refuse_other_operators(onnx.load(temporary))
+            if not verify:
+                return None
             report("comparing onnxruntime with PyTorch")
             return _verify(network, images, str(temporary), seconds)
     except OSError as error:
@@ -124,6 +133,25 @@ def _write(network: Network, example: tuple[Tensor, ...], path: Path) -> None:
                 f"{first_line(_innermost(error))}"
             ) from error
     onnx_program.save(path, external_data=False)
+
+
+class _Names(TorchDispatchMode):
+    """The names of all operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.called.add(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def _is_deformable(network: Network, example: tuple[Tensor, ...]) -> bool:
+    """Whether the network calls the operator that becomes ``DeformConv``."""
+    with torch.no_grad(), _Names() as names:
+        network(*example)
+    return "mmdcn::deform_conv2d" in names.called
 
 
 def _boxes_of_both(boxes: Tensor) -> Tensor:

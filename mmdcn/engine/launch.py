@@ -1,33 +1,68 @@
-"""The common parts of the tools that read a config: arguments, config, runner, errors."""
+"""The common parts of the tools: arguments, config, runner, and how a tool ends.
+
+Nothing that takes long is imported before the arguments are read (:mod:`mmdcn.startup`).
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch.distributed
-from mmengine.config import Config, DictAction
-from mmengine.config.utils import ConfigParsingError
-from mmengine.device import get_device
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmdcn import startup
+from mmdcn.errors import InputError, first_line
 
-from mmdcn.engine.checkpoint import UnsafeCheckpointError
-from mmdcn.engine.preflight import ConfigError
+if TYPE_CHECKING:
+    from mmengine.config import Config
+    from mmengine.runner import Runner
 
 __all__ = [
     "add_arguments",
     "add_config_options",
+    "begin",
     "build_runner",
+    "check_device",
+    "checkpoint_file",
+    "config_file",
     "load_config",
+    "parse_settings",
     "read_config",
     "run",
 ]
+
+# What a shell says of a program that an interruption ended: 128, and the signal's number.
+INTERRUPTED = 128 + signal.SIGINT
+
+
+# -------------------------------------------------------------------------------------- arguments
+
+
+def config_file(text: str) -> str:
+    """A config's file, as the type of an argument.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    if not os.path.isfile(text):
+        raise InputError(f"no config file {text!r}")
+    return text
+
+
+def checkpoint_file(text: str) -> str:
+    """A checkpoint's file or address, as the type of an argument.
+
+    Raises:
+        InputError: it is no address, and there is no such file.
+    """
+    if "://" not in text and not os.path.isfile(text):
+        raise InputError(f"no checkpoint {text!r}")
+    return text
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -35,11 +70,18 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cfg-options",
         nargs="+",
-        action=DictAction,
+        action="extend",
+        type=_setting,
         metavar="KEY=VALUE",
         help="override settings of the config: model.backbone.depth=101, lists as key=a,b or "
         'key="[(a,b),(c,d)]" without spaces',
     )
+
+
+def _setting(text: str) -> str:
+    if not text.partition("=")[0].strip() or "=" not in text:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    return text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,27 +95,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # torch.distributed.launch passes this one in either spelling.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    # With this one, tools/dist_*.sh see a mistake before they start the processes.
+    parser.add_argument("--arguments-only", action="store_true", help=argparse.SUPPRESS)
 
 
-def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
-    """Read a config and override settings of it.
+# ----------------------------------------------------------------------------------------- config
+
+
+def parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
+    """The values of ``--cfg-options``, as mmengine reads them.
 
     Raises:
-        ConfigError: the file, or one that it inherits from, is missing or is not a config.
+        ConfigError: mmengine cannot read a value.
     """
+    from mmengine.config import DictAction
+
+    from mmdcn.engine.preflight import ConfigError
+
+    found = argparse.Namespace(settings={})
+    action = DictAction(["--cfg-options"], "settings", nargs="+")
+    for setting in settings or ():
+        try:
+            action(None, found, [setting])
+        # mmengine asserts that brackets are balanced, and its parsing may fail in other ways.
+        except Exception as error:
+            what = first_line(error)
+            raise ConfigError(f"--cfg-options: cannot read {setting!r}: {what}") from error
+    return found.settings
+
+
+def read_config(path: str, settings: Sequence[str] | None = None) -> Config:
+    """Read a config and override settings of it.
+
+    Args:
+        path: the file.
+        settings: what ``--cfg-options`` was given.
+
+    Raises:
+        ConfigError: the file, or one that it inherits from, is missing or is not a config; a
+            setting cannot be read, or does not fit the config.
+    """
+    from mmengine.config import Config
+    from mmengine.config.utils import ConfigParsingError
+
+    from mmdcn.engine.preflight import ConfigError
+
     if not os.path.isfile(path):
         raise ConfigError(f"no config file {path!r}")
+    overrides = parse_settings(settings)
     try:
         cfg = Config.fromfile(path)
     except (OSError, SyntaxError, ImportError, KeyError, ConfigParsingError) as error:
         raise ConfigError(f"cannot read the config {path}: {_describe(error)}") from error
-    if options is not None:
-        try:
-            cfg.merge_from_dict(options)
-        except (KeyError, TypeError) as error:
-            raise ConfigError(
-                f"--cfg-options do not fit the config {path}: {_describe(error)}"
-            ) from error
+    try:
+        cfg.merge_from_dict(overrides)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--cfg-options do not fit the config {path}: {_describe(error)}"
+        ) from error
     return cfg
 
 
@@ -98,8 +177,13 @@ def _describe(error: Exception) -> str:
     return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
 
 
+# ----------------------------------------------------------------------------------------- runner
+
+
 def on_cpu() -> bool:
     """Whether the toolbox will run on the CPU, because it finds no accelerator."""
+    from mmengine.device import get_device
+
     return get_device() == "cpu"
 
 
@@ -112,6 +196,11 @@ def build_runner(cfg: Config) -> Runner:
     Raises:
         ConfigError: the launcher needs an accelerator and there is none.
     """
+    from mmengine.registry import RUNNERS
+    from mmengine.runner import Runner
+
+    from mmdcn.engine.preflight import ConfigError
+
     if cfg.launcher != "none" and on_cpu():
         if cfg.launcher != "pytorch":
             raise ConfigError(
@@ -123,6 +212,8 @@ def build_runner(cfg: Config) -> Runner:
 
 
 def _init_gloo(cfg: Config) -> None:
+    import torch.distributed
+
     dist_cfg = cfg.get("env_cfg", {}).get("dist_cfg", {})
     timeout = dist_cfg.get("timeout")
     torch.distributed.init_process_group(
@@ -137,13 +228,98 @@ def _init_gloo(cfg: Config) -> None:
         )
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a tool. A mistake in what it was given ends it with one message and exit status 1."""
+def check_device(name: str) -> None:
+    """Check that torch has a device of this name.
+
+    Raises:
+        InputError: it has not.
+    """
+    import torch
+
     try:
-        main()
-    except (ConfigError, UnsafeCheckpointError) as error:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {first_line(error)}") from error
+
+
+# ------------------------------------------------------------------------- a tool, begun and ended
+
+
+def begin(
+    parse_args: Callable[[], argparse.Namespace], *, log_to_stderr: bool = False
+) -> argparse.Namespace:
+    """Read a tool's arguments, and only then import what takes seconds.
+
+    :func:`run` does this. A tool that imports more at its head calls it before.
+
+    Args:
+        parse_args: reads them, and ends the process where there is a mistake.
+        log_to_stderr: what is logged meanwhile goes to the standard error.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _on_interruption)
+    args = parse_args()
+    if getattr(args, "arguments_only", False):
+        sys.exit(0)
+    with contextlib.redirect_stdout(sys.stderr) if log_to_stderr else contextlib.nullcontext():
+        startup.load()
+    return args
+
+
+def run(
+    main: Callable[[argparse.Namespace], int | None],
+    parse_args: Callable[[], argparse.Namespace],
+    *,
+    when_interrupted: str | None = None,
+    log_to_stderr: bool = False,
+) -> None:
+    """Run a tool: its arguments, what they need, and then `main`, which may give an exit status.
+
+    A mistake in what the tool was given ends it with one message and exit status 1, an interruption
+    (Ctrl-C) with one line and exit status 130.
+
+    Args:
+        main: is given the arguments.
+        parse_args: see :func:`begin`.
+        when_interrupted: what the user can do then.
+        log_to_stderr: see :func:`begin`.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        args = begin(parse_args, log_to_stderr=log_to_stderr)
+        if signal.getsignal(signal.SIGINT) is _on_interruption:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        status = main(args)
+    except KeyboardInterrupt:
+        _end_interrupted(when_interrupted)
+    except InputError as error:
         # Every process of a distributed run comes here; one message is enough.
-        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+        sys.exit(f"error: {error}" if _is_first_process() else 1)
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        signal.signal(signal.SIGINT, handler)
+        _leave_process_group()
+    if status:
+        sys.exit(status)
+
+
+def _on_interruption(*_: object) -> None:
+    _end_interrupted()
+
+
+def _end_interrupted(what_to_do: str | None = None) -> None:
+    if _is_first_process():
+        # A terminal shows ^C where the cursor is.
+        print("\n" if sys.stderr.isatty() else "", end="", file=sys.stderr)
+        print("interrupted" + (f"; {what_to_do}" if what_to_do else ""), file=sys.stderr)
+    sys.exit(INTERRUPTED)
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _leave_process_group() -> None:
+    # Where torch is not imported, there can be none.
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()

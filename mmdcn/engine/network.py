@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from mmdcn.datasets import warped_shapes
 from mmdcn.engine.preflight import ConfigError
+from mmdcn.files import images_in
 
 __all__ = ["ExportError", "Network", "build", "find_images", "load_images"]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 IMAGES_BY_DEFAULT = 3
 
 
@@ -203,10 +203,9 @@ def find_images(cfg: Config, folder: Path) -> list[Path]:
     """
     dataset = cfg.get("test_dataloader", {}).get("dataset", {})
     root = Path(dataset.get("data_root") or "", dataset.get("data_prefix", {}).get("img") or "")
-    if dataset and root.is_dir():
-        found = (p for p in sorted(root.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES)
-        if images := list(islice(found, IMAGES_BY_DEFAULT)):
-            return images
+    images = list(islice(images_in(root), IMAGES_BY_DEFAULT)) if dataset and root.is_dir() else []
+    if images:
+        return images
     parameters = warped_shapes.Parameters(
         train_images=1, val_images=IMAGES_BY_DEFAULT, image_size=256, strengths=()
     )

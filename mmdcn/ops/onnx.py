@@ -1,7 +1,7 @@
-"""Translation to ONNX. ``torch.onnx.export`` needs nothing but an import of this module:
+"""Translation to ONNX for ``torch.onnx.export(..., dynamo=True)``, which is its default.
 
-    import mmdcn.ops.onnx
-    torch.onnx.export(model, (x,), "model.onnx", dynamo=True)
+Nobody needs to import this: torch's exporter, as soon as it is imported, does
+(:mod:`mmdcn.ops._onnx_exporters`).
 
 :func:`mmdcn.ops.deform_conv2d`, and hence every layer, becomes the standard operator ``DeformConv``
 (opset 19 and newer). It has no inputs in mixed precision: half-precision features beside float32

@@ -22,7 +22,7 @@ def check_with_sanitizers(compile_host, sanitizers) -> Callable:
     """Runs one of the programs check_*.cpp, and fails where it finds anything."""
 
     def check(operator: str, problems: int) -> None:
-        flags = ("-O1", "-g1", "-pthread", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all")
+        flags = ("-Og", "-g1", "-pthread", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all")
         name = f"check_{operator}_{sanitizers.partition(',')[0]}"
         program = compile_host(HERE / f"check_{operator}.cpp", name, *flags)
         runs = [("0", str(problems), "4")]
@@ -47,7 +47,7 @@ def host_library(compile_host) -> Path:
     """The CUDA operators for CPU tensors."""
     return compile_host(
         *(HERE / "host_library.cpp", "host_library.so"),
-        *("-O1", "-shared", "-fPIC", "-pthread", "-Wl,-Bsymbolic"),
+        *("-O1", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden"),
         *("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
         *("-isystem", str(TORCH / "include"), f"-L{TORCH / 'lib'}", "-ltorch_cpu"),
     )

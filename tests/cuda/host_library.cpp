@@ -108,10 +108,16 @@ void add_bias(Precision precision, int64_t elements, int64_t channels, int64_t i
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
-    run_blocks<One, NoStorage>(kFewBlocks, [&](const One& ctx, NoStorage&) {
-      add_bias_block<acc_t>(ctx, elements, channels, inner, static_cast<const scalar_t*>(bias),
-                            static_cast<scalar_t*>(output));
-    });
+    const auto run = [&](auto vector) {
+      run_blocks<One, NoStorage>(kFewBlocks, [&](const One& ctx, NoStorage&) {
+        add_bias_block<vector(), acc_t>(ctx, elements, channels, inner,
+                                        static_cast<const scalar_t*>(bias),
+                                        static_cast<scalar_t*>(output));
+      });
+    };
+    constexpr int kVector = 16 / sizeof(scalar_t);
+    adds_bias_to_vectors(kVector, channels, inner) ? run(std::integral_constant<int, kVector>{})
+                                                   : run(std::integral_constant<int, 1>{});
   });
 }
 

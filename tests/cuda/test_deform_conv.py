@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
+from tests.cuda.host_deform_conv import MEMORY, host_deform_conv
 from tests.cuda.promises import assert_promises_kept
 from tests.cuda.stand_ins import stand_ins
 from tests.ops.problems import (
@@ -26,60 +26,10 @@ from tests.ops.problems import (
     largest_error,
     problems,
     run,
-    wide,
 )
 
 # In fixed point sums have fewer bits than in float64.
 DETERMINISTIC_TOLERANCE = {**TOLERANCE, torch.float64: 1e-10}
-# Bytes of columns, and of copies, at a time: single pixels, pieces of images, images, all.
-MEMORY = [(1, 1), (1000, 1), (3000, 3000), (20_000, 6000), (10**8, 10**8)]
-
-
-class HostDeformConv(torch.autograd.Function):
-    """What ``mmdcn.ops`` does around the operators, around the host's build of them."""
-
-    @staticmethod
-    def forward(ctx, input, offset, weight, bias, mask, geometry, options, deterministic):
-        name = "deform_conv2d" if input.dim() == 4 else "deform_conv_nd"
-        ctx.operator = getattr(torch.ops.mmdcn_host, f"{name}_backward")
-        offset, mask = (None if t is None else t.to(wide(input.dtype)) for t in (offset, mask))
-        ctx.geometry, ctx.options, ctx.deterministic = geometry, options, deterministic
-        ctx.save_for_backward(input, offset, weight, mask)
-        operator = getattr(torch.ops.mmdcn_host, name)
-        return operator(input, offset, weight, bias, *geometry, mask, **options)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
-        *tensors, mask = ctx.saved_tensors
-        options = {**ctx.options, "deterministic": ctx.deterministic}
-        gradients = ctx.operator(grad_output, *tensors, *ctx.geometry, mask, wanted, **options)
-        gradients = [g if want else None for g, want in zip(gradients, wanted)]
-        grad_bias = (
-            grad_output.transpose(0, 1).flatten(1).sum(1) if ctx.needs_input_grad[3] else None
-        )
-        return *gradients[:3], grad_bias, gradients[3], None, None, None
-
-
-def host_deform_conv(
-    input,
-    offset,
-    weight,
-    bias=None,
-    stride=1,
-    padding=0,
-    dilation=1,
-    mask=None,
-    deterministic=False,
-    **options,
-) -> Tensor:
-    rank = input.dim() - 2
-    geometry = [
-        [number] * rank if isinstance(number, int) else list(number)
-        for number in (stride, padding, dilation)
-    ]
-    arguments = (input, offset, weight, bias, mask, geometry, options, deterministic)
-    return HostDeformConv.apply(*arguments)
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +57,9 @@ def test_matches_reference(set_memory, dtype, problem, memory):
         # Vectors of channels, in each of the layouts.
         Problem(3, 16, (7, 6), 6),
         Problem(3, 16, (7, 6), 6, channels_last=True),
+        # Biases of vectors of pixels, and of channels.
+        Problem(2, 8, (4, 8), 16),
+        Problem(2, 8, (7, 6), 16, channels_last=True),
         # Groups and offset groups, the one in the other and neither.
         Problem(2, 48, (7, 6), 4, groups=2, deform_groups=3),
         Problem(2, 48, (7, 6), 12, groups=3, deform_groups=1, channels_last=True),

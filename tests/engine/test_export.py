@@ -1,6 +1,7 @@
 """The network that is exported, and what cannot be."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from torch import nn
 
+from mmdcn import machine
 from mmdcn.engine import export
 from mmdcn.engine.preflight import ConfigError
 from tests import small_detector
@@ -33,13 +35,9 @@ model['roi_head'].update(
 """
 
 
-# Without deformable layers, and so with less to export.
-SMALL = {
-    "model.backbone.depth": 18,
-    "model.backbone.dcn": None,
-    "model.backbone.stage_with_dcn": (False,) * 4,
-    "model.neck.in_channels": [8, 16, 32, 64],
-}
+# With less to export, and without deformable layers still less.
+SMALL = {"model.backbone.depth": 18, "model.neck.in_channels": [8, 16, 32, 64]}
+PLAIN = {"model.backbone.dcn": None, "model.backbone.stage_with_dcn": (False,) * 4}
 
 
 def detector(tmp_path, text: str = MASKS, **options) -> nn.Module:
@@ -77,8 +75,9 @@ def test_the_network_is_the_detectors(tmp_path):
         assert torch.equal(output, value), name
 
 
+@pytest.mark.skipif(bool(machine.onnxruntime_problem()), reason="onnxruntime is too old")
 def test_masks_and_boxes_of_every_level_are_written(tmp_path):
-    network = export.Network(detector(tmp_path))
+    network = export.Network(detector(tmp_path, **SMALL))
     path = tmp_path / "model.onnx"
     verified = export.export(network, [inputs(), inputs(64, 70)], path, seconds=0.01)
     assert verified.largest_error < export.TOLERANCE
@@ -86,6 +85,46 @@ def test_masks_and_boxes_of_every_level_are_written(tmp_path):
     assert verified.shape == (1, 3, 96, 128)
     assert min(verified.milliseconds.values()) > 0
     assert "roi_head.mask_preds" in [v.name for v in onnx.load(path).graph.output]
+
+
+def write_nothing(network, example, path):
+    graph = onnx.helper.make_graph([], "empty", [], [])
+    onnx.save(onnx.helper.make_model(graph), path)
+
+
+def test_an_onnxruntime_without_the_operator_is_refused_before_the_export(tmp_path, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "__version__", "1.24.4")
+    monkeypatch.setattr(export, "_write", None)
+    network, path = export.Network(detector(tmp_path)), tmp_path / "model.onnx"
+    with pytest.raises(ConfigError, match=r"onnxruntime 1\.25\.0 or newer, got 1\.24\.4: `pip"):
+        export.export(network, [inputs()], path)
+    assert not list(tmp_path.glob("model*"))
+    # What is not deformable is compared all the same, and all is written if nobody compares.
+    monkeypatch.setattr(export, "_write", write_nothing)
+    monkeypatch.setattr(export, "_verify", lambda *_: "compared")
+    plain = export.Network(detector(tmp_path, **SMALL))
+    assert export.export(plain, [inputs()], path) == "compared"
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert export.export(network, [inputs()], path, verify=False) is None
+    assert path.is_file()
+    with pytest.raises(ConfigError, match=r"the export needs .*onnxruntime"):
+        export.export(network, [inputs()], path)
+
+
+@pytest.mark.parametrize(
+    ("version", "computes"),
+    [
+        *((version, True) for version in ("1.25.0", "1.25.0.dev20260101", "1.32.1", "2.0.0")),
+        *((version, False) for version in ("1.24.4", "1.9.0", "1.24.0rc1")),
+    ],
+)
+def test_the_first_onnxruntime_with_the_operator(monkeypatch, version, computes):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "__version__", version)
+    assert (machine.onnxruntime_problem() is None) == computes
 
 
 class Untranslated(nn.Module):
@@ -116,7 +155,7 @@ class OfTwoImages(nn.Module):
     ],
 )
 def test_what_has_no_counterpart_is_named(tmp_path, module, expected):
-    model = detector(tmp_path, **SMALL)
+    model = detector(tmp_path, **SMALL, **PLAIN)
     model.neck.extra = module
     model.neck.register_forward_hook(lambda neck, args, output: tuple(map(neck.extra, output)))
     path = tmp_path / "model.onnx"
@@ -126,7 +165,7 @@ def test_what_has_no_counterpart_is_named(tmp_path, module, expected):
 
 
 def test_a_wrong_file_is_not_kept(tmp_path, monkeypatch):
-    network = export.Network(detector(tmp_path, **SMALL))
+    network = export.Network(detector(tmp_path, **SMALL, **PLAIN))
     write = export._write
 
     def write_another(network, example, path):
@@ -141,7 +180,7 @@ def test_a_wrong_file_is_not_kept(tmp_path, monkeypatch):
 
 
 def test_a_file_that_cannot_be_is_refused_before_it_is_computed(tmp_path):
-    network = export.Network(detector(tmp_path, **SMALL))
+    network = export.Network(detector(tmp_path, **SMALL, **PLAIN))
     (tmp_path / "taken").write_text("")
     for path, expected in ((tmp_path, "got a folder"), (tmp_path / "taken" / "x", "Not a dir|Fil")):
         with pytest.raises(ConfigError, match=f"cannot write {path}: .*{expected}"):

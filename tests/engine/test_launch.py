@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import re
+import signal
 
 import pytest
 from mmengine.config import Config
@@ -84,20 +86,92 @@ def test_launchers_that_need_a_gpu_say_so(launcher, monkeypatch):
         launch.build_runner(Config(dict(launcher=launcher)))
 
 
+@pytest.mark.parametrize("setting", ["a=[1,2", "a=[1,(2]"])
+def test_settings_that_cannot_be_read(arguments, setting):
+    args = arguments("--cfg-options", "new=1", setting)
+    expected = re.escape(f"--cfg-options: cannot read {setting!r}: ")
+    with pytest.raises(ConfigError, match=expected):
+        launch.load_config(args)
+
+
+def test_settings_add_up(arguments):
+    args = arguments("--cfg-options", "a=1,2", "b.c=x", "--cfg-options", "b.d=[(1,2),(3,4)]")
+    assert launch.parse_settings(args.cfg_options) == {
+        "a": [1, 2],
+        "b.c": "x",
+        "b.d": [(1, 2), (3, 4)],
+    }
+
+
+@pytest.mark.parametrize("setting", ["lr", "=1", ""])
+def test_what_is_no_setting_is_named(arguments, capsys, setting):
+    with pytest.raises(SystemExit):
+        arguments("--cfg-options", setting)
+    assert f"argument --cfg-options: expected KEY=VALUE, got {setting!r}" in capsys.readouterr().err
+
+
+# A tool, begun and ended
+
+
 @pytest.mark.parametrize("error", [ConfigError("a mistake"), UnsafeCheckpointError("a mistake")])
 def test_mistakes_end_the_tool_with_one_message(error, monkeypatch):
-    def main():
+    def main(args):
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        launch.run(main)
+        launch.run(main, argparse.Namespace)
     assert stop.value.code == "error: a mistake"
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as stop:
-        launch.run(main)
+        launch.run(main, argparse.Namespace)
     assert stop.value.code == 1
 
 
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
-        launch.run(lambda: 1 / 0)
+        launch.run(lambda args: 1 / 0, argparse.Namespace)
+
+
+def test_main_is_given_the_arguments_and_gives_the_status():
+    given = argparse.Namespace(name="value")
+    got = []
+    launch.run(got.append, lambda: given)
+    assert got == [given]
+    with pytest.raises(SystemExit) as stop:
+        launch.run(lambda args: 3, argparse.Namespace)
+    assert stop.value.code == 3
+
+
+def interrupt(*_):
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("when", ["arguments", "imports", "main"])
+def test_an_interruption_is_one_line_and_status_130(when, monkeypatch, capsys):
+    does = {"arguments": argparse.Namespace, "imports": lambda: None, "main": lambda args: None}
+    does[when] = interrupt
+    monkeypatch.setattr(launch.startup, "load", does["imports"])
+    with pytest.raises(SystemExit) as stop:
+        launch.run(does["main"], does["arguments"], when_interrupted="call again")
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == (
+        "interrupted; call again\n" if when == "main" else "interrupted\n"
+    )
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_interruptions_stay_ignored(monkeypatch):
+    """As those of a terminal are by what a shell runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        launch.run(interrupt, argparse.Namespace)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_only_the_first_process_tells_of_an_interruption(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        launch.run(interrupt, argparse.Namespace)
+    assert capsys.readouterr().err == ""

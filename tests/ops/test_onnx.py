@@ -1,18 +1,30 @@
-"""The translation to ONNX, computed by onnxruntime, against the operator."""
+"""The translations to ONNX, computed by onnxruntime, against the operator.
+
+``import mmdcn`` is all that they need: nothing here imports :mod:`mmdcn.ops.onnx`.
+"""
+
+import importlib
+import inspect
+import os
+import subprocess
+import sys
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from mmdcn.machine import ONNXRUNTIME_WITH_DEFORM_CONV
+
 pytest.importorskip("onnxscript")
-pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime", minversion=ONNXRUNTIME_WITH_DEFORM_CONV)
 
 import onnx
 import onnxruntime
 
-import mmdcn.ops.onnx  # noqa: F401
-from mmdcn.ops import deform_conv1d, deform_conv2d
+from mmdcn.ops import _onnx_exporters, deform_conv1d, deform_conv2d
 from tests.ops.problems import Problem
 from tests.pytorch.models import PACKS, backbone, scatter_samples
 
@@ -49,6 +61,12 @@ class Call(nn.Module):
         return deform_conv2d(input, offset, self.weight, self.bias, mask=mask, **self.geometry)
 
 
+def export(model: nn.Module, inputs: tuple, path: Path, dynamo: bool, **options) -> None:
+    if not dynamo:
+        options = {"opset_version": 19} | options
+    torch.onnx.export(model, inputs, path, dynamo=dynamo, verbose=False, **options)
+
+
 def standard(path) -> onnx.ModelProto:
     """The file's model, all of it in standard operators."""
     model = onnx.load(path)
@@ -72,11 +90,15 @@ def compare(path, model: nn.Module, inputs: tuple, tolerance: float = 1e-4) -> N
         assert difference <= tolerance * max(1.0, float(ours.abs().max()))
 
 
+BOTH_EXPORTERS = pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+
+
+@BOTH_EXPORTERS
 @pytest.mark.parametrize("case", PROBLEMS)
-def test_standard_operator(case, tmp_path):
+def test_standard_operator(case, dynamo, tmp_path):
     problem = PROBLEMS[case]
     model, path = Call(problem), tmp_path / "model.onnx"
-    torch.onnx.export(model, model.inputs, path, dynamo=True, verbose=False)
+    export(model, model.inputs, path, dynamo)
     (node,) = (n for n in standard(path).graph.node if n.op_type == "DeformConv")
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     assert attributes == {
@@ -102,10 +124,12 @@ def test_sequences_are_images_of_height_one(tmp_path):
     compare(path, Sequence(), inputs)
 
 
-@pytest.mark.parametrize("opset", [19, 20, 21, 22, 23])
-def test_opsets(opset, tmp_path):
+@pytest.mark.parametrize(
+    ("opset", "dynamo"), [*((opset, True) for opset in range(19, 24)), (19, False), (20, False)]
+)
+def test_opsets(opset, dynamo, tmp_path):
     model, path = Call(PROBLEMS["nothing square"]), tmp_path / "model.onnx"
-    torch.onnx.export(model, model.inputs, path, dynamo=True, verbose=False, opset_version=opset)
+    export(model, model.inputs, path, dynamo, opset_version=opset)
     assert [o.version for o in standard(path).opset_import if o.domain == ""] == [opset]
     compare(path, model, model.inputs)
 
@@ -114,12 +138,15 @@ def test_an_older_opset_is_refused_by_name(tmp_path):
     model = Call(PROBLEMS["v1"])
     with pytest.raises(torch.onnx.errors.OnnxExporterError, match="deform_conv2d"):
         torch.onnx.export(model, model.inputs, dynamo=True, verbose=False, opset_version=18)
+    with pytest.raises(torch.onnx.errors.UnsupportedOperatorError, match=r"deform_conv2d.* 19"):
+        export(model, model.inputs, tmp_path / "model.onnx", dynamo=False, opset_version=18)
 
 
+@BOTH_EXPORTERS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
-def test_dtypes(dtype, tmp_path):
+def test_dtypes(dtype, dynamo, tmp_path):
     model, path = Call(PROBLEMS["v2 with bias"], dtype), tmp_path / "model.onnx"
-    torch.onnx.export(model, model.inputs, path, dynamo=True, verbose=False)
+    export(model, model.inputs, path, dynamo)
     if dtype != torch.bfloat16:  # which numpy does not have
         compare(path, model, model.inputs, 1e-4 if dtype == torch.float64 else 2e-3)
     else:
@@ -151,9 +178,105 @@ def test_layer_of_open_size(name, tmp_path):
         compare(path, model, (torch.randn(shape),))
 
 
+@pytest.mark.parametrize("traced", [False, True], ids=["module", "traced"])
+@pytest.mark.parametrize("name", PACKS)
+def test_layers_of_open_size_in_a_row_by_torchscript(name, traced, tmp_path):
+    """The second layer's sizes are in the graph, though ONNX infers no sizes of the first's."""
+    layers = (PACKS[name](8, 12, 3, padding=1), PACKS[name](12, 8, 3, padding=1, groups=2))
+    model = nn.Sequential(layers[0], nn.ReLU(), layers[1]).eval()
+    for layer in layers:
+        scatter_samples(layer)
+    example, path = torch.randn(1, 8, 9, 11), tmp_path / "model.onnx"
+    axes = {0: "batch", 2: "height", 3: "width"}
+    export(
+        torch.jit.trace(model, example) if traced else model,
+        (example,),
+        path,
+        dynamo=False,
+        input_names=["input"],
+        output_names=["output"],
+        dynamic_axes={"input": axes, "output": axes},
+    )
+    operators = [node.op_type for node in standard(path).graph.node]
+    assert operators.count("DeformConv") == 2
+    for shape in ((1, 8, 9, 11), (2, 8, 30, 20)):
+        compare(path, model, (torch.randn(shape),))
+
+
+def test_sizes_that_are_not_in_the_graph_are_asked_for(tmp_path):
+    class Scripted(nn.Module):
+        def forward(self, input, offset, weight):
+            return torch.ops.mmdcn.deform_conv2d(
+                input, offset, weight, None, [1, 1], [1, 1], [1, 1], None
+            )
+
+    inputs = (torch.randn(1, 2, 5, 5), torch.randn(1, 18, 5, 5), torch.randn(2, 2, 3, 3))
+    model = torch.jit.script(Scripted())
+    axes = {"x": {1: "channels"}}
+    with pytest.raises(torch.onnx.errors.SymbolicValueError, match="dimension 1 of the input"):
+        export(
+            model,
+            inputs,
+            tmp_path / "model.onnx",
+            dynamo=False,
+            input_names=["x", "offset", "weight"],
+            dynamic_axes=axes,
+        )
+
+
+IN_A_FRESH_PROCESS = """
+import sys
+sys.modules.update(dict.fromkeys(("mmcv", "mmengine")))  # whose import takes longer than all else
+import torch
+import mmdcn
+from mmdcn.layers import DeformConv2dPack
+assert not {"onnx", "onnxscript"} & set(sys.modules)
+layer, x = DeformConv2dPack(2, 2, 3).eval(), torch.randn(2, 2, 5, 5)
+torch.onnx.export(layer, (x,), "torchscript.onnx", dynamo=False, opset_version=19)
+torch.onnx.export(layer, (x,), "dynamo.onnx", dynamo=True, verbose=False)
+"""
+
+
+def test_an_import_of_mmdcn_is_enough(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", IN_A_FRESH_PROCESS],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("dynamo.onnx", "torchscript.onnx"):
+        assert "DeformConv" in {node.op_type for node in standard(tmp_path / name).graph.node}
+
+
+def test_exporters_are_told_before_and_after_their_import(tmp_path, monkeypatch):
+    (tmp_path / "an_exporter.py").write_text("value = 3")
+    monkeypatch.syspath_prepend(tmp_path)
+    told = []
+    actions = {"json": lambda: told.append("json"), "an_exporter": lambda: told.append("exporter")}
+    monkeypatch.setattr(_onnx_exporters, "_AFTER_IMPORT", actions)
+    before = list(sys.meta_path)
+    _onnx_exporters.register()
+    assert told == ["json"]  # which is imported already
+    module = importlib.import_module("an_exporter")
+    assert told == ["json", "exporter"]
+    assert module.value == 3
+    # As if nobody had looked on.
+    assert sys.meta_path == before
+    assert type(module.__spec__.loader) is type(module.__loader__) is SourceFileLoader
+    assert "value = 3" in inspect.getsource(module)
+
+
 @pytest.mark.parametrize(
     ("name", "blocks"),
-    [("DCN", 2), ("DCNv2", 6), pytest.param("DCN", 6, marks=pytest.mark.slow)],
+    [
+        ("DCN", 2),
+        ("DCNv2", 2),
+        pytest.param("DCN", 6, marks=pytest.mark.slow),
+        pytest.param("DCNv2", 6, marks=pytest.mark.slow),
+    ],
 )
 def test_backbone_of_open_size(name, blocks, tmp_path):
     pytest.importorskip("mmdet")

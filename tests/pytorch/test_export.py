@@ -10,7 +10,12 @@ NAMES = pytest.mark.parametrize("name", ["DCN", "DCNv2"])
 # A ResNet-50 of all its blocks, and to save time one of a few.
 WHOLE = pytest.mark.parametrize(
     ("name", "blocks"),
-    [("DCN", 2), ("DCNv2", 6), pytest.param("DCN", 6, marks=pytest.mark.slow)],
+    [
+        ("DCN", 2),
+        ("DCNv2", 2),
+        pytest.param("DCN", 6, marks=pytest.mark.slow),
+        pytest.param("DCNv2", 6, marks=pytest.mark.slow),
+    ],
 )
 DYNAMIC = torch.export.Dim.DYNAMIC
 SHAPES = ({0: DYNAMIC, 2: DYNAMIC, 3: DYNAMIC},)

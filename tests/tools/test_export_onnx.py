@@ -7,21 +7,25 @@ import sys
 import pytest
 from PIL import Image
 
+from mmdcn.machine import ONNXRUNTIME_WITH_DEFORM_CONV
+
 from .project import run_tool
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime", minversion=ONNXRUNTIME_WITH_DEFORM_CONV)
 
 ONE_STAGE = """
 _base_ = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
 custom_imports = dict(imports=['mmdcn'], allow_failed_imports=False)
 model = dict(
     backbone=dict(
+        depth=18,
         base_channels=8,
         init_cfg=None,
         dcn=dict(type='DCNv2', deform_groups=1, fallback_on_stride=False),
         stage_with_dcn=(False, False, False, True)),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64),
+    neck=dict(in_channels=[8, 16, 32, 64], out_channels=64),
     bbox_head=dict(in_channels=64, feat_channels=64, stacked_convs=1))
 """
 
@@ -33,7 +37,7 @@ def exported(project, trained):
         Image.effect_noise(size, 60).convert("RGB").save(project.root / name)
     return run_tool(
         *("export_onnx.py", project.config, trained / "epoch_1.pth", "-o", "out/model.onnx"),
-        *("--images", "wide.png", "high.png"),
+        *("--images", "wide.png", "high.png", "--seconds", "0.1"),
         cwd=project.root,
     )
 
@@ -81,7 +85,7 @@ def test_one_stage_detector_on_generated_images(project):
     assert made.returncode == 0
     result = run_tool(
         *("export_onnx.py", config, "one_stage.pth", "-o", "one_stage.onnx"),
-        *("--cfg-options", "test_dataloader.dataset.pipeline.1.scale=(128,96)"),
+        *("--seconds", "0.1", "--cfg-options", "test_dataloader.dataset.pipeline.1.scale=(128,96)"),
         cwd=project.root,
     )
     assert result.returncode == 0, result.stdout

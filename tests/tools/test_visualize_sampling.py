@@ -32,7 +32,7 @@ def run_here(project, monkeypatch):
 
     def run(*command):
         monkeypatch.setattr(sys, "argv", ["visualize_sampling.py", *map(str, command)])
-        launch.run(tool.main)
+        launch.run(tool.main, tool.parse_args)
 
     return run
 

@@ -4,6 +4,10 @@
 #
 # usage: tools/environment/setup.sh VENV PYTHON TOOLBOX
 set -euo pipefail
+if [ "${1-}" = -h ] || [ "${1-}" = --help ] || [ $# -lt 3 ]; then
+  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+  [ $# -eq 1 ] && exit 0 || exit 2
+fi
 venv=$1 python=$2 toolbox=$3
 here=$(dirname "$0")
 

@@ -4,6 +4,10 @@
 #
 # usage: tools/environment/test_torch.sh VENV PYTHON TORCH WHEEL [pytest's arguments...]
 set -euo pipefail
+if [ "${1-}" = -h ] || [ "${1-}" = --help ] || [ $# -lt 4 ]; then
+  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+  [ $# -eq 1 ] && exit 0 || exit 2
+fi
 venv=$1 python=$2 torch=$3 wheel=$4
 shift 4
 here=$(realpath "$(dirname "$0")")

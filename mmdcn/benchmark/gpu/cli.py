@@ -1,4 +1,4 @@
-"""The arguments of `tools/gpu_check.py`."""
+"""The arguments of `tools/gpu_check.py`, which are read before torch is imported."""
 
 import argparse
 import contextlib
@@ -10,11 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-
 from mmdcn.files import write
 
-from . import parent, report
 from .processes import die_with_parent, turn_termination_into_an_exception
 from .sections import PART_SECONDS, PARTS, SECTIONS, of_part
 from .settings import Settings
@@ -63,13 +60,20 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
             f"argument --sections: expected some of {', '.join(of_part(args.part))}, "
             f"got {', '.join(sorted(unknown))}"
         )
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: torch sees no CUDA device here; cpu is a rehearsal")
+    args.parser = parser
     return args
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = parse_args(arguments)
+    return check(parse_args(arguments))
+
+
+def check(args: argparse.Namespace) -> int:
+    """Check and time as the arguments say; the exit status."""
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        args.parser.error("argument --device: torch sees no CUDA device here; cpu is a rehearsal")
     die_with_parent()
     turn_termination_into_an_exception()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -92,6 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(settings: Settings, args: argparse.Namespace, found: dict, changed: Callable) -> None:
     """Run the sections that are asked for, as far as the time goes."""
+    from . import parent
+
     deadline = time.monotonic() + args.seconds
     log = args.out / f"gpu_check_{args.part}.log"
     log.unlink(missing_ok=True)
@@ -119,6 +125,8 @@ def run(settings: Settings, args: argparse.Namespace, found: dict, changed: Call
 @contextlib.contextmanager
 def _report_of(args: argparse.Namespace) -> Iterator[tuple[dict, Callable[[], None]]]:
     """The report, and what writes it: as JSON and as Markdown, each whole or not at all."""
+    from . import report
+
     found = {"part": args.part, "device": args.device, "complete": False, "sections": {}}
     path = args.out / f"gpu_check_{args.part}"
 

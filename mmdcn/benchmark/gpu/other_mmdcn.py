@@ -4,14 +4,14 @@ This is run as a program of its own, with that version's own modules for cases a
 which mmdcn it was.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
-
-import torch
 
 
 def main(order: dict) -> None:
+    import torch
+
     import mmdcn
     from mmdcn import timing
     from mmdcn.benchmark import cases, implementations
@@ -32,4 +32,8 @@ def main(order: dict) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    parser = argparse.ArgumentParser(
+        description="Time convolutions. tools/gpu_check.py starts this."
+    )
+    parser.add_argument("order", type=json.loads, help="device, cases and result file, as JSON")
+    main(parser.parse_args().order)

@@ -1,14 +1,18 @@
 """What a section is told: device, sizes, and what else is at hand."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-
-import torch
-
-from mmdcn.timing import Budget
+from typing import TYPE_CHECKING
 
 from ..cases import SHAPES, Case
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmdcn.timing import Budget
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,13 @@ class Settings:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> "Settings":
+    def from_json(cls, text: str) -> Settings:
         return cls(**json.loads(text))
 
     @property
     def target(self) -> torch.device:
+        import torch
+
         return torch.device("cuda", 0) if self.device == "cuda" else torch.device("cpu")
 
     @property
@@ -49,6 +55,8 @@ class Settings:
     @property
     def budget(self) -> Budget:
         """Of samples for a call."""
+        from mmdcn.timing import Budget
+
         if self.tiny:
             return Budget(seconds=0.0, fewest=1, most=1)
         return Budget(seconds=0.05, fewest=7, most=21)
@@ -72,4 +80,6 @@ class Settings:
 def synchronise(device: torch.device) -> None:
     """Wait for the device, which then reports what went wrong on it."""
     if device.type == "cuda":
+        import torch
+
         torch.cuda.synchronize(device)

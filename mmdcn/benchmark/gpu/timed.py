@@ -55,7 +55,7 @@ class Checked:
         self.device = settings.target
         self.arithmetic = arithmetic
         self.case = replace(case, dtype="float32" if arithmetic == "tf32" else arithmetic)
-        dtype = cases.DTYPES[self.case.dtype]
+        dtype = getattr(torch, self.case.dtype)
         made = cases.make_tensors(self.case, self.device, offset_std)
         coordinates = ("offset", "mask")
         self.tensors = {n: t if n in coordinates else t.to(dtype).float() for n, t in made.items()}

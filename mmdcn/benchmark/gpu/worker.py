@@ -11,8 +11,7 @@ import time
 import traceback
 from pathlib import Path
 
-import torch
-
+from mmdcn.engine import launch
 from mmdcn.errors import named_first_line
 
 from .processes import die_with_parent
@@ -64,6 +63,8 @@ def _record(case: Case, settings: Settings, fault: str | None) -> dict:
 
 def _device_works(settings: Settings) -> bool:
     """Whether the device still computes after an error; some errors end a context for good."""
+    import torch
+
     try:
         works = bool(torch.ones(1, device=settings.target).add(1).item() == 2)
         synchronise(settings.target)
@@ -91,14 +92,20 @@ def _append(records: Path, line: dict) -> None:
         os.fsync(stream.fileno())
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__package__}.worker",
+        description="Run the cases of a section. tools/gpu_check.py starts this.",
+    )
     parser.add_argument("--settings", type=Settings.from_json, required=True)
     parser.add_argument("--section", required=True)
     parser.add_argument("--records", type=Path, required=True)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=-1)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> int:
     die_with_parent()
     # What cuBLAS asks of those who want the same in every run; some cases do.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -106,4 +113,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    launch.run(main, parse_args)

@@ -74,7 +74,7 @@ def forward(device: Device, problem: Problem) -> list[Step]:
         "bias",
         element * problem.output,
         2 * element * problem.output,
-        instructions=problem.output / WARP * counts.ADD_BIAS[problem.dtype],
+        instructions=problem.output * element / 16 / WARP * counts.ADD_BIAS[problem.dtype],
     )
     return [*steps, bias]
 

@@ -139,12 +139,13 @@ class FloatingSum {
 };
 
 // How many lanes work on the channels of one sample, if these are so many vectors: the most that
-// each have one.
+// each have one. It is a power of two, and this its exponent, as shifts cost a fraction of what
+// divisions do.
 template <typename Ctx>
-MMDCN_BLOCK int lanes_for(int64_t vectors) {
-  int lanes = 1;
-  while (2 * lanes <= Ctx::kLanes && 2 * lanes <= vectors) lanes *= 2;
-  return lanes;
+MMDCN_BLOCK int log2_lanes_for(int64_t vectors) {
+  int log2_lanes = 0;
+  while ((2 << log2_lanes) <= Ctx::kLanes && (2 << log2_lanes) <= vectors) ++log2_lanes;
+  return log2_lanes;
 }
 
 }  // namespace mmdcn::cuda

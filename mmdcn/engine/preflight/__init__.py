@@ -21,6 +21,8 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
+from mmdcn.errors import InputError
+
 from .dataset import Data, category_order, data_of, dataset_problems, root_is_absent
 from .determinism import determinism_problems
 from .model import class_counts, missing_types, pretrained
@@ -33,7 +35,7 @@ __all__ = ["ConfigError", "check", "is_first_process", "register_toolbox"]
 _SWITCHES = ("annotations", "checkpoint", "class_counts")
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError, ValueError):
     """The config, or what it points to, cannot work. The message lists each problem on a line."""
 
 

@@ -21,7 +21,8 @@ MMDCN_BLOCK void gather_block(const Ctx& ctx, const ConvProblem<R>& problem,
                               GatherStorage<acc_t, R>& storage) {
   const int64_t samples = samples_of(problem, range);
   const int64_t channels = problem.deform_group_channels;
-  const int lanes = lanes_for<Ctx>(divide(channels, V));
+  const int log2_lanes = log2_lanes_for<Ctx>(divide(channels, V));
+  const int lanes = 1 << log2_lanes;
   for (int64_t first = ctx.block() * kGatherSamples; first < samples;
        first += ctx.blocks() * kGatherSamples) {
     ctx.sync();  // The previous samples have been read.
@@ -34,10 +35,10 @@ MMDCN_BLOCK void gather_block(const Ctx& ctx, const ConvProblem<R>& problem,
     }
     ctx.sync();
 
-    for (int i = ctx.thread() / lanes; i < kGatherSamples; i += Ctx::kThreads / lanes) {
+    for (int i = ctx.thread() >> log2_lanes; i < kGatherSamples; i += Ctx::kThreads >> log2_lanes) {
       const ColumnSample<acc_t, R>& sample = storage.sample[i];
       if (!sample.exists) continue;
-      for (int64_t c = ctx.thread() % lanes * V; c < channels; c += lanes * V) {
+      for (int64_t c = (ctx.thread() & (lanes - 1)) * V; c < channels; c += lanes * V) {
         acc_t sum[V] = {};
         sample.add_to(ctx, input, c, sum);
         Vector<column_t, V> column;

@@ -46,10 +46,10 @@ MMDCN_KERNEL accumulate_kernel(int64_t elements, const acc_t* values, acc_t* sum
   accumulate_block(DeviceContext{}, elements, values, sum);
 }
 
-template <typename scalar_t, typename acc_t>
+template <int V, typename scalar_t, typename acc_t>
 MMDCN_KERNEL add_bias_kernel(int64_t elements, int64_t channels, int64_t inner,
                              const scalar_t* bias, scalar_t* output) {
-  add_bias_block<acc_t>(DeviceContext{}, elements, channels, inner, bias, output);
+  add_bias_block<V, acc_t>(DeviceContext{}, elements, channels, inner, bias, output);
 }
 
 // Blocks for work on so many elements, by threads that stride over them.
@@ -159,8 +159,14 @@ void add_bias(Precision precision, int64_t elements, int64_t channels, int64_t i
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
-    launch(add_bias_kernel<scalar_t, acc_t>, blocks_over(elements), 0, stream, elements, channels,
-           inner, static_cast<const scalar_t*>(bias), static_cast<scalar_t*>(output));
+    constexpr int kVector = 16 / sizeof(scalar_t);
+    const auto run = [&](auto kernel, int vector) {
+      launch(kernel, blocks_over(elements / vector), 0, stream, elements, channels, inner,
+             static_cast<const scalar_t*>(bias), static_cast<scalar_t*>(output));
+    };
+    adds_bias_to_vectors(kVector, channels, inner)
+        ? run(add_bias_kernel<kVector, scalar_t, acc_t>, kVector)
+        : run(add_bias_kernel<1, scalar_t, acc_t>, 1);
   });
 }
 

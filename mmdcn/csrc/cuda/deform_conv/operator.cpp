@@ -9,58 +9,13 @@
 
 #include "../../deform_conv_nd_tensors.h"
 #include "../device.h"
-#include "../views.h"
 #include "chunks.h"
 #include "kernels.h"
 #include "product.h"
+#include "spans.h"
 
 namespace mmdcn::cuda {
 namespace {
-
-// How many images to work on at a time, if the copies of each take so much memory.
-int64_t images_at_a_time(int64_t batch, int64_t bytes) {
-  if (bytes == 0) return batch;
-  return std::clamp<int64_t>(copy_bytes() / bytes, 1, batch);
-}
-
-// The dimensions of a tensor (N, C, ...) as (N, ..., C), of the same memory.
-Tensor channels_last_view(const Tensor& tensor) {
-  const int64_t dimensions = tensor.dim();
-  std::vector<int64_t> size, stride;
-  for (int64_t d = 0; d < dimensions; ++d) {
-    const int64_t from = d == 0 ? 0 : d == dimensions - 1 ? 1 : d + 1;
-    size.push_back(tensor.size(from));
-    stride.push_back(tensor.stride(from));
-  }
-  return view(tensor, size, stride);
-}
-
-// Whether the kernels can take a tensor as it is: its channels are last, and its address is one
-// that they can load vectors from.
-bool is_usable(const Tensor& tensor) {
-  return is_aligned(tensor) && channels_last_view(tensor).is_contiguous();
-}
-
-// The same elements as the kernels take them: a copy, where they are not so already.
-Tensor channels_last(const Tensor& any) { return aligned(as_contiguous(channels_last_view(any))); }
-
-// Some images of a batch, by their numbers.
-struct Images {
-  int64_t first, count;
-
-  Tensor of(Tensor tensor) const { return torch::stable::narrow(tensor, 0, first, count); }
-  std::optional<Tensor> of(const std::optional<Tensor>& tensor) const {
-    if (!tensor.has_value()) return std::nullopt;
-    return of(*tensor);
-  }
-};
-
-template <typename Run>
-void for_each_span(int64_t batch, int64_t images, const Run& run) {
-  for (int64_t first = 0; first < batch; first += images) {
-    run(Images{first, std::min(images, batch - first)});
-  }
-}
 
 template <int R>
 ProductShape product_shape(const ConvProblem<R>& problem) {
@@ -111,25 +66,22 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& offset, const 
   const Tensor output = new_tensor(input, output_size(shape), input.scalar_type(), format);
   if (output.numel() == 0) return output;
 
-  const Tensor weights = channels_last(weight), offsets = as_contiguous(offset);
-  const std::optional<Tensor> masks = as_contiguous(mask);
-  const int64_t image_bytes = shape.positions() * shape.channels * input.element_size();
-  const int64_t images = images_at_a_time(shape.batch, is_usable(input) ? 0 : image_bytes);
+  const Tensor weights = channels_last(weight);
+  const int64_t image_bytes = copied_bytes(input, is_usable(input)) + copied_bytes(offset, mask);
   std::optional<Tensor> columns;
-  for_each_span(shape.batch, images, [&](const Images& span) {
+  for_each_span(shape.batch, images_at_a_time(shape.batch, image_bytes), [&](const Images& span) {
     const ConvProblem<R> problem = context.problem(span);
-    const Tensor features = channels_last(span.of(input));
-    const Tensor span_offsets = span.of(offsets), result = span.of(output);
-    const std::optional<Tensor> span_masks = span.of(masks);
+    const Tensor features = channels_last(span.of(input)), result = span.of(output);
+    const Tensor offsets = as_contiguous(span.of(offset));
+    const std::optional<Tensor> masks = as_contiguous(span.of(mask));
     const Chunks chunks = context.chunks(problem, input.element_size());
     if (!columns.has_value()) {
       columns = new_tensor(input, {chunks.largest(), problem.row}, input.scalar_type());
     }
     chunks.for_each([&](const Chunk& chunk) {
       const PixelRange range = chunk.range(problem.pixels);
-      gather(context.precision, problem, range, features.const_data_ptr(),
-             span_offsets.const_data_ptr(), pointer(span_masks), columns->mutable_data_ptr(), false,
-             context.stream);
+      gather(context.precision, problem, range, features.const_data_ptr(), offsets.const_data_ptr(),
+             pointer(masks), columns->mutable_data_ptr(), false, context.stream);
       multiply_output(context.calls, product_shape(problem), *columns, chunk.images, chunk.pixels,
                       weights, result, to_channels_last, range.first);
     });
@@ -170,14 +122,15 @@ class Backward {
     const ConvProblem<R> problem = context_.problem(span);
     const Tensor features = channels_last(span.of(input));
     const Tensor gradients = channels_last(span.of(grad_output));
-    const Tensor offsets = span.of(offset);
-    const std::optional<Tensor> masks = span.of(mask);
+    const Tensor offsets = as_contiguous(span.of(offset));
+    const std::optional<Tensor> masks = as_contiguous(span.of(mask));
     const bool to_input = grad_input_.numel() > 0;
     const bool to_samples = to_input || grad_offset_.numel() > 0 || grad_mask_.numel() > 0;
     const bool wide =
         grad_weight_sum_.has_value() && context_.calls.wide_columns(context_.precision);
     const Tensor wide_gradients = wide ? converted(gradients, offset.scalar_type()) : gradients;
 
+    PlanesOfSpan grad_offset(grad_offset_, span), grad_mask(grad_mask_, span);
     InputSum sum(*this, problem, span, gradients, masks, offset.scalar_type());
     const int64_t element_size = wide ? offset.element_size() : input.element_size();
     context_.chunks(problem, element_size).for_each([&](const Chunk& chunk) {
@@ -196,16 +149,14 @@ class Backward {
                             range.count, weight_, columns);
       scatter(context_.precision, problem, range, columns.const_data_ptr(),
               features.const_data_ptr(), offsets.const_data_ptr(), pointer(masks), sum.target(),
-              pointer_to(grad_offset_, span), pointer_to(grad_mask_, span), context_.stream);
+              grad_offset.pointer(), grad_mask.pointer(), context_.stream);
     });
     sum.finish();
+    grad_offset.finish();
+    grad_mask.finish();
   }
 
  private:
-  static void* pointer_to(const Tensor& gradient, const Images& span) {
-    return gradient.numel() == 0 ? nullptr : span.of(gradient).mutable_data_ptr();
-  }
-
   void add_to_weight(const ConvProblem<R>& problem, const PixelRange& range, const Tensor& columns,
                      const Tensor& gradients) {
     const Tensor& sum = *grad_weight_sum_;
@@ -274,18 +225,18 @@ class Backward {
 
 // Bytes that the copies and sums of one image take in the backward pass.
 int64_t backward_image_bytes(const Tensor& grad_output, const Tensor& input, const Tensor& offset,
-                             bool to_input, bool deterministic) {
+                             const std::optional<Tensor>& mask, bool to_input, bool deterministic,
+                             bool wide_gradients) {
   const auto image = [](const Tensor& tensor) { return tensor.numel() / tensor.size(0); };
-  int64_t bytes = 0;
-  if (!is_usable(input)) bytes += image(input) * input.element_size();
-  if (!is_usable(grad_output)) {
-    bytes += image(grad_output) * grad_output.element_size();
-  }
+  int64_t bytes =
+      copied_bytes(input, is_usable(input)) + copied_bytes(grad_output, is_usable(grad_output));
   if (to_input && (bytes > 0 || input.scalar_type() != offset.scalar_type())) {
     bytes += image(input) * offset.element_size();
   }
   if (to_input && deterministic) bytes += image(input) * sizeof(int64_t);
-  return bytes;
+  if (wide_gradients) bytes += image(grad_output) * offset.element_size();
+  // Offsets and masks as planes, and their gradients.
+  return bytes + 2 * copied_bytes(offset, mask);
 }
 
 template <int R>
@@ -309,9 +260,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   };
   const Tensor& mask_or_offset = mask.has_value() ? *mask : offset;
   Tensor grad_input = gradient(to_input, input, format_of(input));
-  Tensor grad_offset = gradient(to_offset, offset, MemoryFormat::Contiguous);
+  Tensor grad_offset = gradient(to_offset, offset, format_of(offset));
   Tensor grad_weight = gradient(to_weight, weight, format_of(weight));
-  Tensor grad_mask = gradient(to_mask, mask_or_offset, MemoryFormat::Contiguous);
+  Tensor grad_mask = gradient(to_mask, mask_or_offset, format_of(mask_or_offset));
 
   if (grad_output.numel() == 0 || input.numel() == 0) {
     // Sums over nothing, and samples of nothing.
@@ -326,24 +277,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     }
     Backward<R> pass(context, deterministic, weight, grad_input, grad_offset, grad_weight_sum,
                      grad_mask);
-    const int64_t bytes = backward_image_bytes(grad_output, input, offset, to_input, deterministic);
-    const Tensor offsets = as_contiguous(offset);
-    const std::optional<Tensor> masks = as_contiguous(mask);
+    const bool wide = to_weight && context.calls.wide_columns(context.precision);
+    const int64_t bytes =
+        backward_image_bytes(grad_output, input, offset, mask, to_input, deterministic, wide);
     for_each_span(shape.batch, images_at_a_time(shape.batch, bytes),
-                  [&](const Images& span) { pass.run(span, grad_output, input, offsets, masks); });
+                  [&](const Images& span) { pass.run(span, grad_output, input, offset, mask); });
     if (to_weight) {
       Tensor result = channels_last_view(grad_weight);
       torch::stable::copy_(result, *grad_weight_sum);
     }
   }
-  // The kernels write planes; each gradient has the layout of what it is the gradient of.
-  const auto in_layout = [&](bool wanted, const Tensor& gradient, const Tensor& of) {
-    return wanted && format_of(of) == MemoryFormat::ChannelsLast
-               ? torch::stable::contiguous(gradient, MemoryFormat::ChannelsLast)
-               : gradient;
-  };
-  return {grad_input, in_layout(to_offset, grad_offset, offset), grad_weight,
-          in_layout(to_mask, grad_mask, mask_or_offset)};
+  return {grad_input, grad_offset, grad_weight, grad_mask};
 }
 
 Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& weight,

@@ -30,7 +30,7 @@ MMDCN_BLOCK void scatter_block(const Ctx& ctx, const ConvProblem<R>& problem,
   const int64_t samples = samples_of(problem, range);
   const bool dots_wanted = grad_offset || grad_mask;
   const int64_t channels = problem.deform_group_channels;
-  const int lanes = lanes_for<Ctx>(divide(channels, V));
+  const int lanes = 1 << log2_lanes_for<Ctx>(divide(channels, V));
   for (int64_t first = ctx.block() * kSamples; first < samples; first += ctx.blocks() * kSamples) {
     ctx.sync();  // The previous samples have been written.
     for (int i = ctx.thread(); i < kSamples; i += Ctx::kThreads) {

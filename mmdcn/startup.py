@@ -1,0 +1,40 @@
+"""The wait of mmdcn's import for a program that reads its arguments first.
+
+Torch and the toolbox take seconds to import: too long for ``--help``, or for a mistake in the
+arguments. So a tool of ours says, before it imports anything of mmdcn,
+
+    __arguments_first__ = True
+
+and :func:`mmdcn.engine.launch.run` reads its arguments before it imports the rest. For
+``python -m mmdcn.check``, Python imports this package before that module can say anything: all
+modules of the package that are run so are taken to have said it.
+"""
+
+import importlib
+import sys
+
+_postponed = False
+
+
+def postponed() -> bool:
+    """Whether the package's import, which asks this, is to leave out all that takes long."""
+    global _postponed
+    main = sys.modules.get("__main__")
+    _postponed = not _postponed and (
+        getattr(main, "__arguments_first__", False) or _is_looking_for_a_module_of_ours()
+    )
+    return _postponed
+
+
+def _is_looking_for_a_module_of_ours() -> bool:
+    """Whether Python imports this package on its way to the module in ``python -m mmdcn.…``."""
+    if sys.argv[:1] != ["-m"]:
+        return False
+    name = sys.orig_argv[-len(sys.argv)]
+    return name.removeprefix("-m").startswith("mmdcn.")
+
+
+def load() -> None:
+    """Import all that was left out."""
+    if _postponed:
+        importlib.reload(sys.modules["mmdcn"])
