@@ -70,6 +70,7 @@ def test_compiled_training_breaks_graphs_at_no_line_of_ours(project, trained, mo
         *("train.py", project.config, "--work-dir", "compiled"),
         *("--cfg-options", "compile.backend=eager"),
         cwd=project.root,
+        fresh=True,  # torch reads its variable when it is imported
     )
     assert result.returncode == 0, result.stdout
     assert 'Model has been "compiled"' in result.stdout
@@ -145,7 +146,8 @@ def test_the_tools_of_mmdet_refuse_it_too(project, trained):
     hostile = project.root / "hostile.pth"
     torch.save({"state_dict": Call(os.system, f"touch {executed}")}, hostile)
     tool = Path(mmdet.__file__).parent / ".mim" / "tools" / "test.py"
-    result = run_tool(tool, project.config, hostile, "--work-dir", "refused", cwd=project.root)
+    command = [tool, project.config, hostile, "--work-dir", "refused"]
+    result = run_tool(*command, cwd=project.root, fresh=True)
     assert result.returncode == 1
     assert "UnsafeCheckpointError: checkpoint" in result.stdout.splitlines()[-1]
     assert not executed.exists()
