@@ -106,7 +106,14 @@ def main(args: argparse.Namespace) -> None:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    lock = work_folder.lock(args.work_dir)  # held until the process ends, however it ends
+    with work_folder.lock(args.work_dir):
+        make_report(args, parameters)
+    minutes = (time.monotonic() - start) / 60
+    console.print(f"{minutes:.1f} minutes; see {args.work_dir / 'report.md'} and its pictures")
+
+
+def make_report(args: argparse.Namespace, parameters: Parameters) -> None:
+    """Make all that is not there yet: data, models and the report on them."""
     register_all_modules()
     configs = {name: read_config(CONFIGS / file, args) for name, file in MODELS.items()}
     folders = {name: args.work_dir / name for name in MODELS}
@@ -138,9 +145,6 @@ def main(args: argparse.Namespace) -> None:
     write(args.work_dir / "report.json", json.dumps(report, indent=2))
     write(args.work_dir / "report.md", report_text(report))
     print_results(results)
-    minutes = (time.monotonic() - start) / 60
-    console.print(f"{minutes:.1f} minutes; see {args.work_dir / 'report.md'} and its pictures")
-    lock.close()
 
 
 # Settings

@@ -31,6 +31,7 @@ from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
+from mmdcn.engine import saving
 from mmdcn.errors import InputError, named_first_line
 
 __all__ = ["UnsafeCheckpointError", "install", "installed", "load", "uninstall"]
@@ -251,9 +252,13 @@ _originals: dict[str, Any] = {}
 
 
 def install() -> None:
-    """Make every checkpoint loader of mmengine load plain data only. Repeating it is harmless."""
+    """Make every checkpoint loader of mmengine load plain data only. Repeating it is harmless.
+
+    Checkpoints are then saved and found as :mod:`mmdcn.engine.saving` says, too.
+    """
     if installed():
         return
+    saving.install()
     for name, replacement in _REPLACED.items():
         if hasattr(toolbox, name):
             _originals[name] = getattr(toolbox, name)
@@ -262,6 +267,7 @@ def install() -> None:
 
 def uninstall() -> None:
     """Give mmengine its own loaders back."""
+    saving.uninstall()
     while _originals:
         setattr(toolbox, *_originals.popitem())
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import shutil
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from mmdcn.engine.preflight import ConfigError
 from mmdcn.files import write
@@ -18,8 +19,9 @@ __all__ = ["claim", "lock", "read_json"]
 SETTINGS = "settings.json"
 
 
-def lock(folder: Path) -> TextIO:
-    """Make a folder that one process at a time may use; it is this one's until the file is closed.
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Make a folder that is this process's alone within the block, however the process ends.
 
     Raises:
         ConfigError: it cannot be written, or another process has it.
@@ -31,13 +33,14 @@ def lock(folder: Path) -> TextIO:
         raise ConfigError(
             f"cannot write to {folder}: {error.strerror}; choose another --work-dir"
         ) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(
-            f"another demo is running in {folder}; choose another --work-dir"
-        ) from None
-    return file
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another demo is running in {folder}; choose another --work-dir"
+            ) from None
+        yield
 
 
 def claim(folder: Path, settings: dict, result: str, restart: bool) -> None:

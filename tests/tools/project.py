@@ -115,6 +115,17 @@ def _write_split(data: Path, split: str, count: int, random: np.random.Generator
     (data / f"{split}.json").write_text(text)
 
 
+def environment(cwd: Path) -> dict[str, str]:
+    """The environment variables of a tool that runs in a folder."""
+    return {
+        **os.environ,
+        # The project's folder, for modules that its configs import.
+        "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{cwd}",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 def run_tool(
     *command: object, cwd: Path, timeout: float = 300, fresh: bool = False
 ) -> subprocess.CompletedProcess:
@@ -127,20 +138,13 @@ def run_tool(
         fresh: whether it imports the toolbox itself, as what it sees then is what is tested.
     """
     tool = REPOSITORY / "tools" / str(command[0])
-    environment = {
-        **os.environ,
-        # The project's folder, for modules that its configs import.
-        "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{cwd}",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-    }
     if tool.suffix == ".py" and not fresh:
-        return Program([tool, *command[1:]], cwd, environment).finish(timeout)
+        return Program([tool, *command[1:]], cwd, environment(cwd)).finish(timeout)
     program = [sys.executable] if tool.suffix == ".py" else ["bash"]
     return subprocess.run(
         [*program, str(tool), *map(str, command[1:])],
         cwd=cwd,
-        env=environment,
+        env=environment(cwd),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -15,6 +15,7 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from mmdcn.engine.checkpoint import load
+from mmdcn.engine.saving import find_latest_checkpoint
 from mmdcn.errors import first_line
 
 from .nodes import Problems, some
@@ -43,11 +44,13 @@ def checkpoint_problems(cfg: Config, classes: Sequence[str] | None, is_training:
     with it may have other classes, and is told what starts anew.
 
     Args:
-        cfg: whose ``load_from`` names the checkpoint.
+        cfg: whose ``load_from`` names the checkpoint, or its work folder's last one is resumed.
         classes: names of those that the data has, where these are known.
         is_training: whether the model is trained.
     """
     path = cfg.get("load_from")
+    if path is None and cfg.get("resume") and cfg.get("work_dir"):
+        path = find_latest_checkpoint(cfg.work_dir)
     if not isinstance(path, str):
         return
     fine_tuning = is_training and not cfg.get("resume")
