@@ -24,6 +24,7 @@ import torch
 
 REPOSITORY = Path(__file__).parents[1]
 PRELOADED = [
+    "tests.unformatted_configs",
     *("mmdcn.visualization", "mmdcn.engine.preflight", "mmdcn.engine.export"),
     *("mmdet.apis", "mmdet.models", "mmdet.datasets", "mmdet.engine", "mmdet.evaluation"),
 ]

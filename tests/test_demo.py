@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 from mmdcn.datasets import warped_shapes
 from mmdcn.datasets.warped_shapes import CLASSES
 from mmdcn.engine.preflight import ConfigError
+from tests import unformatted_configs  # noqa: F401
 from tests.programs import Program
 
 ROOT = Path(__file__).parents[1]
@@ -157,8 +158,6 @@ def test_other_settings_are_refused_before_anything_changes(demo, interrupted_an
     ("option", "expected"),
     [
         ("model.backbone.depth=7", "KeyError: 'invalid depth 7 for resnet'"),
-        ("train_cfg.max_iters=many", "ValueError: invalid literal for int()"),
-        ("optim_wrapper.optimizer.lr=x", "TypeError"),
         ("test_evaluator.metric=F1", "metric should be one of"),
         ("train_dataloader.batch_size=0", "batch_size should be a positive integer"),
         ("randomness=3", "AttributeError: 'int' object has no attribute 'seed'"),

@@ -220,7 +220,8 @@ def train_and_test(
         runner.test_loop  # noqa: B018  # built now, as it may not be possible
         runner.train()
     except Exception as error:
-        if isinstance(error, InputError) or (runner is not None and runner.iter > 0):
+        begun = runner is not None and "train/loss" in runner.message_hub.log_scalars
+        if begun or isinstance(error, InputError):
             raise
         raise does_not_run(options, error) from error
     metrics = runner.test()
