@@ -74,7 +74,9 @@ class Program:
 def _server() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    with _environment(PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS="1"):
+    # Idle threads that spin for long slow down whoever else uses the cores.
+    quiet = dict(OMP_NUM_THREADS="1", GOMP_SPINCOUNT="3000")
+    with _environment(PYTHONPATH=str(REPOSITORY), **quiet):
         multiprocessing.forkserver.ensure_running()
     return context
 

@@ -187,6 +187,16 @@ def save(config, path, classes=("cat", "dog"), without="nothing"):
     config.load_from = str(path)
 
 
+def test_a_model_that_computes_while_it_is_built(small, tmp_path):
+    small.model.backbone = dict(
+        type="SwinTransformer", embed_dims=8, num_heads=[1, 2, 4, 8], depths=[1, 1, 1, 1]
+    )
+    save(small, tmp_path / "a.pth")
+    silently(small, "test")
+    save(small, tmp_path / "a.pth", classes=("cat", "dog", "cow"))
+    assert "2 weights of" in message_of(small, ("test",))
+
+
 def silently(config, *stages):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
