@@ -29,7 +29,7 @@ from .model import class_counts, missing_types, pretrained
 from .nodes import Problems, each, is_local, missing_file, some
 from .weights import checkpoint_problems
 
-__all__ = ["ConfigError", "check", "is_first_process", "register_toolbox"]
+__all__ = ["ConfigError", "check", "is_first_process", "register_toolbox", "unwritable"]
 
 # What `preflight=dict(...)` in a config switches off, where something differs on purpose.
 _SWITCHES = ("annotations", "checkpoint", "class_counts")
@@ -97,7 +97,8 @@ def _problems(cfg: Config, stages: tuple[str, ...]) -> Problems:
     if absent:
         yield from ((key, "it has no such entry") for key in absent)
         return
-    yield from _unwritable(cfg.get("work_dir"))
+    if isinstance(cfg.get("work_dir"), str) and (problem := unwritable(cfg.work_dir)):
+        yield "work_dir", problem
     yield from missing_types(cfg.model, "model")
     checkpoints = [("load_from", cfg.get("load_from"))]
     if "train" in stages:
@@ -135,17 +136,21 @@ def _problems(cfg: Config, stages: tuple[str, ...]) -> Problems:
         )
 
 
-def _unwritable(work_dir: Any) -> Problems:
-    """The problem that the work folder cannot be made or written, if so."""
-    if not isinstance(work_dir, str):
-        return
-    place = Path(work_dir).absolute()
+def unwritable(path: str | Path) -> str | None:
+    """Why a folder cannot be made or written, None where it can.
+
+    Example:
+        >>> unwritable("/dev/null/results")
+        "cannot write to '/dev/null/results', as '/dev/null' is not a folder"
+    """
+    place = Path(path).absolute()
     while not os.path.lexists(place):
         place = place.parent
     if not place.is_dir():
-        yield "work_dir", f"cannot write to {work_dir!r}, as {str(place)!r} is not a folder"
-    elif not os.access(place, os.W_OK | os.X_OK):
-        yield "work_dir", f"cannot write to {work_dir!r}: no permission in {str(place)!r}"
+        return f"cannot write to {str(path)!r}, as {str(place)!r} is not a folder"
+    if not os.access(place, os.W_OK | os.X_OK):
+        return f"cannot write to {str(path)!r}: no permission in {str(place)!r}"
+    return None
 
 
 def _all_data(cfg: Config, stages: tuple[str, ...]) -> list[Data]:
@@ -174,17 +179,20 @@ def _disagreements(
     model: Any, data_sets: list[Data], evaluators: list[tuple[Mapping, str]]
 ) -> Problems:
     """Where the heads, the data sets and the evaluators do not speak of the same classes."""
-    heads = list(class_counts(model, "model"))
-    for data in data_sets:
-        for place, argument, count in heads:
+    for place, argument, count in class_counts(model, "model"):
+        others: dict[int, list[str]] = {}
+        for data in data_sets:
             number = data.number_of(argument)
-            if number is not None and count != number:
-                yield (
-                    place,
-                    f"{count} classes, but {data.where} has {number}: set {argument}={number}, or "
-                    "metainfo=dict(classes=(...)) of every data set, or "
-                    "preflight=dict(class_counts=False) if they differ on purpose",
-                )
+            if number not in (None, count):
+                others.setdefault(number, []).append(data.where)
+        for number, where in others.items():
+            has = "has" if len(where) == 1 else "have"
+            yield (
+                place,
+                f"{count} classes, but {' and '.join(where)} {has} {number}: set "
+                f"{argument}={number}, or metainfo=dict(classes=(...)) of every data set, or "
+                "preflight=dict(class_counts=False) if they differ on purpose",
+            )
     first = next((data for data in data_sets if data.number_of("num_classes") is not None), None)
     if first is None:
         return

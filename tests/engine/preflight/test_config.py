@@ -212,6 +212,18 @@ def test_missing_checkpoints(config):
     preflight.check(config, ("train",))
 
 
+def test_a_work_folder_that_cannot_be_written(config, data, monkeypatch):
+    config.work_dir = str(data / "new" / "deeper")
+    preflight.check(config, ("train",))
+    assert not (data / "new").exists()
+    (data / "new").touch()
+    assert f"as '{data / 'new'}' is not a folder (work_dir)" in message_of(config)
+    # The tests may run as a user who may write everywhere.
+    monkeypatch.setattr("os.access", lambda *_: False)
+    config.work_dir = str(data / "other")
+    assert f"no permission in '{data}' (work_dir)" in message_of(config)
+
+
 def test_a_missing_file_of_the_evaluator(config):
     config.test_evaluator = [dict(type="CocoMetric", ann_file="val.json")]
     assert "test_evaluator.0.ann_file" in message_of(config, ("test",))
