@@ -171,7 +171,7 @@ MISTAKES = {
     ),
     "classes of the head": (
         ["train.py", "{config}", "--cfg-options", "model.roi_head.bbox_head.num_classes=7"],
-        "7 classes, but train_dataloader.dataset and val_dataloader.dataset have 2: set num_classes=2",
+        "train_dataloader.dataset and val_dataloader.dataset have 2: set num_classes=2",
     ),
     "classes of the checkpoint": (
         ["test.py", "{config}", "{other_classes}"],
