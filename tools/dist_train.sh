@@ -15,16 +15,5 @@ tools=$(cd "$(dirname "$0")" && pwd)
 config=$1 gpus=$2
 shift 2
 
-export PYTHONPATH="$tools/..${PYTHONPATH:+:$PYTHONPATH}"
-# A mistake is said at once, and not by every process.
-[[ $gpus =~ ^([1-9][0-9]*|auto|cpu|gpu)$ ]] ||
-    { echo "error: GPUS: expected a number of at least 1, got '$gpus'" >&2; exit 2; }
-python "$tools/train.py" "$config" --launcher pytorch "$@" --arguments-only
-
-exec python -m torch.distributed.run \
-    --nnodes "${NNODES:-1}" \
-    --node-rank "${NODE_RANK:-0}" \
-    --master-addr "${MASTER_ADDR:-127.0.0.1}" \
-    --master-port "${PORT:-29500}" \
-    --nproc-per-node "$gpus" \
-    "$tools/train.py" "$config" --launcher pytorch "$@"
+PYTHONPATH="$tools/..${PYTHONPATH:+:$PYTHONPATH}" exec python "$tools/dist_run.py" \
+    "$gpus" "$tools/train.py" "$config" "$@"

@@ -68,4 +68,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main, parse_args)
+    launch.run(main, parse_args, needs_toolbox=False)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import BenchmarkError, cases
+from . import BenchmarkError, cases, values
 
 if TYPE_CHECKING:
     import torch
@@ -73,75 +72,26 @@ def _measure(args: argparse.Namespace, measure: Callable[[dict], None]) -> int:
 # --------------------------------------------------------------------------------------- arguments
 
 
-def _several(kind: Callable[[str], object]) -> Callable[[str], list]:
-    """An argument that is several values with commas between them."""
-
-    def parse(value: str) -> list:
-        return [kind(part) for part in value.split(",")]
-
-    return parse
-
-
-def _one_of(*choices: str) -> Callable[[str], str]:
-    def parse(value: str) -> str:
-        if value not in choices:
-            raise argparse.ArgumentTypeError(f"expected {' or '.join(choices)}, got {value!r}")
-        return value
-
-    return parse
-
-
-def _number(kind: type, least: float, exclusive: bool = False) -> Callable[[str], float]:
-    def parse(value: str) -> float:
-        try:
-            number = kind(value)
-        except ValueError:
-            number = None
-        if number is None or not (number > least or (number == least and not exclusive)):
-            what = "a whole number" if kind is int else "a number"
-            bound = f"above {least}" if exclusive else f"of at least {least}"
-            raise argparse.ArgumentTypeError(f"expected {what} {bound}, got {value!r}")
-        return number
-
-    return parse
-
-
-def _peers(value: str) -> list[str]:
-    return [] if value == "none" else _several(_one_of(*cases.PEERS))(value)
-
-
-def _shape(value: str) -> str:
-    try:
-        cases.find_shapes(value)
-    except BenchmarkError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return value
-
-
-def _json_file(value: str) -> Path:
-    path = Path(value)
-    if path.suffix != ".json":
-        raise argparse.ArgumentTypeError(f"expected a name ending in .json, got {value!r}")
-    return path
-
-
 def _add_common(parser: argparse.ArgumentParser, seconds: float) -> None:
-    parser.add_argument("--device", type=_one_of("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", type=values.one_of("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--threads", type=_number(int, 1), help="of the CPU (default: as many as torch takes)"
+        "--threads", type=values.number(int, 1), help="of the CPU (default: as many as torch takes)"
     )
     parser.add_argument(
         "--seconds",
-        type=_number(float, 0, exclusive=True),
+        type=values.number(float, 0, exclusive=True),
         default=seconds,
         help="of samples for each call; slow ones get few (default: %(default)s)",
     )
     parser.add_argument(
-        "--json", type=_json_file, metavar="FILE", help="write machine, versions and every sample"
+        "--json",
+        type=values.json_file,
+        metavar="FILE",
+        help="write machine, versions and every sample",
     )
     parser.add_argument(
         "--offset-std",
-        type=_number(float, 0),
+        type=values.number(float, 0),
         default=2.0,
         help="standard deviation of the offsets in pixels, 0 for none (default: %(default)s)",
     )
@@ -191,46 +141,46 @@ def _add_operators(commands: argparse._SubParsersAction) -> None:
     _add_common(parser, seconds=1.0)
     parser.add_argument(
         "--shapes",
-        type=_several(_shape),
+        type=values.several(values.shape),
         default=["design"],
         help=f"{', '.join(cases.SHAPES)}, or NxCxHxW (NxCxHxW:Co for other output channels); "
         "default: design",
     )
     parser.add_argument(
         "--batch",
-        type=_several(_number(int, 1)),
+        type=values.several(values.number(int, 1)),
         metavar="N,...",
         help="batch sizes, in place of those of the shapes",
     )
     parser.add_argument(
         "--dtype",
-        type=_several(_one_of(*cases.DTYPES)),
+        type=values.several(values.one_of(*cases.DTYPES)),
         default=["float32"],
         help=f"of {', '.join(cases.DTYPES)} (default: float32); offsets and masks stay in float32 "
         "beside half precision",
     )
     parser.add_argument(
         "--versions",
-        type=_several(_one_of(*cases.VERSIONS)),
+        type=values.several(values.one_of(*cases.VERSIONS)),
         default=["v2"],
         help="v1: offsets, v2: offsets and mask (default: v2)",
     )
     parser.add_argument(
         "--layouts",
-        type=_several(_one_of(*cases.LAYOUTS)),
+        type=values.several(values.one_of(*cases.LAYOUTS)),
         default=["nchw"],
         help="of nchw, channels_last (default: nchw)",
     )
     parser.add_argument(
         "--peers",
-        type=_peers,
+        type=values.peers,
         default=list(cases.PEERS),
         help=f"of {', '.join(cases.PEERS)}, or none (default: all); those not installed are named",
     )
     parser.add_argument("--forward-only", action="store_true", help="leave the backward pass out")
     parser.add_argument(
         "--passes",
-        type=_number(int, 1),
+        type=values.number(int, 1),
         default=1,
         help="go through the cases so many times, with a part of the seconds each time, so that a "
         "disturbance of the machine reaches few of a call's samples (default: %(default)s)",
@@ -270,7 +220,7 @@ def _add_family(commands: argparse._SubParsersAction) -> None:
     _add_common(parser, seconds=1.0)
     parser.add_argument(
         "--operators",
-        type=_several(_one_of(*cases.OTHER_OPERATORS)),
+        type=values.several(values.one_of(*cases.OTHER_OPERATORS)),
         default=list(cases.OTHER_OPERATORS),
         help=f"of {', '.join(cases.OTHER_OPERATORS)} (default: all)",
     )
@@ -289,19 +239,18 @@ def _run_family(args: argparse.Namespace) -> int:
 # ----------------------------------------------------------------------------------- the detectors
 
 
-def _size(value: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", value)
-    if match is None or min(map(int, match.groups())) < 32:
-        raise argparse.ArgumentTypeError(
-            f"expected width and height of at least 32, as in 320x240, got {value!r}"
-        )
-    return int(match.group(1)), int(match.group(2))
-
-
-def _config(value: str) -> Path:
-    if not Path(value).is_file():
-        raise argparse.ArgumentTypeError(f"expected config files, got {value!r}, which is none")
-    return Path(value)
+# What is timed if nothing else is said: mmdet's sizes on a GPU, and small ones on a CPU.
+_DETECTORS = tuple(
+    f"configs/{folder}/faster-rcnn_r50{layers}_fpn_1x_coco.py"
+    for folder, layers in (
+        ("faster_rcnn", ""),
+        ("dcn", "-dconv-c3-c5"),
+        ("dcnv2", "-mdconv-c3-c5"),
+        ("dcnv4", "-dcnv4-c3-c5"),
+    )
+)
+_ON_GPU = {"size": (1333, 800), "batch": [1, 2, 8], "amp": True}
+_ON_CPU = {"size": (320, 240), "batch": [2], "amp": False}
 
 
 def _add_detectors(commands: argparse._SubParsersAction) -> None:
@@ -315,32 +264,33 @@ def _add_detectors(commands: argparse._SubParsersAction) -> None:
     _add_common(parser, seconds=8.0)
     parser.add_argument(
         "--configs",
-        type=_config,
+        type=values.config,
         nargs="+",
-        required=True,
         metavar="CONFIG",
-        help="of detectors; the others are compared with the first",
+        help="of detectors; the others are compared with the first (default: Faster R-CNN with "
+        "R-50, plain, DCN, DCNv2 and DCNv4, of this project's configs/)",
     )
     parser.add_argument(
         "--kernels",
-        type=_several(_one_of("mmdcn", "mmcv")),
+        type=values.several(values.one_of("mmdcn", "mmcv")),
         default=["mmdcn", "mmcv"],
         help="what deformable layers run on (default: mmdcn,mmcv)",
     )
     parser.add_argument(
         "--size",
-        type=_size,
-        default=(320, 240),
+        type=values.size,
         metavar="WxH",
-        help="width and height of the images (default: 320x240)",
+        help="width and height of the images (default: 320x240; on a GPU, 1333x800)",
     )
     parser.add_argument(
-        "--batch", type=_number(int, 1), default=2, help="images at a time (default: %(default)s)"
+        "--batch",
+        type=values.several(values.number(int, 1)),
+        help="images at a time, one or more numbers (default: 2; on a GPU, 1,2,8)",
     )
     parser.add_argument(
         "--amp",
-        action="store_true",
-        help="in mixed precision: float16 on a GPU, bfloat16 on the CPU",
+        action=argparse.BooleanOptionalAction,
+        help="in mixed precision: float16 on a GPU, where it is the default, bfloat16 on the CPU",
     )
 
 
@@ -349,15 +299,27 @@ def _run_detectors(args: argparse.Namespace) -> int:
         from . import detectors
     except ImportError as error:
         raise BenchmarkError(f"detectors need mmengine, mmcv and mmdet: {error}") from error
+    common = _common_settings(args)
+    for name, value in (_ON_CPU if common["device"].type == "cpu" else _ON_GPU).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     settings = detectors.Settings(
-        args.configs,
+        args.configs or _own_configs(),
         kernels=args.kernels,
         size=args.size,
-        batch=args.batch,
+        batches=args.batch,
         amp=args.amp,
-        **_common_settings(args),
+        **common,
     )
     return _measure(args, lambda result: detectors.run(settings, result))
+
+
+def _own_configs() -> list[Path]:
+    paths = [Path(__file__).parents[2] / name for name in _DETECTORS]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise BenchmarkError(f"--configs: name configs of detectors, as {missing[0]} is not here")
+    return paths
 
 
 # -------------------------------------------------------------------------------------- the report
@@ -373,7 +335,7 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_run_report)
     parser.add_argument(
         "runs",
-        type=_json_file,
+        type=values.json_file,
         nargs="+",
         metavar="RUN.json",
         help="written by ops, family or detector",

@@ -7,6 +7,7 @@ forward pass with its post-processing at inference; images are preprocessed befo
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import logging
 from collections.abc import Iterator
@@ -45,13 +46,17 @@ TOLERANCE_AMP = 1e-1
 
 @dataclass
 class Settings:
-    """The settings of :func:`run`: what it measures, how long; `size` is width and height."""
+    """The settings of :func:`run`: what it measures, how long.
+
+    `size` is width and height; `batch` is that of one detector, and `batches` all that are run.
+    """
 
     configs: list[Path]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     kernels: list[str] = field(default_factory=lambda: list(KERNELS))
     size: tuple[int, int] = (320, 240)
     batch: int = 2
+    batches: list[int] = field(default_factory=lambda: [2])
     amp: bool = False
     offset_std: float = 2.0
     threads: int | None = None
@@ -250,7 +255,7 @@ def run(settings: Settings, result: dict) -> None:
             "device": settings.device.type,
             "threads": torch.get_num_threads(),
             "size": list(settings.size),
-            "batch": settings.batch,
+            "batches": settings.batches,
             "amp": settings.amp,
             "offset_std": settings.offset_std,
             "boxes_per_image": BOXES_PER_IMAGE,
@@ -260,22 +265,29 @@ def run(settings: Settings, result: dict) -> None:
         "complete": False,
     }
     with _toolbox_quiet():
-        detectors = []
-        for path in track((f"building {path.stem}", path) for path in settings.configs):
-            for detector, entry in _detectors_of(path, settings):
-                detectors.append(detector)
-                result["cases"].append(entry)
-        for phase in track((f"{phase}, all in turns", phase) for phase in PHASES):
-            calls = {str(i): detector.call(phase) for i, detector in enumerate(detectors)}
-            samples = timing.interleave(calls, settings.device, settings.budget)
-            for entry, taken in zip(result["cases"], samples.values()):
-                entry["times"][phase] = taken
-        if settings.measure_memory and memory.can_measure(settings.device):
-            paths = {path.stem: path for path in settings.configs}
-            steps = [(f"memory of {d.name}", (d, e)) for d, e in zip(detectors, result["cases"])]
-            for detector, entry in track(steps):
-                entry["extra_bytes"] = _extra_bytes(detector, paths[detector.name])
+        for batch in settings.batches:
+            _run_batch(dataclasses.replace(settings, batch=batch), result)
     result["complete"] = True
+
+
+def _run_batch(settings: Settings, result: dict) -> None:
+    detectors, entries = [], []
+    of_batch = f", batch {settings.batch}"
+    for path in track((f"building {path.stem}{of_batch}", path) for path in settings.configs):
+        for detector, entry in _detectors_of(path, settings):
+            detectors.append(detector)
+            entries.append({"batch": settings.batch, **entry})
+    result["cases"] += entries
+    for phase in track((f"{phase}{of_batch}, all in turns", phase) for phase in PHASES):
+        calls = {str(i): detector.call(phase) for i, detector in enumerate(detectors)}
+        samples = timing.interleave(calls, settings.device, settings.budget)
+        for entry, taken in zip(entries, samples.values()):
+            entry["times"][phase] = taken
+    if settings.measure_memory and memory.can_measure(settings.device):
+        paths = {path.stem: path for path in settings.configs}
+        steps = [(f"memory of {d.name}{of_batch}", (d, e)) for d, e in zip(detectors, entries)]
+        for detector, entry in track(steps):
+            entry["extra_bytes"] = _extra_bytes(detector, paths[detector.name])
 
 
 def _detectors_of(path: Path, settings: Settings) -> Iterator[tuple[Detector, dict]]:

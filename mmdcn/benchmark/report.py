@@ -144,7 +144,8 @@ def readme_rows(runs: list[dict]) -> list[tuple[str, dict[str, dict[str, float]]
                 rows.append((entry["label"], ratios))
     detectors = [run for run in runs if run["benchmark"] == "detectors"][:1]
     for run in detectors:
-        first, *others = run["cases"]
+        batch = run["settings"]["batches"][0]
+        first, *others = [entry for entry in run["cases"] if entry["batch"] == batch]
         deformable = [entry["config"] for entry in others if entry["deformable"]]
         if not deformable:
             continue

@@ -244,41 +244,49 @@ _FAMILY: list[Column] = [
 
 
 def detector_lines(run: dict) -> list[str]:
-    """The table of a run of :mod:`mmdcn.benchmark.detectors`."""
+    """The tables of a run of :mod:`mmdcn.benchmark.detectors`, one for each batch size."""
     settings = run["settings"]
     width, height = settings["size"]
-    entries = [entry for entry in run["cases"] if entry["times"]]
-    header = ["detector", "kernels", "training, iterations/s", "training time × first"]
-    header += ["inference, images/s", "inference time × first", "parameters, M", "GFLOP / image"]
-    with_memory = any("extra_bytes" in entry for entry in entries)
-    header += ["memory, MB, training / inference"] if with_memory else []
-    rows = []
-    for entry in entries:
-        row = [entry["config"], entry["kernels"] or NOTHING]
-        for phase, count in (("training", 1), ("inference", settings["batch"])):
-            taken = detector_milliseconds(entry, phase)
-            if taken is None:
-                row += [NOTHING] * 2
-                continue
-            first = detector_milliseconds(entries[0], phase)
-            row += [_number(1000 * count / taken), times(taken / first)]
-        row += [f"{entry['parameters'] / 1e6:.2f}", _number(entry["flops"] / 1e9)]
-        if with_memory:
-            sizes = [entry.get("extra_bytes", {}).get(phase) for phase in ("training", "inference")]
-            row.append(" / ".join(NOTHING if n is None else f"{n / 1e6:.0f}" for n in sizes))
-        rows.append(row)
     precision = "mixed precision" if settings["amp"] else "float32"
+    lines = []
+    for batch in settings["batches"]:
+        entries = [e for e in run["cases"] if e["times"] and e["batch"] == batch]
+        if not entries:  # of a run that was interrupted
+            continue
+        lines += [f"{width}×{height}, batch {batch}, {precision}:", ""]
+        lines += [*_detector_table(entries), "", *_speedups(entries)]
     return [
-        f"{width}×{height}, batch {settings['batch']}, {precision}:",
-        "",
-        *table(header, rows),
-        "",
-        *_speedups(entries),
+        *lines,
         "Random weights and images, offsets of all deformable layers "
         f"~ N(0, {settings['offset_std']:g}²). Memory is what an iteration takes beside weights, "
         "buffers and the optimizer's state.",
         "",
     ]
+
+
+def _detector_table(entries: list[dict]) -> list[str]:
+    header = ["detector", "kernels"]
+    for phase in ("training", "inference"):
+        header += [f"{phase}, images/s", f"{phase} time × first"]
+    header += ["parameters, M", "GFLOP / image"]
+    with_memory = any("extra_bytes" in entry for entry in entries)
+    header += ["memory, MB, training / inference"] if with_memory else []
+    rows = []
+    for entry in entries:
+        row = [entry["config"], entry["kernels"] or NOTHING]
+        for phase in ("training", "inference"):
+            taken = detector_milliseconds(entry, phase)
+            if taken is None:
+                row += [NOTHING] * 2
+                continue
+            first = detector_milliseconds(entries[0], phase)
+            row += [_number(1000 * entry["batch"] / taken), times(taken / first)]
+        row += [f"{entry['parameters'] / 1e6:.2f}", _number(entry["flops"] / 1e9)]
+        if with_memory:
+            sizes = [entry.get("extra_bytes", {}).get(phase) for phase in ("training", "inference")]
+            row.append(" / ".join(NOTHING if n is None else f"{n / 1e6:.0f}" for n in sizes))
+        rows.append(row)
+    return table(header, rows)
 
 
 def detector_milliseconds(entry: dict, phase: str) -> float | None:

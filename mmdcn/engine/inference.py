@@ -48,7 +48,9 @@ def build(cfg: Config, checkpoint: str, device: str | None, palette: str = "none
     if absent:
         raise ConfigError(f"the config {cfg.filename} has no {', '.join(absent)}")
     # Pictures go where this tool is told, not to the visualizer's backends.
-    warnings.filterwarnings("ignore", message="`Visualizer` backend is not initialized")
+    warnings.filterwarnings("ignore", message="(`Visualizer` backend|Failed to add .*VisBackend)")
+    # Boxes end at the image's border, where they are drawn as far as they are seen.
+    warnings.filterwarnings("ignore", message="Warning: The (bbox|polygon) is out of bounds")
     return DetInferencer(cfg, checkpoint, device, palette=palette, show_progress=False)
 
 

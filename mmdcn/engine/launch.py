@@ -246,7 +246,10 @@ def check_device(name: str) -> None:
 
 
 def begin(
-    parse_args: Callable[[], argparse.Namespace], *, log_to_stderr: bool = False
+    parse_args: Callable[[], argparse.Namespace],
+    *,
+    needs_toolbox: bool = True,
+    log_to_stderr: bool = False,
 ) -> argparse.Namespace:
     """Read a tool's arguments, and only then import what takes seconds.
 
@@ -254,6 +257,7 @@ def begin(
 
     Args:
         parse_args: reads them, and ends the process where there is a mistake.
+        needs_toolbox: whether anything is imported then.
         log_to_stderr: what is logged meanwhile goes to the standard error.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -261,8 +265,9 @@ def begin(
     args = parse_args()
     if getattr(args, "arguments_only", False):
         sys.exit(0)
-    with contextlib.redirect_stdout(sys.stderr) if log_to_stderr else contextlib.nullcontext():
-        startup.load()
+    if needs_toolbox:
+        with contextlib.redirect_stdout(sys.stderr) if log_to_stderr else contextlib.nullcontext():
+            startup.load()
     return args
 
 
@@ -271,6 +276,7 @@ def run(
     parse_args: Callable[[], argparse.Namespace],
     *,
     when_interrupted: str | None = None,
+    needs_toolbox: bool = True,
     log_to_stderr: bool = False,
 ) -> None:
     """Run a tool: its arguments, what they need, and then `main`, which may give an exit status.
@@ -282,15 +288,18 @@ def run(
         main: is given the arguments.
         parse_args: see :func:`begin`.
         when_interrupted: what the user can do then.
+        needs_toolbox: see :func:`begin`.
         log_to_stderr: see :func:`begin`.
     """
     handler = signal.getsignal(signal.SIGINT)
     try:
-        args = begin(parse_args, log_to_stderr=log_to_stderr)
+        args = begin(parse_args, needs_toolbox=needs_toolbox, log_to_stderr=log_to_stderr)
         if signal.getsignal(signal.SIGINT) is _on_interruption:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         status = main(args)
     except KeyboardInterrupt:
+        # Of a distributed run each process is interrupted by the terminal, and by who started it.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         _end_interrupted(when_interrupted)
     except InputError as error:
         # Every process of a distributed run comes here; one message is enough.

@@ -42,14 +42,18 @@ def settings(configs, **more) -> detectors.Settings:
 def test_deformable_against_plain_on_both_kernels(configs):
     plugin.install()
     result = {}
-    detectors.run(settings(configs), result)
+    detectors.run(settings(configs, batches=[2, 1]), result)
     assert plugin.report().installed  # as before
     assert result["complete"]
-    plain, ours, theirs = result["cases"]
-    assert [(e["config"], e["kernels"], e["deformable"]) for e in result["cases"]] == [
-        ("plain", None, False),
-        ("deformable", "mmdcn", True),
-        ("deformable", "mmcv", True),
+    plain, ours, theirs = result["cases"][:3]
+    assert [(e["batch"], e["config"], e["kernels"], e["deformable"]) for e in result["cases"]] == [
+        (batch, *of_batch)
+        for batch in (2, 1)
+        for of_batch in (
+            ("plain", None, False),
+            ("deformable", "mmdcn", True),
+            ("deformable", "mmcv", True),
+        )
     ]
     for entry in result["cases"]:
         assert set(entry["times"]) == {"training", "inference"}

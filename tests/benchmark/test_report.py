@@ -55,6 +55,7 @@ def detectors_run() -> dict:
     entries = [
         {
             **common,
+            "batch": 2,
             "config": "plain" if kernels is None else "mdconv",
             "kernels": kernels,
             "deformable": kernels is not None,
@@ -63,7 +64,7 @@ def detectors_run() -> dict:
         for kernels, (training, inference) in times.items()
     ]
     run = operators_run()
-    settings = {"threads": 2, "size": [320, 240], "batch": 2, "amp": False, "offset_std": 2.0}
+    settings = {"threads": 2, "size": [320, 240], "batches": [2], "amp": False, "offset_std": 2.0}
     for key in ("rates", "implementations", "left_out"):
         del run[key]
     return run | {"benchmark": "detectors", "settings": settings, "cases": entries}
@@ -92,9 +93,9 @@ def test_detectors_are_compared_with_the_first():
     lines = tables.detector_lines(detectors_run())
     rows = rows_of(lines)
     assert [list(row.values())[:6] for row in rows] == [
-        ["plain", "—", "1.00", "1.00×", "4.00", "1.00×"],
-        ["mdconv", "mmdcn", "0.67", "1.50×", "3.33", "1.20×"],
-        ["mdconv", "mmcv", "0.22", "4.50×", "2.22", "1.80×"],
+        ["plain", "—", "2.00", "1.00×", "4.00", "1.00×"],
+        ["mdconv", "mmdcn", "1.33", "1.50×", "3.33", "1.20×"],
+        ["mdconv", "mmcv", "0.44", "4.50×", "2.22", "1.80×"],
     ]
     assert "mmcv ÷ mmdcn, mdconv: training 3.00×, inference 1.50×." in lines
 

@@ -175,3 +175,38 @@ def test_an_interruption_while_a_detector_trains(project):
     assert output.splitlines()[-1] == (
         "interrupted; with --resume, the same command goes on from the last checkpoint"
     )
+
+
+SLEEPER = """
+import sys, time
+from pathlib import Path
+if sys.argv[-1] != "--arguments-only":
+    Path(sys.argv[1]).with_suffix(sys.argv[2]).touch()
+    time.sleep(60)
+"""
+
+
+def test_an_interruption_of_several_processes(tmp_path):
+    """What torch's launcher says of itself is no traceback."""
+    (tmp_path / "tool.py").write_text(SLEEPER)
+    started = tmp_path / "started"
+    process = interruptible(
+        start(REPOSITORY / "tools/dist_run.py", "1", "tool.py", str(started), ".one"), tmp_path
+    )
+    try:
+        while not started.with_suffix(".one").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, output
+    assert "dist_run.py" not in output and "SignalException" not in output
+
+
+def test_the_exit_status_of_several_processes_is_the_tools(tmp_path):
+    (tmp_path / "tool.py").write_text("import sys; sys.exit(7 * (len(sys.argv) < 4))")
+    done, _ = run(start(REPOSITORY / "tools/dist_run.py", "1", "tool.py"), tmp_path)
+    assert done.returncode == 7
+    assert "Traceback" not in done.stderr
