@@ -17,7 +17,11 @@
 - torch's registration of modules in other modules, so that checkpoints load in which offset
   branches have their former names (:mod:`mmdcn.engine.old_keys`);
 - ``init_weights`` of mmengine's modules, so that the offset branches inside start at zero
-  (:mod:`mmdcn.engine.zero_start`).
+  (:mod:`mmdcn.engine.zero_start`);
+- mmengine's and torch's loading of state dicts, so that a log line says how many offset branches a
+  plain model's checkpoint leaves at zero (:mod:`mmdcn.engine.plain_checkpoints`);
+- mmengine's constructor of optimizers, so that ``dcn_offset_lr_mult`` reaches all our layers
+  (:mod:`mmdcn.engine.offset_learning_rate`).
 
 It also tells mmengine how to count our operator's operations (:mod:`mmdcn.engine.complexity`).
 
@@ -57,7 +61,15 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError(f"{_WITHOUT_TOOLBOX} ({error})") from error
 
-from mmdcn.engine import checkpoint, complexity, old_keys, zero_start
+from mmdcn.engine import (
+    checkpoint,
+    complexity,
+    offset_learning_rate,
+    old_keys,
+    plain_checkpoints,
+    zero_start,
+)
+from mmdcn.engine.offset_hook import OffsetStatisticsHook
 from mmdcn.engine.sampling_hook import SamplingVisualizationHook
 from mmdcn.functions import (
     deform_conv2d,
@@ -151,6 +163,7 @@ for _name, _layer in LAYERS.items():
 _SCOPE.register_module(name="Deformable", module=models.build_deformable)
 
 for _registry in (HOOKS, Registry("hook", parent=HOOKS, scope="mmdcn")):
+    _registry.register_module(module=OffsetStatisticsHook)
     _registry.register_module(module=SamplingVisualizationHook)
 
 # ------------------------------------------------------------------------------------- taking over
@@ -208,7 +221,9 @@ def install() -> None:
     basic_block.install()
     checkpoint.install()
     complexity.install()
+    offset_learning_rate.install()
     old_keys.install()
+    plain_checkpoints.install()
     zero_start.install()
     logging.getLogger("mmdcn").addHandler(_TO_MMENGINE)
 
@@ -252,7 +267,9 @@ def uninstall() -> None:
             vars(_mmcv_ops)[name] = getattr(_mmcv_roi_pool, name)
     basic_block.uninstall()
     checkpoint.uninstall()
+    offset_learning_rate.uninstall()
     old_keys.uninstall()
+    plain_checkpoints.uninstall()
     zero_start.uninstall()
     logging.getLogger("mmdcn").removeHandler(_TO_MMENGINE)
     _replaced_layers = None
