@@ -153,7 +153,11 @@ def test_a_pretrained_converted_model_keeps_its_offsets(tmp_path):
     for layer in converted(trained).values():
         nn.init.normal_(layer.conv_offset.weight)
     state = trained.state_dict()
-    for old, new in (("", ""), ("conv.conv_offset", "conv_offset")):
+    for old, new in (
+        ("", ""),
+        ("conv.conv_offset", "conv_offset"),
+        ("conv_offset", "conv_offset_mask"),
+    ):
         renamed = {key.replace(old, new): value for key, value in state.items()}
         torch.save({"state_dict": renamed}, tmp_path / "trained.pth")
         init_cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "trained.pth"))
@@ -162,7 +166,7 @@ def test_a_pretrained_converted_model_keeps_its_offsets(tmp_path):
         )
         model.init_weights()
         assert_same_output(model, trained, levels())
-        assert not model.fpn_convs[0].conv._load_state_dict_pre_hooks
+        assert not model.init_weights.places[0].conv._load_state_dict_pre_hooks
 
 
 def test_converting_twice_copying_and_pickling():
