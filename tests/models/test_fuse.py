@@ -174,7 +174,7 @@ def test_a_backbone(mmcv_cnn, name):
     model = registry.build(
         dict(
             type="mmdet.ResNet",
-            depth=50,
+            depth=18,
             base_channels=8,
             stem_channels=8,
             dcn=dict(type=name, deform_groups=2),
