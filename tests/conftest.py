@@ -29,12 +29,14 @@ settings.load_profile("default")
 # The files that take longest, which come first: the workers of a test run then end together.
 LONGEST = [
     "cuda/test_deform_conv.py",
-    "tools/test_train_and_test.py",
     "tools/test_export_onnx.py",
+    "tools/test_train_and_test.py",
     "test_demo.py",
     "pytorch/test_compile.py",
     "engine/test_export.py",
     "tools/test_distributed.py",
+    "tools/test_killed_training.py",
+    "tools/test_same_seed.py",
     "ops/test_onnx.py",
     "test_plugin.py",
     "layers/test_contract.py",

@@ -1,17 +1,16 @@
 """Training of Faster R-CNN plain, with DCN and with DCNv2 on warped shapes, with a report.
 
 Everything it needs is made on the spot. What is finished is kept: run it again after an
-interruption and it goes on from the last checkpoint.
+interruption and it goes on from the last checkpoint. With other settings it asks for another
+--work-dir, or for --restart.
 """
 
 import argparse
 import copy
-import fcntl
 import json
-import shutil
-import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,6 +29,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--iters", type=int, help="training iterations (default: the configs')")
     parser.add_argument("--train-images", type=int, default=defaults.train_images)
     parser.add_argument("--val-images", type=int, default=defaults.val_images)
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="delete what was made with other settings, and begin it anew",
+    )
     launch.add_config_options(parser)
     args = parser.parse_args()
     if args.iters is not None and args.iters < 1:
@@ -56,6 +60,9 @@ from torch import nn
 
 from mmdcn import machine
 from mmdcn.datasets import warped_shapes
+from mmdcn.engine import preflight, work_folder
+from mmdcn.engine.preflight import ConfigError
+from mmdcn.errors import InputError, named_first_line
 from mmdcn.files import write, write_figure
 from mmdcn.markdown import table
 from mmdcn.visualization import (
@@ -79,16 +86,16 @@ METRICS = {
     "APm": "bbox_mAP_m",
     "APl": "bbox_mAP_l",
 }
-# Files in each model's folder: what it is trained with, and what came out, once it is finished.
-SETTINGS = "settings.json"
+# What came out, in each model's folder, once it is finished.
 RESULT = "result.json"
+# A time per iteration is marked where the quartiles are further apart than this part of the median.
+SCATTER = 0.2
+SCATTER_MARK = "~"
 
 console = Console()
 
 
-def main() -> None:
-    args = parse_args()
-    settings = launch.parse_settings(args.cfg_options)
+def main(args: argparse.Namespace) -> None:
     start = time.monotonic()
     try:
         parameters = warped_shapes.Parameters(
@@ -98,35 +105,36 @@ def main() -> None:
             strengths=(),
         )
     except ValueError as error:
-        sys.exit(f"error: {error}")
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    lock = (args.work_dir / ".lock").open("w")  # held until the process ends, however it ends
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(f"error: another demo is running in {args.work_dir}; choose another --work-dir")
+        raise ConfigError(str(error)) from error
+    with work_folder.lock(args.work_dir):
+        make_report(args, parameters)
+    minutes = (time.monotonic() - start) / 60
+    console.print(f"{minutes:.1f} minutes; see {args.work_dir / 'report.md'} and its pictures")
+
+
+def make_report(args: argparse.Namespace, parameters: Parameters) -> None:
+    """Make all that is not there yet: data, models and the report on them."""
     register_all_modules()
+    configs = {name: read_config(CONFIGS / file, args) for name, file in MODELS.items()}
+    folders = {name: args.work_dir / name for name in MODELS}
+    for name, cfg in configs.items():
+        work_folder.claim(folders[name], settings_of(cfg, parameters), RESULT, args.restart)
 
     console.rule("data")
     data_dir = args.work_dir / "data"
     try:
         written = warped_shapes.generate(data_dir, parameters, overwrite=True)
     except FileExistsError as error:
-        sys.exit(f"error: {error}")
+        raise ConfigError(str(error)) from error
     console.print(f"{data_dir} {'written' if written else 'is up to date'}")
 
     results = {}
     detectors = {}
-    for number, (name, file_name) in enumerate(MODELS.items(), 1):
+    for number, (name, cfg) in enumerate(configs.items(), 1):
         console.rule(f"model {number} of {len(MODELS)}: {name}")
-        cfg = Config.fromfile(CONFIGS / file_name)
-        cfg.merge_from_dict(settings)
-        cfg.randomness.seed = args.seed
-        if args.iters is not None:
-            set_iterations(cfg, args.iters)
-        folder = args.work_dir / name
-        results[name] = train_and_test(cfg, data_dir, folder)
-        detectors[name] = init_detector(cfg, find_latest_checkpoint(str(folder)), device="cpu")
+        results[name] = train_and_test(cfg, data_dir, folders[name], args.cfg_options)
+        checkpoint = find_latest_checkpoint(str(folders[name]))
+        detectors[name] = init_detector(cfg, checkpoint, device="cpu")
 
     console.rule("report")
     scenes = load_scenes(data_dir)
@@ -137,39 +145,105 @@ def main() -> None:
     write(args.work_dir / "report.json", json.dumps(report, indent=2))
     write(args.work_dir / "report.md", report_text(report))
     print_results(results)
-    minutes = (time.monotonic() - start) / 60
-    console.print(f"{minutes:.1f} minutes; see {args.work_dir / 'report.md'} and its pictures")
+
+
+# Settings
+
+
+def read_config(path: Path, args: argparse.Namespace) -> Config:
+    """A model's config with what the arguments change in it."""
+    cfg = launch.read_config(str(path), args.cfg_options)
+    try:
+        cfg.randomness.seed = args.seed
+        if args.iters is not None:
+            set_iterations(cfg, args.iters)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise does_not_run(args.cfg_options, error) from error
+    return cfg
+
+
+def does_not_run(options: Sequence[str] | None, error: Exception) -> ConfigError:
+    """What is said where the demo's configs stop running, because of the options that were given.
+
+    Without options, that is no mistake of the user's, and the error goes on.
+    """
+    if not options:
+        raise error
+    given = " ".join(options)
+    return ConfigError(f"--cfg-options {given}: the demo cannot run: {named_first_line(error)}")
+
+
+def set_iterations(cfg: Config, iterations: int) -> None:
+    """Shorten or stretch the whole schedule of a config."""
+    factor = iterations / cfg.train_cfg.max_iters
+    cfg.train_cfg.max_iters = iterations
+    for scheduler in cfg.param_scheduler:
+        scheduler.begin = round(scheduler.begin * factor)
+        scheduler.end = max(scheduler.begin + 1, round(scheduler.end * factor))
+
+
+def settings_of(cfg: Config, parameters: warped_shapes.Parameters) -> dict:
+    """All that a model's result follows from."""
+    return {
+        "config": json.loads(json.dumps(cfg.to_dict(), default=str)),
+        "data": warped_shapes.manifest(parameters),
+        "versions": versions(),
+    }
 
 
 # Training
 
 
-def train_and_test(cfg: Config, data_dir: Path, folder: Path) -> dict:
+def train_and_test(
+    cfg: Config, data_dir: Path, folder: Path, options: Sequence[str] | None = None
+) -> dict:
     """Train and test one model in its folder, from where an earlier run stopped.
 
-    A folder that was begun with other settings is emptied first.
+    Args:
+        cfg: of the model.
+        data_dir: the data set's folder.
+        folder: the model's, which :func:`work_folder.claim` has made.
+        options: of the command line, which are to blame if the config does not run.
 
     Returns:
         The figures of the report.
     """
-    settings = {
-        "config": cfg.pretty_text,
-        "data": read_json(data_dir / warped_shapes.MANIFEST),
-        "versions": versions(),
-    }
-    if folder.exists() and not (folder / SETTINGS).exists() and any(folder.iterdir()):
-        sys.exit(f"error: {folder} was not made by this demo; choose another --work-dir")
-    if read_json(folder / SETTINGS) != settings:
-        if folder.exists():
-            console.print(f"{folder} was made with other settings: starting anew")
-            discard(folder)
-        folder.mkdir(parents=True)
-        write(folder / SETTINGS, json.dumps(settings, indent=2))
-    result = read_json(folder / RESULT)
+    result = work_folder.read_json(folder / RESULT)
     if result is not None:
         console.print(f"{folder} is up to date")
         return result
+    runner = None
+    try:
+        cfg = run_config(cfg, data_dir, folder)
+        preflight.check(cfg, stages=("train", "test"))
+        runner = Runner.from_cfg(cfg)
+        runner.test_loop  # noqa: B018  # built now, as it may not be possible
+        runner.train()
+    except Exception as error:
+        begun = runner is not None and "train/loss" in runner.message_hub.log_scalars
+        if begun or isinstance(error, InputError):
+            raise
+        raise does_not_run(options, error) from error
+    metrics = runner.test()
+    iteration_times, _ = runner.message_hub.get_scalar("train/time").data
+    lower, median, upper = np.percentile(iteration_times, (25, 50, 75)).tolist()
+    result = {name: metrics[f"coco/{key}"] for name, key in METRICS.items()}
+    result |= {
+        "parameters": sum(p.numel() for p in runner.model.parameters()),
+        "iterations": cfg.train_cfg.max_iters,
+        "batch_size": cfg.train_dataloader.batch_size,
+        "seconds_per_iteration": round(median, 4),
+        "seconds_per_iteration_quartiles": [round(lower, 4), round(upper, 4)],
+        "training_seconds": round(float(np.sum(iteration_times)), 1),
+        "machine": machine_line(),
+        "versions": versions(),
+    }
+    write(folder / RESULT, json.dumps(result, indent=2))
+    return result
 
+
+def run_config(cfg: Config, data_dir: Path, folder: Path) -> Config:
+    """A model's config with its folder and its data, to go on from the last checkpoint."""
     cfg = copy.deepcopy(cfg)
     cfg.work_dir = str(folder)
     cfg.resume = True
@@ -180,32 +254,7 @@ def train_and_test(cfg: Config, data_dir: Path, folder: Path) -> dict:
     # Tested once, below: also where the earlier run stopped between the two.
     cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
     cfg.train_cfg.pop("val_interval")
-
-    runner = Runner.from_cfg(cfg)
-    runner.train()
-    metrics = runner.test()
-    iteration_times, _ = runner.message_hub.get_scalar("train/time").data
-    result = {name: metrics[f"coco/{key}"] for name, key in METRICS.items()}
-    result |= {
-        "parameters": sum(p.numel() for p in runner.model.parameters()),
-        "iterations": cfg.train_cfg.max_iters,
-        "batch_size": cfg.train_dataloader.batch_size,
-        "seconds_per_iteration": round(float(np.median(iteration_times)), 4),
-        "training_seconds": round(float(np.sum(iteration_times)), 1),
-        "machine": machine_line(),
-        "versions": versions(),
-    }
-    write(folder / RESULT, json.dumps(result, indent=2))
-    return result
-
-
-def set_iterations(cfg: Config, iterations: int) -> None:
-    """Shorten or stretch the whole schedule of a config."""
-    factor = iterations / cfg.train_cfg.max_iters
-    cfg.train_cfg.max_iters = iterations
-    for scheduler in cfg.param_scheduler:
-        scheduler.begin = round(scheduler.begin * factor)
-        scheduler.end = max(scheduler.begin + 1, round(scheduler.end * factor))
+    return cfg
 
 
 def machine_line() -> str:
@@ -324,7 +373,7 @@ Tested on {data["val_images"]} images that no model has seen, by mmdet's CocoMet
 trained from scratch on {data["train_images"]} images with the same schedule and the same seed
 ({data["seed"]}): {any_model["iterations"]} iterations of {any_model["batch_size"]} images.
 Time per training iteration is the median, on {any_model["machine"]}; {versions}.
-
+{scatter_note(models)}
 ## Detections
 
 ![detections](detections.png)
@@ -343,13 +392,30 @@ their colour is the modulation.
 """
 
 
+def scatters(result: dict) -> bool:
+    """Whether the times of iterations scatter so much that they do not compare."""
+    lower, upper = result["seconds_per_iteration_quartiles"]
+    return upper - lower > SCATTER * result["seconds_per_iteration"]
+
+
+def scatter_note(models: dict[str, dict]) -> str:
+    """What a mark at a time means, where there is one."""
+    if not any(map(scatters, models.values())):
+        return ""
+    return (
+        f"{SCATTER_MARK} half of the iterations spread over more than {SCATTER:.0%} of the median, "
+        "as beside other work: these times do not compare.\n"
+    )
+
+
 def table_rows(models: dict[str, dict]) -> list[list[str]]:
     """The header and one row per model."""
     rows = [["model", *METRICS, "params", "ms / iter"]]
     for name, result in models.items():
         # CocoMetric says -1 where there is no object of that size.
         metrics = [f"{result[m]:.3f}" if result[m] >= 0 else "–" for m in METRICS]
-        milliseconds = f"{result['seconds_per_iteration'] * 1000:.0f}"
+        milliseconds = f"{SCATTER_MARK * scatters(result)}"
+        milliseconds += f"{result['seconds_per_iteration'] * 1000:.0f}"
         rows.append([name, *metrics, f"{result['parameters'] / 1e6:.2f} M", milliseconds])
     return rows
 
@@ -360,26 +426,12 @@ def print_results(models: dict[str, dict]) -> None:
     for row in rows:
         printed.add_row(*row)
     console.print(printed)
-
-
-# Files
-
-
-def discard(folder: Path) -> None:
-    """Delete a folder, gone from its place at once even if deleting it takes a while."""
-    stale = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(stale, ignore_errors=True)
-    folder.rename(stale)
-    shutil.rmtree(stale)
-
-
-def read_json(path: Path) -> dict | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    console.print(scatter_note(models), end="")
 
 
 if __name__ == "__main__":
     launch.run(
-        lambda args: main(),
+        main,
         parse_args,
         when_interrupted="run the same command again to go on from the last checkpoint",
     )

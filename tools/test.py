@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from copy import deepcopy
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 __arguments_first__ = True  # see mmdcn/startup.py
@@ -98,6 +99,8 @@ def main(args: argparse.Namespace) -> None:
     if args.show or args.show_dir:
         show_predictions(cfg, args)
     preflight.check(cfg, stages=("test",))
+    if args.out is not None and (problem := preflight.unwritable(Path(args.out).parent)):
+        raise preflight.ConfigError(f"--out {args.out}: {problem}")
     if args.tta:
         augment_at_test_time(cfg)
     runner = launch.build_runner(cfg)

@@ -35,6 +35,7 @@ __all__ = [
     "contact_sheet",
     "draw_scene",
     "generate",
+    "manifest",
     "rasterize",
 ]
 
@@ -121,13 +122,10 @@ def generate(
         False
     """
     out_dir = Path(out_dir)
-    manifest = json.loads(
-        json.dumps({"generator": __name__, "version": VERSION} | asdict(parameters))
-    )
     found = _read_manifest(out_dir)
-    if found == manifest:
+    if found == manifest(parameters):
         return False
-    _refuse_to_replace(out_dir, found, manifest, overwrite)
+    _refuse_to_replace(out_dir, found, manifest(parameters), overwrite)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=out_dir.parent) as scratch:
         made = Path(scratch) / "new"
@@ -136,17 +134,28 @@ def generate(
         for split in parameters.splits():
             _write_split(made, split, parameters, progress)
         (made / CONTACT_SHEET).write_bytes(_encode(".png", contact_sheet(made, parameters)))
-        (made / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        (made / MANIFEST).write_text(json.dumps(manifest(parameters), indent=2) + "\n")
         if out_dir.exists():
             out_dir.rename(Path(scratch) / "old")
         made.rename(out_dir)
     return True
 
 
-def _refuse_to_replace(out_dir: Path, found: dict | None, manifest: dict, overwrite: bool) -> None:
+def manifest(parameters: Parameters) -> dict:
+    """What a data set's manifest says: the parameters, and the version of this generator.
+
+    Example:
+        >>> manifest(Parameters(seed=3))["seed"]
+        3
+    """
+    made_by = {"generator": __name__, "version": VERSION}
+    return json.loads(json.dumps(made_by | asdict(parameters)))
+
+
+def _refuse_to_replace(out_dir: Path, found: dict | None, wanted: dict, overwrite: bool) -> None:
     """Raise FileExistsError for a folder that must stay as it is; `found` is its manifest."""
     if found is not None and not overwrite:
-        differing = [k for k in manifest if found.get(k) != manifest[k]]
+        differing = [k for k in wanted if found.get(k) != wanted[k]]
         raise FileExistsError(
             f"{out_dir} holds warped shapes made with other values of {', '.join(differing)}: "
             "overwrite it (--overwrite), or choose another directory"
@@ -160,11 +169,11 @@ def _refuse_to_replace(out_dir: Path, found: dict | None, manifest: dict, overwr
 
 def _read_manifest(data_dir: Path) -> dict | None:
     try:
-        manifest = json.loads((data_dir / MANIFEST).read_text())
+        found = json.loads((data_dir / MANIFEST).read_text())
     except (OSError, ValueError):
         return None
-    is_ours = isinstance(manifest, dict) and manifest.get("generator") == __name__
-    return manifest if is_ours else None
+    is_ours = isinstance(found, dict) and found.get("generator") == __name__
+    return found if is_ours else None
 
 
 def _write_split(data_dir: Path, split: Split, parameters: Parameters, progress: bool) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -30,6 +31,7 @@ from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
+from mmdcn.engine import saving
 from mmdcn.errors import InputError, named_first_line
 
 __all__ = ["UnsafeCheckpointError", "install", "installed", "load", "uninstall"]
@@ -195,12 +197,13 @@ def _explain(source: object, message: str) -> str:
     )
 
 
-def load(f: Any, map_location: Any = None) -> Any:
+def load(f: Any, map_location: Any = None, mmap: bool = False) -> Any:
     """Load a checkpoint as plain data.
 
     Args:
         f: path or open binary file of a checkpoint written by ``torch.save``.
         map_location: as in ``torch.load``.
+        mmap: leave tensors in the file until they are used, where its format allows it.
 
     Returns:
         What was saved. ``meta['config']``, Python text in checkpoints of older toolboxes, is moved
@@ -211,7 +214,8 @@ def load(f: Any, map_location: Any = None) -> Any:
             what mmengine writes, and classes allowed through ``torch.serialization``.
     """
     with _plain_data_only(getattr(f, "name", f) if hasattr(f, "read") else f):
-        checkpoint = torch.load(f, map_location=map_location, weights_only=True)
+        mmap = mmap and zipfile.is_zipfile(f)
+        checkpoint = torch.load(f, map_location=map_location, weights_only=True, mmap=mmap)
     return _without_config(checkpoint)
 
 
@@ -248,9 +252,13 @@ _originals: dict[str, Any] = {}
 
 
 def install() -> None:
-    """Make every checkpoint loader of mmengine load plain data only. Repeating it is harmless."""
+    """Make every checkpoint loader of mmengine load plain data only. Repeating it is harmless.
+
+    Checkpoints are then saved and found as :mod:`mmdcn.engine.saving` says, too.
+    """
     if installed():
         return
+    saving.install()
     for name, replacement in _REPLACED.items():
         if hasattr(toolbox, name):
             _originals[name] = getattr(toolbox, name)
@@ -259,6 +267,7 @@ def install() -> None:
 
 def uninstall() -> None:
     """Give mmengine its own loaders back."""
+    saving.uninstall()
     while _originals:
         setattr(toolbox, *_originals.popitem())
 

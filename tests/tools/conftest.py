@@ -20,7 +20,8 @@ def project(tmp_path_factory) -> tiny.Project:
 @pytest.fixture(scope="session")
 def trained(project) -> Path:
     """The work folder of one epoch's training through `tools/train.py`."""
-    result = tiny.run_tool("train.py", project.config, "--work-dir", "trained", cwd=project.root)
+    command = ["train.py", project.config, "--work-dir", "trained"]
+    result = tiny.run_tool(*command, cwd=project.root, fresh=True)
     assert result.returncode == 0, result.stdout
     return project.root / "trained"
 

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from tests import small_detector
+from tests.programs import REPOSITORY, Program
 
-REPOSITORY = Path(__file__).parents[2]
 CLASSES = ("square", "bar")
 
 CONFIG = """
@@ -115,21 +115,36 @@ def _write_split(data: Path, split: str, count: int, random: np.random.Generator
     (data / f"{split}.json").write_text(text)
 
 
-def run_tool(*command: object, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Run a tool as a user would: ``run_tool("train.py", config, ...)``; output is joined."""
-    tool = REPOSITORY / "tools" / str(command[0])
-    program = [sys.executable, str(tool)] if tool.suffix == ".py" else ["bash", str(tool)]
-    environment = {
+def environment(cwd: Path) -> dict[str, str]:
+    """The environment variables of a tool that runs in a folder."""
+    return {
         **os.environ,
         # The project's folder, for modules that its configs import.
         "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{cwd}",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
     }
+
+
+def run_tool(
+    *command: object, cwd: Path, timeout: float = 300, fresh: bool = False
+) -> subprocess.CompletedProcess:
+    """Run a tool as a user would: ``run_tool("train.py", config, ...)``; output is joined.
+
+    Args:
+        command: its name in `tools/`, and its arguments.
+        cwd: where it runs.
+        timeout: in seconds.
+        fresh: whether it imports the toolbox itself, as what it sees then is what is tested.
+    """
+    tool = REPOSITORY / "tools" / str(command[0])
+    if tool.suffix == ".py" and not fresh:
+        return Program([tool, *command[1:]], cwd, environment(cwd)).finish(timeout)
+    program = [sys.executable] if tool.suffix == ".py" else ["bash"]
     return subprocess.run(
-        [*program, *map(str, command[1:])],
+        [*program, str(tool), *map(str, command[1:])],
         cwd=cwd,
-        env=environment,
+        env=environment(cwd),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

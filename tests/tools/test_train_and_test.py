@@ -70,6 +70,7 @@ def test_compiled_training_breaks_graphs_at_no_line_of_ours(project, trained, mo
         *("train.py", project.config, "--work-dir", "compiled"),
         *("--cfg-options", "compile.backend=eager"),
         cwd=project.root,
+        fresh=True,  # torch reads its variable when it is imported
     )
     assert result.returncode == 0, result.stdout
     assert 'Model has been "compiled"' in result.stdout
@@ -145,10 +146,21 @@ def test_the_tools_of_mmdet_refuse_it_too(project, trained):
     hostile = project.root / "hostile.pth"
     torch.save({"state_dict": Call(os.system, f"touch {executed}")}, hostile)
     tool = Path(mmdet.__file__).parent / ".mim" / "tools" / "test.py"
-    result = run_tool(tool, project.config, hostile, "--work-dir", "refused", cwd=project.root)
+    command = [tool, project.config, hostile, "--work-dir", "refused"]
+    result = run_tool(*command, cwd=project.root, fresh=True)
     assert result.returncode == 1
     assert "UnsafeCheckpointError: checkpoint" in result.stdout.splitlines()[-1]
     assert not executed.exists()
+
+
+def with_other_classes(checkpoint, path):
+    """A checkpoint of a head for seven classes, which does not say so."""
+    content = torch.load(checkpoint, weights_only=False)
+    head = "roi_head.bbox_head.fc_cls."
+    content["state_dict"] |= {f"{head}weight": torch.zeros(8, 32), f"{head}bias": torch.zeros(8)}
+    del content["meta"]["dataset_meta"]
+    torch.save(content, path)
+    return path
 
 
 MISTAKES = {
@@ -156,6 +168,18 @@ MISTAKES = {
     "no annotations": (
         ["test.py", "{config}", "{checkpoint}", "--cfg-options", "test_evaluator.ann_file=x.json"],
         "no file 'x.json' (test_evaluator.ann_file)",
+    ),
+    "classes of the head": (
+        ["train.py", "{config}", "--cfg-options", "model.roi_head.bbox_head.num_classes=7"],
+        "train_dataloader.dataset and val_dataloader.dataset have 2: set num_classes=2",
+    ),
+    "classes of the checkpoint": (
+        ["test.py", "{config}", "{other_classes}"],
+        "do not fit the model, such as roi_head.bbox_head.fc_cls.weight: (8, 32) for (3, 32)",
+    ),
+    "a file for a folder": (
+        ["test.py", "{config}", "{checkpoint}", "--out", "{config}/out.pkl"],
+        "out.pkl: cannot write to",
     ),
     "unknown convolution": (
         ["train.py", "{config}", "--cfg-options", "model.backbone.dcn.type=DCNv22"],
@@ -168,6 +192,7 @@ MISTAKES = {
 def test_a_mistake_gets_one_message_before_anything_is_written(project, trained, mistake, run_here):
     command, expected = MISTAKES[mistake]
     names = dict(config=project.config, checkpoint=trained / "epoch_1.pth")
+    names["other_classes"] = with_other_classes(trained / "epoch_1.pth", project.root / "7.pth")
     command = [part.format(**names) for part in command]
     work_dir = project.root / "never"
     with pytest.raises(SystemExit) as stop:

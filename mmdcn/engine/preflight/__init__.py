@@ -1,0 +1,250 @@
+"""Checks of a config before anything is built from it, so that a mistake costs a second.
+
+Each check finds what the toolbox would report late, deep inside a traceback, or never: missing
+files, classes on which the heads, the data and the checkpoint do not agree, annotations that cannot
+be trained on, layer types that nobody registered.
+
+:mod:`~.model`        the model's types and its heads' numbers of classes
+:mod:`~.dataset`      the files of each data set, and its class list
+:mod:`~.annotations`  the objects and images in a COCO file, which :mod:`~.coco_file` reads
+:mod:`~.weights`      the checkpoint against the model that is to take it
+:mod:`~.determinism`  layers whose results differ from run to run
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+
+from mmdcn.errors import InputError
+
+from .dataset import Data, category_order, data_of, dataset_problems, root_is_absent
+from .determinism import determinism_problems
+from .model import class_counts, missing_types, pretrained
+from .nodes import Problems, each, is_local, missing_file, some
+from .weights import checkpoint_problems
+
+__all__ = ["ConfigError", "check", "is_first_process", "register_toolbox", "unwritable"]
+
+# What `preflight=dict(...)` in a config switches off, where something differs on purpose.
+_SWITCHES = ("annotations", "checkpoint", "class_counts")
+
+
+class ConfigError(InputError, ValueError):
+    """The config, or what it points to, cannot work. The message lists each problem on a line."""
+
+
+def check(cfg: Config, stages: tuple[str, ...]) -> None:
+    """Check what `cfg` refers to, without running anything of it.
+
+    ``preflight=dict(class_counts=False)`` in the config says that classes differ on purpose, and
+    in the same way ``annotations`` and ``checkpoint`` leave out what takes seconds. In a
+    distributed run the first process alone does those two.
+
+    Args:
+        cfg: a detector's config.
+        stages: the parts that will run, of ``"train"``, ``"val"`` and ``"test"``. The first must be
+            there; others are skipped where the config leaves them out.
+
+    Raises:
+        ConfigError: an annotation file, image folder or checkpoint is missing, or the work folder
+            cannot be written; the annotations would stop a run or spoil what it learns; the heads,
+            the data sets, their class lists and the checkpoint do not agree on the classes; a type
+            in the model is registered nowhere; a layer has no deterministic gradient where the
+            config asks for one.
+        UnsafeCheckpointError: the checkpoint is damaged, or holds more than plain data.
+    """
+    register_toolbox()
+    places: dict[str, list[str]] = {}
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
+        for where, problem in _problems(cfg, stages):
+            places.setdefault(problem, []).append(where)
+        if not places and is_first_process():
+            for where, problem in _problems_of_weights(cfg, stages):
+                places.setdefault(problem, []).append(where)
+    if places:
+        listing = "".join(f"\n  - {problem} ({', '.join(p)})" for problem, p in places.items())
+        raise ConfigError(f"the config {cfg.filename} cannot run:{listing}")
+
+
+def register_toolbox() -> None:
+    """Fill the toolbox's registries, in which names in a config resolve."""
+    from mmdet.utils import register_all_modules
+
+    register_all_modules(init_default_scope=False)
+
+
+def is_first_process() -> bool:
+    """Whether this is the first of a distributed run's processes, or the only one."""
+    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
+def _is_on(cfg: Config, switch: str) -> bool:
+    return bool((cfg.get("preflight") or {}).get(switch, True))
+
+
+def _problems(cfg: Config, stages: tuple[str, ...]) -> Problems:
+    unknown = [key for key in cfg.get("preflight") or {} if key not in _SWITCHES]
+    if unknown:
+        yield "preflight", f"expected some of {some(_SWITCHES)}, got {some(unknown)}"
+    absent = [key for key in ("model", f"{stages[0]}_dataloader") if key not in cfg]
+    if absent:
+        yield from ((key, "it has no such entry") for key in absent)
+        return
+    if isinstance(cfg.get("work_dir"), str) and (problem := unwritable(cfg.work_dir)):
+        yield "work_dir", problem
+    yield from missing_types(cfg.model, "model")
+    checkpoints = [("load_from", cfg.get("load_from"))]
+    if "train" in stages:
+        checkpoints += pretrained(cfg.model, "model")
+    for where, path in checkpoints:
+        if isinstance(path, str) and "://" not in path:
+            yield from missing_file(path, where)
+    absent_roots = set()
+    known = []
+    for data in _all_data(cfg, stages):
+        if root_is_absent(data):
+            absent_roots.add(data.root)
+            yield (
+                f"{data.where}.data_root",
+                f"no folder {data.root!r}: put or link the data there, or change data_root and the "
+                "ann_file of the evaluators",
+            )
+        else:
+            reads = _is_on(cfg, "annotations") and is_first_process()
+            problems = list(dataset_problems(data, reads))
+            yield from problems
+            known += [] if problems else [data]
+    for stage in stages:
+        for metric, where in _evaluators(cfg, stage):
+            ann_file = metric.get("ann_file")
+            if (
+                isinstance(ann_file, str)
+                and is_local(metric, ann_file)
+                and not any(ann_file.startswith(root) for root in absent_roots)
+            ):
+                yield from missing_file(ann_file, f"{where}.ann_file")
+    if _is_on(cfg, "class_counts"):
+        yield from _disagreements(
+            cfg.model, known, [e for s in stages for e in _evaluators(cfg, s)]
+        )
+
+
+def unwritable(path: str | Path) -> str | None:
+    """Why a folder cannot be made or written, None where it can.
+
+    Example:
+        >>> unwritable("/dev/null/results")
+        "cannot write to '/dev/null/results', as '/dev/null' is not a folder"
+    """
+    place = Path(path).absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        return f"cannot write to {str(path)!r}, as {str(place)!r} is not a folder"
+    if not os.access(place, os.W_OK | os.X_OK):
+        return f"cannot write to {str(path)!r}: no permission in {str(place)!r}"
+    return None
+
+
+def _all_data(cfg: Config, stages: tuple[str, ...]) -> list[Data]:
+    """The data sets of all stages that run, in the order of the stages."""
+    found = []
+    for stage in stages:
+        loader = cfg.get(f"{stage}_dataloader")
+        if loader is not None and cfg.get(f"{stage}_cfg") is not None:
+            evaluators = [metric for metric, _ in _evaluators(cfg, stage)]
+            place = f"{stage}_dataloader.dataset"
+            found += data_of(loader.get("dataset"), place, evaluators, stage == "train")
+    return found
+
+
+def _evaluators(cfg: Config, stage: str) -> list[tuple[Mapping, str]]:
+    if cfg.get(f"{stage}_dataloader") is None or cfg.get(f"{stage}_cfg") is None:
+        return []
+    return list(each(cfg.get(f"{stage}_evaluator"), f"{stage}_evaluator"))
+
+
+# ---------------------------------------------------------------------------------------------
+# Classes
+
+
+def _disagreements(
+    model: Any, data_sets: list[Data], evaluators: list[tuple[Mapping, str]]
+) -> Problems:
+    """Where the heads, the data sets and the evaluators do not speak of the same classes."""
+    for place, argument, count in class_counts(model, "model"):
+        others: dict[int, list[str]] = {}
+        for data in data_sets:
+            number = data.number_of(argument)
+            if number not in (None, count):
+                others.setdefault(number, []).append(data.where)
+        for number, where in others.items():
+            has = "has" if len(where) == 1 else "have"
+            yield (
+                place,
+                f"{count} classes, but {' and '.join(where)} {has} {number}: set "
+                f"{argument}={number}, or metainfo=dict(classes=(...)) of every data set, or "
+                "preflight=dict(class_counts=False) if they differ on purpose",
+            )
+    first = next((data for data in data_sets if data.number_of("num_classes") is not None), None)
+    if first is None:
+        return
+    for data in data_sets:
+        # Where numbers differ, the heads' problems say so.
+        if data.classes is not None and len(data.classes) == len(first.classes):
+            yield from _other_names(data, first)
+    if first.reads_coco_json and first.ann_file and os.path.isfile(first.ann_file):
+        files = [(f"{d.where}.ann_file", d.ann_file) for d in data_sets if d.reads_coco_json]
+        for metric, where in evaluators:
+            path = metric.get("ann_file")
+            if "CocoMetric" in str(metric.get("type")) and isinstance(path, str):
+                files += [(f"{where}.ann_file", path)] if is_local(metric, path) else []
+        yield from _other_orders(first, files)
+
+
+def _other_names(data: Data, first: Data) -> Problems:
+    extra = [name for name in data.classes if name not in first.classes]
+    if extra:
+        yield (
+            f"{data.where}.metainfo.classes",
+            f"{some(extra)} not among the classes of {first.where}, which are "
+            f"{some(first.classes)}",
+        )
+
+
+def _other_orders(first: Data, files: list[tuple[str, str | None]]) -> Problems:
+    """Files whose categories come in another order, in which labels count them."""
+    orders: dict[str, list[str]] = {}
+    for path in [first.ann_file, *(path for _, path in files)]:
+        if path is not None and path not in orders and os.path.isfile(path):
+            try:
+                orders[path] = category_order(path, first.classes)
+            except ValueError:
+                continue  # said elsewhere of a data set's file
+    expected = orders.get(first.ann_file)
+    for where, path in files:
+        order = orders.get(path)
+        if expected and order and order != expected:
+            yield (
+                where,
+                f"the categories of {path!r} come in another order than those of "
+                f"{first.ann_file!r}, and labels count in that order: {some(order)}, and "
+                f"{some(expected)}",
+            )
+
+
+def _problems_of_weights(cfg: Config, stages: tuple[str, ...]) -> Problems:
+    """What is seen only on a model that is built."""
+    data = next(iter(_all_data(cfg, stages)), None)
+    if _is_on(cfg, "checkpoint"):
+        classes = data.classes if data is not None and _is_on(cfg, "class_counts") else None
+        yield from checkpoint_problems(cfg, classes, is_training="train" in stages)
+    if (cfg.get("randomness") or {}).get("deterministic") and "train" in stages:
+        yield from determinism_problems(cfg)

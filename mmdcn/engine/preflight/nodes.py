@@ -1,0 +1,52 @@
+"""Parts of a config: what is at a place in it, and what the place is called."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+# What each check yields: the place in the config, and what is wrong there.
+Problems = Iterator[tuple[str, str]]
+
+
+def each(node: Any, where: str) -> Iterator[tuple[Mapping, str]]:
+    """The configs at a place that holds one or a list of them."""
+    if isinstance(node, Mapping):
+        yield node, where
+    elif isinstance(node, (list, tuple)):
+        for index, child in enumerate(node):
+            if isinstance(child, Mapping):
+                yield child, f"{where}.{index}"
+
+
+def children(node: Any) -> Iterator[tuple[Any, Any]]:
+    """The keys or numbers of what a node contains, each with what is there."""
+    if isinstance(node, Mapping):
+        # `items` of a config with lazy imports builds what it returns.
+        yield from node.items()
+    elif isinstance(node, (list, tuple)):
+        yield from enumerate(node)
+
+
+def join(where: str, key: Any) -> str:
+    """The name of a place inside another."""
+    return f"{where}.{key}" if isinstance(key, str) else f"{where}[{key}]"
+
+
+def is_local(node: Mapping, *paths: str) -> bool:
+    """Whether what a node reads is on this machine's disks."""
+    backend = (node.get("backend_args") or {}).get("backend", "local")
+    return backend == "local" and not any("://" in path for path in paths)
+
+
+def missing_file(path: str, where: str) -> Problems:
+    """The problem that there is no such file, if so."""
+    if not os.path.isfile(os.path.expanduser(path)):
+        yield where, f"no file {path!r}"
+
+
+def some(names: Sequence[Any], shown: int = 8) -> str:
+    """The first of these names, and how many more there are."""
+    listed = ", ".join(map(repr, names[:shown]))
+    return f"{listed} and {len(names) - shown} more" if len(names) > shown else listed
