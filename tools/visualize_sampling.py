@@ -62,7 +62,7 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     from mmdet.apis import init_detector
 
-    from mmdcn.engine.preflight import ConfigError
+    from mmdcn.engine.preflight import ConfigError, check_weights
     from mmdcn.files import write, write_figure
     from mmdcn.visualization import (
         choose_layers,
@@ -74,6 +74,7 @@ def main(args: argparse.Namespace) -> None:
 
     launch.check_device(args.device)
     cfg = launch.load_config(args)
+    check_weights(cfg, args.checkpoint)
     model = init_detector(cfg, args.checkpoint, device=args.device, cfg_options={})
     try:
         sampled = sample_image(model, args.image)

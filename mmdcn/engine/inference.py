@@ -13,6 +13,7 @@ from mmdet.apis import DetInferencer
 from mmengine.config import Config
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mmdcn.engine import preflight
 from mmdcn.engine.preflight import ConfigError
 
 __all__ = ["Predicted", "build", "predict"]
@@ -41,12 +42,13 @@ def build(cfg: Config, checkpoint: str, device: str | None, palette: str = "none
         palette: colours of the classes; ``none`` for the config's, or else the checkpoint's.
 
     Raises:
-        ConfigError: the config lacks what this needs.
+        ConfigError: the config lacks what this needs, or the checkpoint is another model's.
         UnsafeCheckpointError: the checkpoint holds more than plain data.
     """
     absent = [key for key in ("model", "test_dataloader", "visualizer") if cfg.get(key) is None]
     if absent:
         raise ConfigError(f"the config {cfg.filename} has no {', '.join(absent)}")
+    preflight.check_weights(cfg, checkpoint)
     # Pictures go where this tool is told, not to the visualizer's backends.
     warnings.filterwarnings("ignore", message="(`Visualizer` backend|Failed to add .*VisBackend)")
     # Boxes end at the image's border, where they are drawn as far as they are seen.

@@ -29,7 +29,7 @@ from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 
 from mmdcn.datasets import warped_shapes
-from mmdcn.engine.preflight import ConfigError
+from mmdcn.engine.preflight import ConfigError, check_weights
 from mmdcn.files import images_in
 
 __all__ = ["ExportError", "Network", "build", "find_images", "load_images"]
@@ -178,12 +178,13 @@ def build(cfg: Config, checkpoint: str | Path) -> Network:
     """The network of a config, with the weights of a checkpoint, on the CPU.
 
     Raises:
-        ConfigError: there is no such checkpoint.
+        ConfigError: there is no such checkpoint, or it is another model's.
         ExportError: see :class:`Network`.
         UnsafeCheckpointError: the checkpoint holds more than plain data.
     """
     if "://" not in str(checkpoint) and not os.path.isfile(checkpoint):
         raise ConfigError(f"no checkpoint {str(checkpoint)!r}")
+    check_weights(cfg, str(checkpoint))
     register_all_modules(init_default_scope=False)
     init_default_scope(cfg.get("default_scope") or "mmdet")
     detector = revert_sync_batchnorm(MODELS.build(cfg.model))

@@ -97,14 +97,14 @@ def test_an_onnxruntime_without_the_operator_is_refused_before_the_export(tmp_pa
 
     monkeypatch.setattr(onnxruntime, "__version__", "1.24.4")
     monkeypatch.setattr(export, "_write", None)
-    network, path = export.Network(detector(tmp_path)), tmp_path / "model.onnx"
+    network, path = export.Network(detector(tmp_path, **SMALL)), tmp_path / "model.onnx"
     with pytest.raises(ConfigError, match=r"onnxruntime 1\.25\.0 or newer, got 1\.24\.4: `pip"):
         export.export(network, [inputs()], path)
     assert not list(tmp_path.glob("model*"))
     # What is not deformable is compared all the same, and all is written if nobody compares.
     monkeypatch.setattr(export, "_write", write_nothing)
     monkeypatch.setattr(export, "_verify", lambda *_: "compared")
-    plain = export.Network(detector(tmp_path, **SMALL))
+    plain = export.Network(detector(tmp_path, **SMALL, **PLAIN))
     assert export.export(plain, [inputs()], path) == "compared"
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert export.export(network, [inputs()], path, verify=False) is None

@@ -31,8 +31,13 @@ model = dict(
         init_cfg=None,
         dcn=dict(type='DCNv2', deform_groups=1, fallback_on_stride=False),
         stage_with_dcn=(False, False, False, True)),
-    neck=dict(in_channels=[8, 16, 32, 64], out_channels=64),
-    bbox_head=dict(in_channels=64, feat_channels=64, stacked_convs=1))
+    neck=dict(in_channels=[8, 16, 32, 64], out_channels=64, num_outs=3),
+    bbox_head=dict(
+        in_channels=64,
+        feat_channels=64,
+        stacked_convs=1,
+        strides=[8, 16, 32],
+        regress_ranges=((-1, 64), (64, 128), (128, 1e8))))
 """
 
 
@@ -94,7 +99,7 @@ def test_one_stage_detector_on_generated_images(project, run_here, capsys):
     assert "comparing on 000000.jpg, 000001.jpg, 000002.jpg" in capsys.readouterr().out
     outputs = [value.name for value in onnx.load(project.root / "one_stage.onnx").graph.output]
     names = ("cls_scores", "bbox_preds", "centernesses")
-    assert outputs == [f"bbox_head.{name}.{level}" for name in names for level in range(5)]
+    assert outputs == [f"bbox_head.{name}.{level}" for name in names for level in range(3)]
 
 
 def test_what_is_not_there_gets_one_message(project, trained, run_here):

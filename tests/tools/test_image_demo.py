@@ -123,3 +123,21 @@ def test_bad_arguments(model, photos, run_here, capsys, options, expected):
     with pytest.raises(SystemExit):
         run_here("image_demo.py", photos, *model, *options)
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool", ["image_demo.py", "export_onnx.py", "visualize_sampling.py"])
+def test_a_checkpoint_of_another_model_is_refused(tool, model, photos, run_here, tmp_path):
+    """By every tool that would go on with weights that nobody has trained."""
+    image, out = photos / "e.jpg", tmp_path / "never"
+    command = {
+        "image_demo.py": [image, *model, "--out-dir", out],
+        "export_onnx.py": [*model, "-o", out, "--images", image],
+        "visualize_sampling.py": [*model, image, "--out", f"{out}.png"],
+    }[tool]
+    for setting, expected in (
+        ("model.roi_head.bbox_head.num_classes=3", r"weights of .* do not fit the model, such as "),
+        ("model.backbone.dcn.type=DCNv3", r"(do not fit|lacks .* weights of) the model, such as "),
+    ):
+        with pytest.raises(SystemExit, match=expected):
+            run_here(tool, *command, "--cfg-options", setting)
+    assert not list(tmp_path.glob("never*"))

@@ -72,6 +72,25 @@ def check(cfg: Config, stages: tuple[str, ...]) -> None:
         raise ConfigError(f"the config {cfg.filename} cannot run:{listing}")
 
 
+def check_weights(cfg: Config, checkpoint: str) -> None:
+    """Check that a checkpoint fills the whole model of a config, for tools that read no data set.
+
+    ``preflight=dict(checkpoint=False)`` in the config leaves it out.
+
+    Raises:
+        ConfigError: weights of the model are missing in the checkpoint, or of other shapes.
+        UnsafeCheckpointError: the checkpoint is damaged, or holds more than plain data.
+    """
+    if not _is_on(cfg, "checkpoint"):
+        return
+    register_toolbox()
+    asked = Config({"model": cfg.model, "load_from": checkpoint})
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
+        problems = [problem for _, problem in checkpoint_problems(asked, None, is_training=False)]
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
 def register_toolbox() -> None:
     """Fill the toolbox's registries, in which names in a config resolve."""
     from mmdet.utils import register_all_modules

@@ -1,0 +1,57 @@
+"""Which programs get mmdcn at once, and which after their arguments are read."""
+
+import importlib
+import sys
+import types
+
+import pytest
+
+import mmdcn
+from mmdcn import startup
+
+
+@pytest.fixture(autouse=True)
+def imported_at_once(monkeypatch):
+    monkeypatch.setattr(startup, "_postponed", False)
+
+
+@pytest.mark.parametrize(
+    ("argv", "orig_argv", "ours"),
+    [
+        (["-m"], ["python", "-m", "mmdcn.check"], True),
+        (["-m", "--help"], ["python", "-X", "dev", "-m", "mmdcn.check", "--help"], True),
+        (["-m"], ["python", "-mmmdcn.check"], True),
+        # A package that imports mmdcn while Python looks for its module.
+        (["-m"], ["python", "-m", "their.training"], False),
+        (["-m", "mmdcn.check"], ["python", "-m", "their.training", "mmdcn.check"], False),
+        (["-m"], ["python", "-m", "mmdcn_like.training"], False),
+        # Found, and running.
+        (["/x/mmdcn/check.py"], ["python", "-m", "mmdcn.check"], False),
+        (["train.py"], ["python", "train.py"], False),
+        (["-c"], ["python", "-c", "import mmdcn"], False),
+        ([], ["python"], False),
+    ],
+)
+def test_a_module_of_ours_that_is_run_by_name(monkeypatch, argv, orig_argv, ours):
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "orig_argv", orig_argv)
+    assert startup.postponed() == ours
+
+
+def test_a_program_that_says_so(monkeypatch):
+    main = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    assert not startup.postponed()
+    main.__arguments_first__ = True
+    assert startup.postponed()
+    assert not startup.postponed()  # the second import is the whole one
+
+
+def test_loading_is_importing_once(monkeypatch):
+    reloaded = []
+    monkeypatch.setattr(importlib, "reload", reloaded.append)
+    startup.load()
+    assert reloaded == []
+    monkeypatch.setattr(startup, "_postponed", True)
+    startup.load()
+    assert reloaded == [mmdcn]
