@@ -1,15 +1,15 @@
-"""The functions of ``mmcv.ops``, computed by our operators.
+"""The functions of ``mmcv.ops`` and ``mmcv.cnn``, computed by ours.
 
 Each takes the arguments of mmcv's function of the same name, whose place it takes once
 :func:`mmdcn.plugin.install` has been called.
 """
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from mmdcn import ops
+from mmdcn import models, ops
 
-__all__ = ["deform_conv2d", "deform_roi_pool", "modulated_deform_conv2d"]
+__all__ = ["deform_conv2d", "deform_roi_pool", "fuse_conv_bn", "modulated_deform_conv2d"]
 
 
 def deform_conv2d(
@@ -93,6 +93,11 @@ def deform_roi_pool(
     return ops.deform_roi_pool(
         input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma
     )
+
+
+def fuse_conv_bn(module: nn.Module) -> nn.Module:
+    """:func:`mmdcn.models.fuse_conv_bn`, whose argument is that of ``mmcv.cnn``."""
+    return models.fuse_conv_bn(module)
 
 
 def _check_groups(

@@ -5,9 +5,9 @@
 - the names of :data:`LAYERS` in mmengine's root registry ``MODELS``, so that configs with
   ``dict(type='DCN')`` build our layers. In the scope ``mmdcn`` (``'mmdcn.DCN'``) the same names are
   always ours, also after :func:`uninstall`;
-- ``mmcv.ops.deform_conv2d``, ``mmcv.ops.modulated_deform_conv2d`` and
-  ``mmcv.ops.deform_roi_pool``, in every module that has imported them already and in every module
-  that will (:mod:`mmdcn.functions`);
+- ``mmcv.ops.deform_conv2d``, ``mmcv.ops.modulated_deform_conv2d``,
+  ``mmcv.ops.deform_roi_pool`` and ``mmcv.cnn.fuse_conv_bn``, in every module that has imported
+  them already and in every module that will (:mod:`mmdcn.functions`);
 - the RoI pooling layers' names in ``mmcv.ops`` itself (:data:`ROI_LAYERS`), where mmdet's RoI
   extractors look up ``roi_layer=dict(type='DeformRoIPoolPack')``;
 - the constructor of mmdet's ``BasicBlock``, so that ResNet-18 and ResNet-34 take ``dcn=``
@@ -16,7 +16,13 @@
   (:mod:`mmdcn.engine.checkpoint`), and its saving of them, so that each is whole or not there
   (:mod:`mmdcn.engine.saving`);
 - torch's registration of modules in other modules, so that checkpoints load in which offset
-  branches have their former names (:mod:`mmdcn.engine.old_keys`).
+  branches have their former names (:mod:`mmdcn.engine.old_keys`);
+- ``init_weights`` of mmengine's modules, so that the offset branches inside start at zero
+  (:mod:`mmdcn.engine.zero_start`);
+- mmengine's and torch's loading of state dicts, so that a log line says how many offset branches a
+  plain model's checkpoint leaves at zero (:mod:`mmdcn.engine.plain_checkpoints`);
+- mmengine's constructor of optimizers, so that ``dcn_offset_lr_mult`` reaches all our layers
+  (:mod:`mmdcn.engine.offset_learning_rate`).
 
 It also tells mmengine how to count our operator's operations (:mod:`mmdcn.engine.complexity`).
 
@@ -45,14 +51,33 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from mmengine.logging import print_log
-from mmengine.registry import HOOKS, MODELS, Registry
 from torch import Tensor, nn
 
-from mmdcn import layers, mmcv_kernels, models
-from mmdcn.engine import checkpoint, complexity, old_keys
+from mmdcn import _WITHOUT_TOOLBOX, layers, mmcv_kernels, models
+
+try:
+    from mmcv.cnn import fuse_conv_bn as _mmcv_fuse_conv_bn
+    from mmengine.logging import print_log
+    from mmengine.registry import HOOKS, MODELS, Registry
+except ModuleNotFoundError as error:
+    raise ImportError(f"{_WITHOUT_TOOLBOX} ({error})") from error
+
+from mmdcn.engine import (
+    checkpoint,
+    complexity,
+    offset_learning_rate,
+    old_keys,
+    plain_checkpoints,
+    zero_start,
+)
+from mmdcn.engine.offset_hook import OffsetStatisticsHook
 from mmdcn.engine.sampling_hook import SamplingVisualizationHook
-from mmdcn.functions import deform_conv2d, deform_roi_pool, modulated_deform_conv2d
+from mmdcn.functions import (
+    deform_conv2d,
+    deform_roi_pool,
+    fuse_conv_bn,
+    modulated_deform_conv2d,
+)
 from mmdcn.models import basic_block
 
 try:
@@ -139,6 +164,7 @@ for _name, _layer in LAYERS.items():
 _SCOPE.register_module(name="Deformable", module=models.build_deformable)
 
 for _registry in (HOOKS, Registry("hook", parent=HOOKS, scope="mmdcn")):
+    _registry.register_module(module=OffsetStatisticsHook)
     _registry.register_module(module=SamplingVisualizationHook)
 
 # ------------------------------------------------------------------------------------- taking over
@@ -190,12 +216,16 @@ def install() -> None:
     for theirs, ours, autograd_function in _FUNCTIONS:
         _rebind(theirs, ours)
         autograd_function.apply = staticmethod(ours)
+    _rebind(_mmcv_fuse_conv_bn, fuse_conv_bn)
     if _mmcv_ops is not None:
         vars(_mmcv_ops).update(ROI_LAYERS)
     basic_block.install()
     checkpoint.install()
     complexity.install()
+    offset_learning_rate.install()
     old_keys.install()
+    plain_checkpoints.install()
+    zero_start.install()
     logging.getLogger("mmdcn").addHandler(_TO_MMENGINE)
 
     if _MMCV_PROBLEM is not None:
@@ -232,12 +262,16 @@ def uninstall() -> None:
     for theirs, ours, autograd_function in _FUNCTIONS:
         _rebind(ours, theirs)
         del autograd_function.apply  # so that the inherited one shows again
+    _rebind(fuse_conv_bn, _mmcv_fuse_conv_bn)
     for name, layer in ROI_LAYERS.items() if _mmcv_ops is not None else ():
         if vars(_mmcv_ops)[name] is layer:  # or else somebody replaced it
             vars(_mmcv_ops)[name] = getattr(_mmcv_roi_pool, name)
     basic_block.uninstall()
     checkpoint.uninstall()
+    offset_learning_rate.uninstall()
     old_keys.uninstall()
+    plain_checkpoints.uninstall()
+    zero_start.uninstall()
     logging.getLogger("mmdcn").removeHandler(_TO_MMENGINE)
     _replaced_layers = None
 
@@ -273,6 +307,7 @@ class Report:
         basic_block_takes_dcn: whether mmdet's ResNet-18 and ResNet-34 take ``dcn=``.
         safe_checkpoints: whether mmengine loads checkpoints as plain data.
         old_keys: whether checkpoints load in which offset branches have their former names.
+        zero_start: whether offset branches start at zero whatever mmengine initialises.
         mmcv_problem: why mmcv.ops does not load and how to mend it, or None.
     """
 
@@ -282,6 +317,7 @@ class Report:
     basic_block_takes_dcn: bool
     safe_checkpoints: bool
     old_keys: bool
+    zero_start: bool
     mmcv_problem: str | None
 
     def __str__(self) -> str:
@@ -297,6 +333,8 @@ class Report:
         lines.append(f"Checkpoints load {loads}.")
         load = "load" if self.old_keys else "do not load"
         lines.append(f"Former names of offset branches in them {load}.")
+        start = "start at zero" if self.zero_start else "may be initialised"
+        lines.append(f"Offset branches {start} when mmengine initialises a model.")
         if self.mmcv_problem is not None:
             lines.append(self.mmcv_problem)
         return "\n".join(lines)
@@ -322,10 +360,12 @@ def report() -> Report:
         functions={
             f"mmcv.ops.{ours.__name__}": sorted(".".join(place) for place in _places(ours))
             for _, ours, _ in _FUNCTIONS
-        },
+        }
+        | {"mmcv.cnn.fuse_conv_bn": sorted(map(".".join, _places(fuse_conv_bn)))},
         basic_block_takes_dcn=basic_block.installed(),
         safe_checkpoints=checkpoint.installed(),
         old_keys=old_keys.installed(),
+        zero_start=zero_start.installed(),
         mmcv_problem=_MMCV_PROBLEM,
     )
 

@@ -99,10 +99,21 @@ def test_builds_with_our_layers(name):
     found = deformable_layers(model)
     assert len(found) == count
     assert all(isinstance(layer, layer_type) for layer in found)
+    hooks = [hook.type for hook in config.default_hooks.values()]
+    assert "LoggerHook" in hooks
+    assert ("OffsetStatisticsHook" in hooks) == (layer_type in (V1, V2, V4))
     # What is not deformable is as in the plain baseline.
     assert not any(
         "Deform" in type(module).__name__ for module in model.modules() if module not in found
     )
+
+
+@pytest.mark.parametrize("name", ["r50-dconv-c3-c5_fpn", "r50-mdconv-c3-c5_fpn", "r50_fpn"])
+def test_offsets_of_the_demo_are_logged(name):
+    config = Config.fromfile(CONFIGS / f"demo/faster-rcnn_{name}_demo.py")
+    hooks = [hook.type for hook in config.default_hooks.values()]
+    assert "LoggerHook" in hooks
+    assert ("OffsetStatisticsHook" in hooks) == ("dconv" in name)
 
 
 def narrow(config: Config) -> Config:

@@ -32,8 +32,9 @@ def parse_args() -> argparse.Namespace:
         "--layers",
         nargs="+",
         metavar="NAME",
-        help="one to three deformable layers, each the input of the next (default: the last three "
-        "of the backbone)",
+        help="one to three deformable layers, each the input of the next, or modules that compute "
+        "their own offsets; NAME#2 is the second call of NAME (default: the last three of the "
+        "backbone, or one of the neck or head where the backbone has none)",
     )
     parser.add_argument("--min-score", type=float, default=0.3, help="of detections (default: 0.3)")
     parser.add_argument(

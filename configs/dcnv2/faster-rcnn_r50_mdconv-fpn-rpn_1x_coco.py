@@ -2,6 +2,7 @@
 _base_ = "mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
 
 custom_imports = dict(imports=["mmdcn"], allow_failed_imports=False)
+default_hooks = dict(offsets=dict(type="OffsetStatisticsHook"))
 
 model = dict(
     type="mmdcn.Deformable",

@@ -6,3 +6,4 @@ model = dict(
         stage_with_dcn=(False, True, True, True),
     )
 )
+default_hooks = dict(offsets=dict(type="OffsetStatisticsHook"))

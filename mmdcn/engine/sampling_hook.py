@@ -27,15 +27,16 @@ class SamplingVisualizationHook(Hook):
     Args:
         interval: training iterations between pictures; the first one is drawn after the first
             iteration.
-        layers: names of one to three deformable layers, each the input of the next; None for the
-            last `num_layers` of the backbone.
+        layers: names of one to three deformable layers, each the input of the next, or of modules
+            that compute their own offsets; None for the last `num_layers` of the backbone, or for
+            one of the neck or head where the backbone has none.
         num_layers: how many layers to follow the points through, 1 to 3.
         max_points: how many positions are shown: the centres of the largest objects, or the
             image's centre where it has none.
 
     Raises:
-        ValueError: an argument is out of range; at the first picture, where the model has no
-            deformable layer, or none of a name in `layers`.
+        ValueError: an argument is out of range; at the first picture, where the model calls no
+            deformable operator of which anything can be drawn, or none of a name in `layers`.
     """
 
     priority = "VERY_LOW"
@@ -84,6 +85,7 @@ class SamplingVisualizationHook(Hook):
             SampledImage,
             choose_layers,
             figure_image,
+            of_images,
             sampling_figure,
         )
 
@@ -98,7 +100,7 @@ class SamplingVisualizationHook(Hook):
         height, width = sample.img_shape[:2]
         sampled = SampledImage(
             image=_denormalize(image, model.data_preprocessor)[:height, :width],
-            layers=layers,
+            layers=of_images(layers, len(batch["inputs"])),
             input_size=tuple(image.shape[-2:]),
         )
         names = choose_layers(sampled, self.layers, self.num_layers)

@@ -1,10 +1,73 @@
-"""Checks of the arguments that layers are built with. They raise ValueError."""
+"""Checks of the arguments that layers are built with."""
+
+import difflib
+import inspect
+from typing import Any
 
 from torch.nn.modules.utils import _ntuple
 
 
+class NamedArguments:
+    """A mix-in that refuses arguments a layer does not take, by the layer's own name.
+
+    Constructors pass on what they do not know, and Python names the last of them, which is a
+    private class's. Classes that others derive check their arguments themselves.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        private = cls.__name__.startswith("_") or "._" in cls.__module__
+        if private and "__init__" in vars(cls):
+            cls.__init__.__qualname__ = "deformable layer.__init__"
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "NamedArguments":
+        # Copying and unpickling give no arguments.
+        if (args or kwargs) and cls.__module__.partition(".")[0] == __package__.partition(".")[0]:
+            _check_names(cls, args, kwargs)
+        return super().__new__(cls)
+
+
+def _check_names(cls: type, args: tuple, kwargs: dict[str, Any]) -> None:
+    taken, required, positional = _arguments(cls)
+    unknown = next((name for name in kwargs if name not in taken), None)
+    if unknown is not None:
+        close = difflib.get_close_matches(unknown, taken, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise TypeError(
+            f"{cls.__name__}: unknown argument {unknown!r}{hint}; it takes {', '.join(taken)}"
+        )
+    if len(args) > len(positional):
+        raise TypeError(
+            f"{cls.__name__}: expected at most {len(positional)} arguments without a name "
+            f"({', '.join(positional)}), got {len(args)}"
+        )
+    missing = [name for name in required if name not in {*positional[: len(args)], *kwargs}]
+    if missing:
+        raise TypeError(f"{cls.__name__}: expected {', '.join(missing)}, got none")
+
+
+def _arguments(cls: type) -> tuple[list[str], list[str], list[str]]:
+    """The names of all arguments, of the required ones and of those that need no name."""
+    taken: dict[str, inspect.Parameter] = {}
+    positional: list[str] = []
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        own = [*inspect.signature(base.__init__).parameters.values()][1:]
+        kinds = {parameter.kind for parameter in own}
+        if not positional:
+            positional = [p.name for p in own if p.kind is p.POSITIONAL_OR_KEYWORD]
+        for parameter in own:
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                taken.setdefault(parameter.name, parameter)
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            break
+    required = [p.name for p in taken.values() if p.default is p.empty]
+    return [*taken], required, positional
+
+
 def check_int(name: str, value: int) -> None:
-    """Require an int of at least 1."""
+    """Require an int of at least 1, or else raise ValueError, as all that follow."""
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
 
@@ -21,8 +84,10 @@ def check_channels(in_channels: int, out_channels: int, groups: int, deform_grou
         ("in_channels", in_channels, "deform_groups", deform_groups),
     ):
         if channels % divisor:
+            fitting = [n for n in range(1, channels + 1) if channels % n == 0]
             raise ValueError(
-                f"{name}: expected a multiple of {divisor_name}={divisor}, got {channels}"
+                f"{name}: expected a multiple of {divisor_name}={divisor}, got {channels}; "
+                f"{divisor_name} can be {', '.join(map(str, fitting))}"
             )
 
 

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdcn.layers._checks import check_channels, check_numbers
+from mmdcn.layers._bounded_offsets import bounded, check_max_offset
+from mmdcn.layers._checkpoint_keys import read_other_keys
+from mmdcn.layers._checks import NamedArguments, check_channels, check_numbers
 from mmdcn.ops._registration import autocast_is_enabled
 
 
-class DeformConvBase(nn.Module):
+class DeformConvBase(NamedArguments, nn.Module):
     """The arguments, parameters and description that all layers have in common."""
 
     #: The number of spatial dimensions, and the operator and the plain convolution over as many.
@@ -83,7 +85,22 @@ def predict(branch: nn.Module, x: Tensor) -> Tensor:
     if not autocast_is_enabled(x.device.type):
         return branch(x)
     with torch.autocast(x.device.type, enabled=False):
-        return branch(x.to(next(branch.parameters()).dtype))
+        return branch(x.to(_weight_dtype(branch, x.dtype)))
+
+
+def _weight_dtype(branch: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype of a module's weights, which need not be parameters.
+
+    In a replica of ``nn.DataParallel`` they are mere tensors, and so they are in a module whose
+    parameters FSDP keeps in one flat tensor.
+    """
+    for parameter in branch.parameters():
+        return parameter.dtype
+    for module in branch.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor):
+            return weight.dtype
+    return default
 
 
 class OffsetBranch:
@@ -92,6 +109,9 @@ class OffsetBranch:
     The branch sees the layer's input and has its kernel size, stride, padding and dilation, so
     that its output has the size of the layer's output.
     """
+
+    #: The modules that start at zero, in every layer that has some; ``init_offset`` sets them back.
+    offset_branches = ("conv_offset",)
 
     _version = 2  # mmcv's count for the keys in state dicts; deform_conv.py takes the older ones.
 
@@ -104,6 +124,7 @@ class OffsetBranch:
             self.padding,
             self.dilation,
         )
+        read_other_keys(self)
 
     def init_offset(self) -> None:
         """Set the branch to zero: the kernel then samples its regular grid."""
@@ -138,10 +159,18 @@ class DeformConv(DeformConvBase):
 class DeformConvPack(OffsetBranch):
     """The offset branch of v1, as a mix-in."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    max_offset: float | None = None  # for layers that were pickled before the argument existed
+
+    def __init__(self, *args: Any, max_offset: float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_max_offset(max_offset)
+        self.max_offset = max_offset
         self._add_offset_branch(channels_per_tap=self.rank)
         self.init_offset()
+
+    def extra_repr(self) -> str:
+        bounds = self.max_offset is not None
+        return super().extra_repr() + bounds * f", max_offset={self.max_offset}"
 
     def init_weights(self) -> None:
         """Zero the offset branch again, after mmengine has initialised every convolution."""
@@ -149,7 +178,8 @@ class DeformConvPack(OffsetBranch):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo), in 1-D and 3-D accordingly."""
-        return self._deform_conv(x, predict(self.conv_offset, x), None)
+        offset = bounded(predict(self.conv_offset, x), self.max_offset)
+        return self._deform_conv(x, offset, None)
 
 
 class ModulatedDeformConv(DeformConvBase):
@@ -209,10 +239,20 @@ class ModulatedDeformConv(DeformConvBase):
 class ModulatedDeformConvPack(OffsetBranch):
     """The branch of v2 for offsets and modulation, as a mix-in."""
 
-    modulation_scale = 1.0  # Layers that were pickled before the argument existed have none.
+    # Layers that were pickled before the arguments existed have none.
+    modulation_scale = 1.0
+    max_offset: float | None = None
 
-    def __init__(self, *args: Any, modulation_scale: float = 1.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        modulation_scale: float = 1.0,
+        max_offset: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        check_max_offset(max_offset)
+        self.max_offset = max_offset
         if not isinstance(modulation_scale, int | float) or not 0 < modulation_scale < math.inf:
             raise ValueError(
                 f"modulation_scale: expected a number above 0, got {modulation_scale!r}"
@@ -223,7 +263,12 @@ class ModulatedDeformConvPack(OffsetBranch):
 
     def extra_repr(self) -> str:
         scaled = self.modulation_scale != 1
-        return super().extra_repr() + scaled * f", modulation_scale={self.modulation_scale}"
+        bounds = self.max_offset is not None
+        return (
+            super().extra_repr()
+            + scaled * f", modulation_scale={self.modulation_scale}"
+            + bounds * f", max_offset={self.max_offset}"
+        )
 
     def init_weights(self) -> None:
         """Initialise the weight again and zero the offset branch; mmengine calls this."""
@@ -238,4 +283,4 @@ class ModulatedDeformConvPack(OffsetBranch):
         modulation = mask.sigmoid()
         if self.modulation_scale != 1:
             modulation = self.modulation_scale * modulation
-        return self._deform_conv(x, offset, modulation)
+        return self._deform_conv(x, bounded(offset, self.max_offset), modulation)

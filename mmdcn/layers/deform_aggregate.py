@@ -14,13 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmdcn.layers._checks import check_channels, check_pair
+from mmdcn.layers._bounded_offsets import bounded, check_max_offset
+from mmdcn.layers._checks import NamedArguments, check_channels, check_pair
 from mmdcn.layers._deform_conv_base import predict
 from mmdcn.ops import dcnv3, dcnv4
 
 
-class _DeformAggregateBase(nn.Module):
+class _DeformAggregateBase(NamedArguments, nn.Module):
     """The arguments and geometry that both layers have in common."""
+
+    max_offset: float | None = None  # for layers that were pickled before the argument existed
 
     def __init__(
         self,
@@ -36,8 +39,11 @@ class _DeformAggregateBase(nn.Module):
         offset_scale: float = 1.0,
         center_feature_scale: bool = False,
         remove_center: bool = False,
+        max_offset: float | None = None,
     ) -> None:
         super().__init__()
+        check_max_offset(max_offset)
+        self.max_offset = max_offset
         check_channels(in_channels, out_channels, groups, deform_groups)
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -74,7 +80,15 @@ class _DeformAggregateBase(nn.Module):
             f"offset_scale={self.offset_scale}, "
             f"center_feature_scale={self.center_feature_scale}, "
             f"remove_center={self.remove_center}"
+            + (self.max_offset is not None)
+            * f", max_offset={self.max_offset}"
         )
+
+    def _bounded(self, offset: Tensor) -> Tensor:
+        """The offsets such that `offset_scale` takes none beyond `max_offset` pixels."""
+        if self.max_offset is None or self.offset_scale == 0:
+            return offset
+        return bounded(offset, self.max_offset / abs(self.offset_scale))
 
     def _projection(self, out_channels: int, bias: bool = True) -> nn.Linear:
         """A linear layer from the layer's input channels, group by group."""
@@ -191,6 +205,8 @@ class DCNv3(_DeformAggregateBase):
         center_feature_scale: whether to blend in the projected input at the middle of the kernel,
             by a sigmoid for each group.
         remove_center: whether the kernel's middle tap is left out.
+        max_offset: a bound for every offset, in pixels of the input and after `offset_scale`, which
+            offsets approach smoothly (by the arc tangent); None sets none.
 
     Raises:
         ValueError: if an argument is out of range, or does not divide the channels.
@@ -200,6 +216,8 @@ class DCNv3(_DeformAggregateBase):
         >>> layer(torch.randn(1, 16, 8, 8)).shape
         torch.Size([1, 32, 8, 8])
     """
+
+    offset_branches = ("offset", "mask")
 
     def __init__(
         self,
@@ -223,11 +241,15 @@ class DCNv3(_DeformAggregateBase):
 
     def init_weights(self) -> None:
         """Zero offsets, modulations and biases, Glorot's initialisation for the projections."""
+        self.init_offset()
+        _init_projection(self.input_proj, self.groups)
+        _init_projection(self.output_proj, self.groups)
+
+    def init_offset(self) -> None:
+        """Set offsets and modulations to zero: all taps of the regular grid then weigh alike."""
         for branch in (self.offset, self.mask):
             nn.init.zeros_(branch.weight)
             nn.init.zeros_(branch.bias)
-        _init_projection(self.input_proj, self.groups)
-        _init_projection(self.output_proj, self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo)."""
@@ -235,7 +257,8 @@ class DCNv3(_DeformAggregateBase):
         seen = predict(self.dw_conv, x)
         mask = predict(self.mask, seen).unflatten(-1, (self.deform_groups, self.taps))
         mask = mask.softmax(-1).flatten(-2)
-        aggregated = dcnv3(value, predict(self.offset, seen), mask, *self._geometry)
+        offset = self._bounded(predict(self.offset, seen))
+        aggregated = dcnv3(value, offset, mask, *self._geometry)
         mixed = self._mix_in_middle(aggregated, value, seen)
         return _as_input(self.output_proj(mixed), x)
 
@@ -260,6 +283,8 @@ class DCNv4(_DeformAggregateBase):
         >>> layer(torch.randn(1, 16, 8, 8)).shape
         torch.Size([1, 32, 4, 4])
     """
+
+    offset_branches = ("offset_mask",)
 
     def __init__(
         self,
@@ -288,14 +313,18 @@ class DCNv4(_DeformAggregateBase):
 
     def init_weights(self) -> None:
         """Zero offsets and biases, equal modulations, Glorot's initialisation for projections."""
+        self.init_offset()
+        if not self.without_pointwise:
+            _init_projection(self.value_proj, self.groups)
+            _init_projection(self.output_proj, self.groups)
+
+    def init_offset(self) -> None:
+        """Set offsets to zero and modulations to 1 / taps."""
         nn.init.zeros_(self.offset_mask.weight)
         nn.init.zeros_(self.offset_mask.bias)
         with torch.no_grad():
             used = self.offset_mask.bias[: 3 * self.deform_groups * self.taps]
             used.view(self.deform_groups, 3, self.taps)[:, 2] = 1 / self.taps
-        if not self.without_pointwise:
-            _init_projection(self.value_proj, self.groups)
-            _init_projection(self.output_proj, self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo)."""
@@ -305,7 +334,13 @@ class DCNv4(_DeformAggregateBase):
             seen = predict(self.offset_mask_dw, x).permute(0, 2, 3, 1)
         else:
             seen = self._at_middles(last)
-        output = dcnv4(value, predict(self.offset_mask, seen), *self._geometry)
+        offset_mask = predict(self.offset_mask, seen)
+        if self.max_offset is not None:
+            used = offset_mask[..., : 3 * self.deform_groups * self.taps]
+            grouped = used.unflatten(-1, (self.deform_groups, 3 * self.taps))
+            offset, mask = grouped.split([2 * self.taps, self.taps], dim=-1)
+            offset_mask = torch.cat([self._bounded(offset), mask], dim=-1).flatten(-2)
+        output = dcnv4(value, offset_mask, *self._geometry)
         output = self._mix_in_middle(output, value, output)
         return _as_input(output if self.without_pointwise else self.output_proj(output), x)
 

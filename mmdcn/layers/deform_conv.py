@@ -139,7 +139,11 @@ class DeformConv2dPack(DeformConvPack, DeformConv2d):
     """Deformable convolution that predicts its own offsets: a drop-in for a convolution.
 
     The offset branch starts at zero, so that a fresh layer equals the plain convolution of the
-    same weight. Arguments and errors are those of :class:`DeformConv2d`.
+    same weight. Other arguments and errors are those of :class:`DeformConv2d`.
+
+    Args:
+        max_offset: a bound for every offset, in pixels of the input, which offsets approach
+            smoothly (by the arc tangent); None sets none.
 
     Example:
         >>> layer = DeformConv2dPack(8, 16, kernel_size=3, padding=1)
@@ -171,6 +175,7 @@ class ModulatedDeformConv2dPack(ModulatedDeformConvPack, ModulatedDeformConv2d):
     Args:
         modulation_scale: what the sigmoid of the branch is multiplied by, hence the largest
             modulation. 1 is the paper's layer; 2 suits weights of a plain convolution.
+        max_offset: as in :class:`DeformConv2dPack`.
 
     Example:
         >>> layer = ModulatedDeformConv2dPack(8, 16, kernel_size=3, padding=1, modulation_scale=2)

@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mmdcn.layers._checks import check_int, check_pair
+from mmdcn.layers._checks import NamedArguments, check_int, check_pair
 from mmdcn.ops import deform_roi_pool
 
 
-class DeformRoIPool(nn.Module):
+class DeformRoIPool(NamedArguments, nn.Module):
     """Deformable RoI pooling (arXiv 1703.06211, section 2.2), at offsets that the caller gives.
 
     Args:
@@ -111,6 +111,8 @@ class DeformRoIPoolPack(DeformRoIPool):
         torch.Size([1, 8, 7, 7])
     """
 
+    offset_branches = ("offset_fc.4",)
+
     def __init__(
         self,
         output_size: int | tuple[int, int],
@@ -182,6 +184,8 @@ class ModulatedDeformRoIPoolPack(DeformRoIPoolPack):
         torch.Size([1, 8, 7, 7])
     """
 
+    offset_branches = ("offset_fc.4", "mask_fc.2")
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         bins = self.output_size[0] * self.output_size[1]
@@ -193,15 +197,16 @@ class ModulatedDeformRoIPoolPack(DeformRoIPoolPack):
         )
         self.init_mask()
 
+    def init_offset(self) -> None:
+        """Set the last layers of both branches to zero, as far as they are built."""
+        super().init_offset()
+        if hasattr(self, "mask_fc"):
+            self.init_mask()
+
     def init_mask(self) -> None:
         """Set the last layer of the modulation's branch to zero: all bins are scaled by a half."""
         nn.init.zeros_(self.mask_fc[2].weight)
         nn.init.zeros_(self.mask_fc[2].bias)
-
-    def init_weights(self) -> None:
-        """Zero offsets and modulation again, after mmengine has initialised every ``nn.Linear``."""
-        super().init_weights()
-        self.init_mask()
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
         """Pool `input` of shape (N, C, H, W) at `rois` of shape (R, 5) to (R, Co, kh, kw)."""

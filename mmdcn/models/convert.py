@@ -1,8 +1,7 @@
 """Plain convolutions of any model, turned into deformable ones that start with the same output."""
 
-import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,20 +9,16 @@ from torch import nn
 from torch.nn.modules.utils import _pair
 
 from mmdcn.layers import DeformConv2dPack, ModulatedDeformConv2dPack
+from mmdcn.models._choice import Select, chosen
+from mmdcn.models._plain_places import InitWeights, Place, Train
 
-# Without the toolbox there are no names of layers, and models of others are converted all the same.
+# Without the toolbox, models of others are converted all the same.
 try:
-    from mmcv.cnn.bricks.wrappers import Conv2d as MMCVConv2d
+    import mmcv  # noqa: F401  Without it the plugin does not register any names.
     from mmengine.model import is_model_wrapper
-    from mmengine.registry import MODELS
+    from mmengine.registry import MODELS, Registry
 except ImportError:
     MODELS = None
-
-#: Names of modules, as glob patterns, or a function that says yes or no to a name and its module.
-Select = str | Sequence[str] | Callable[[str, nn.Module], bool]
-
-# These compute nothing but a convolution; other subclasses of nn.Conv2d compute something else.
-_PLAIN = (nn.Conv2d,) if MODELS is None else (nn.Conv2d, MMCVConv2d)
 
 _OF_THE_CONVOLUTION = (
     "in_channels",
@@ -36,8 +31,22 @@ _OF_THE_CONVOLUTION = (
     "bias",
 )
 
+# The names without the toolbox, in whose registry they are else.
+_NAMES = {
+    "DCN": DeformConv2dPack,
+    "DCNv2": ModulatedDeformConv2dPack,
+    "DeformConv2dPack": DeformConv2dPack,
+    "ModulatedDeformConv2dPack": ModulatedDeformConv2dPack,
+}
 
-def convert_to_deformable(model: nn.Module, dcn: Mapping[str, Any], select: Select) -> nn.Module:
+
+def convert_to_deformable(
+    model: nn.Module,
+    dcn: Mapping[str, Any],
+    select: Select,
+    *,
+    train_offsets: bool = True,
+) -> nn.Module:
     """Turn chosen convolutions of a model into deformable ones, in place.
 
     The deformable layer takes over the convolution's name in the model and its very parameters:
@@ -46,72 +55,46 @@ def convert_to_deformable(model: nn.Module, dcn: Mapping[str, Any], select: Sele
     and the modulation of v2 at one (``modulation_scale=2``), so that the model computes what it
     did before, and goes on to do so through ``init_weights()`` and when a checkpoint of the plain
     model is loaded, now or later. Convert before an optimizer is built, or before
-    ``DistributedDataParallel`` wraps the model: both must see the new parameters. The branch of a
-    frozen convolution is frozen too.
+    ``DistributedDataParallel`` wraps the model: both must see the new parameters.
+
+    A frozen convolution stays frozen, and its offset branch learns: freeze a model, convert it, and
+    train what is new. ``frozen_stages`` of mmdet's backbones freezes what it froze before.
 
     Args:
-        model: any module; its convolutions may be anywhere inside.
+        model: any module; its convolutions may be anywhere inside. The deformable layer of a model
+            that is an ``nn.Conv2d`` itself is returned, and ``'*'`` selects it.
         dcn: the layer, as in a backbone's ``dcn=``: ``dict(type='DCN')`` or
             ``dict(type='DCNv2', deform_groups=4)``. ``type`` is a registered name (without the
-            toolbox there are none) or a class, and derives from
+            toolbox, one of these two or a class's) or a class, and derives from
             :class:`mmdcn.layers.DeformConv2dPack` or
             :class:`mmdcn.layers.ModulatedDeformConv2dPack`. With ``fallback_on_stride=True``,
             convolutions whose stride is not 1 stay plain.
         select: which convolutions, by their names in ``model.named_modules()``: a pattern like
             ``'backbone.layer[234].*.conv2'``, in which ``*`` stands for any characters, dots
-            included; several patterns; or a function of name and module.
+            included; several patterns; or a function that is given each name and module, and
+            says whether it is chosen, such as ``lambda name, module: type(module) is nn.Conv2d
+            and module.kernel_size == (3, 3)``.
+        train_offsets: whether all offset branches train. False freezes the branches of frozen
+            convolutions.
 
     Returns:
-        `model`.
+        `model`, or its deformable layer where it is a convolution.
 
     Raises:
-        TypeError: `select` or ``dcn['type']`` is of a wrong type.
+        TypeError: `model` is no module, or `dcn`, `select` or ``dcn['type']`` of a wrong type, or
+            `dcn` has an argument that the layer does not take.
         ValueError: `model` is wrapped for parallel training; `select` chooses nothing (or one of
             several patterns does), or something that is not a plain 2-D convolution padded with
-            zeros on both sides alike, or one that carries hooks; `dcn` names no layer that can be
-            used, or sets what the convolution says. The model is then as it was.
+            zeros on both sides alike, or one that carries hooks or a parametrized weight; `dcn`
+            names no layer that can be used, or sets what the convolution says. The model is then
+            as it was.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
         >>> type(convert_to_deformable(model, dict(type='DCNv2'), '1')[1]).__name__
         'ModulatedDeformConv2dPack'
     """
-    if _is_wrapper(model):
-        raise ValueError(
-            f"model: expected the model itself, got a {type(model).__name__} around it, which "
-            "would not learn of the new parameters"
-        )
-    dcn = dict(dcn)
-    layer_class = _layer_class(dcn.pop("type", None), dcn.pop("_scope_", None))
-    fallback_on_stride = dcn.pop("fallback_on_stride", False)
-    repeated = [name for name in _OF_THE_CONVOLUTION if name in dcn]
-    if repeated:
-        raise ValueError(f"dcn: expected no {repeated[0]}, which is the convolution's, got {dcn}")
-
-    chosen = {
-        name: module
-        for name, module in _chosen(model, select).items()
-        if not fallback_on_stride or _pair(module.stride) == (1, 1)
-    }
-    if not chosen:
-        raise ValueError(
-            "select: expected a convolution of stride 1 among those chosen, as dcn has "
-            "fallback_on_stride=True, got none"
-        )
-    layers = {conv: _deformable(layer_class, dcn, name, conv) for name, conv in chosen.items()}
-
-    # A convolution can be in several places: mmdet's heads share some between levels.
-    replacements = [
-        (parent, name, child, layers[child])
-        for parent in model.modules()
-        for name, child in parent._modules.items()
-        if child in layers
-    ]
-    for parent, name, _, layer in replacements:
-        setattr(parent, name, layer)
-    if hasattr(model, "init_weights"):
-        model.init_weights = _InitWeights(model.init_weights, replacements)
-    return model
+    return _convert(model, dcn, select, train_offsets, MODELS)
 
 
 def build_deformable(
@@ -133,9 +116,9 @@ def build_deformable(
     and distributed training need no more.
 
     Args:
-        model_type: what `type` was before.
-        convert: arguments of :func:`convert_to_deformable`, `dcn` and `select`; or several of
-            these, to be applied in turn.
+        model_type: what `type` was before; it is looked up where `type` would be.
+        convert: arguments of :func:`convert_to_deformable`, `dcn`, `select` and `train_offsets`;
+            or several of these, to be applied in turn.
         model: all other arguments of the model.
 
     Returns:
@@ -143,6 +126,7 @@ def build_deformable(
 
     Raises:
         TypeError, ValueError: see :func:`convert_to_deformable`.
+        ImportError: the toolbox, whose registry knows models by name, is not installed.
 
     Example:
         >>> convert = dict(dcn=dict(type='DCN'), select='layer4.*.conv2')
@@ -150,58 +134,113 @@ def build_deformable(
         >>> type(backbone.layer4[0].conv2).__name__
         'DeformConv2dPack'
     """
-    built = MODELS.build(dict(type=model_type, **model))
+    if MODELS is None:
+        raise ImportError(
+            "mmengine and mmcv, which build models by name, are not installed; "
+            "convert_to_deformable converts a model without them"
+        )
+    registry = _building_registry()
+    built = registry.build(dict(type=model_type, **model))
     for arguments in [convert] if isinstance(convert, Mapping) else convert:
-        convert_to_deformable(built, **arguments)
+        built = _convert(built, **{"train_offsets": True, **arguments}, registry=registry)
     return built
 
 
-def _is_wrapper(model: nn.Module) -> bool:
-    if MODELS is None:
-        return isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    return is_model_wrapper(model)
+def _building_registry() -> "Registry":
+    """The registry whose builder has called our caller, or the root.
 
-
-class _InitWeights:
-    """A model's ``init_weights`` that sees the plain convolutions in their old places.
-
-    Whatever initialises the model, by the class of a layer or by its name, from a distribution or
-    from a file, thus treats them as it does in the plain model, and leaves the offset branches
-    at zero. The convolutions share their parameters with the layers.
+    mmengine tells what it builds nothing of the registry, so its own variable is looked at.
     """
-
-    def __init__(
-        self,
-        init_weights: Callable[[], None],
-        replacements: list[tuple[nn.Module, str, nn.Module, nn.Module]],
-    ) -> None:
-        self.init_weights = init_weights
-        self.replacements = replacements
-
-    def __call__(self) -> None:
-        # setattr would make the parents register once more what they do for a new child.
-        for parent, name, conv, layer in self.replacements:
-            conv.weight, conv.bias = layer.weight, layer.bias
-            parent._modules[name] = conv
-        try:
-            self.init_weights()
-        finally:
-            for parent, name, _, layer in self.replacements:
-                parent._modules[name] = layer
+    frame = inspect.currentframe().f_back.f_back
+    registry = None
+    if frame is not None and frame.f_globals.get("__name__") == "mmengine.registry.build_functions":
+        registry = frame.f_locals.get("registry")
+    return registry if isinstance(registry, Registry) else MODELS
 
 
-def _layer_class(kind: str | type | None, scope: str | None) -> type[nn.Module]:
+def _convert(
+    model: nn.Module,
+    dcn: Mapping[str, Any],
+    select: Select,
+    train_offsets: bool,
+    registry: "Registry | None",
+) -> nn.Module:
+    _check_model(model)
+    if not isinstance(dcn, Mapping):
+        raise TypeError(f"dcn: expected a layer such as dict(type='DCNv2'), got {dcn!r}")
+    dcn = dict(dcn)
+    layer_class = _layer_class(dcn.pop("type", None), dcn.pop("_scope_", None), registry)
+    fallback_on_stride = dcn.pop("fallback_on_stride", False)
+    repeated = [name for name in _OF_THE_CONVOLUTION if name in dcn]
+    if repeated:
+        raise ValueError(f"dcn: expected no {repeated[0]}, which is the convolution's, got {dcn}")
+
+    convolutions = {
+        name: module
+        for name, module in chosen(model, select).items()
+        if not fallback_on_stride or _pair(module.stride) == (1, 1)
+    }
+    if not convolutions:
+        raise ValueError(
+            "select: expected a convolution of stride 1 among those chosen, as dcn has "
+            "fallback_on_stride=True, got none"
+        )
+    layers = {
+        conv: _deformable(layer_class, dcn, name, conv, train_offsets)
+        for name, conv in convolutions.items()
+    }
+    return layers[model] if model in layers else _replace(model, layers)
+
+
+def _replace(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    # A convolution can be in several places: mmdet's heads share some between levels.
+    places = [
+        Place(parent, name, child, layers[child])
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child in layers
+    ]
+    for place in places:
+        setattr(place.parent, place.name, place.layer)
+    if hasattr(model, "init_weights"):
+        model.init_weights = InitWeights(model.init_weights, places)
+    for module in list(model.modules()):
+        if getattr(module.train, "__func__", None) is nn.Module.train:
+            continue
+        inside = set(module.modules())
+        branches = [layer.conv_offset for layer in layers.values() if layer in inside]
+        if branches:
+            module.train = Train(module.train, branches)
+    return model
+
+
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, type):
+        raise TypeError(
+            f"model: expected a model, got the class {model.__name__}: make an instance of it first"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got a {type(model).__name__}")
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    if isinstance(model, wrappers) or (MODELS is not None and is_model_wrapper(model)):
+        raise ValueError(
+            f"model: expected the model itself, got a {type(model).__name__} around it, which "
+            "would not learn of the new parameters"
+        )
+
+
+def _layer_class(
+    kind: str | type | None, scope: str | None, registry: "Registry | None"
+) -> type[nn.Module]:
     if kind is not None and not isinstance(kind, str | type):
         raise TypeError(f"dcn: expected type to be a name or a class, got {kind!r}")
     layer_class = kind
     if isinstance(kind, str):
-        if MODELS is None:
-            raise ValueError(
-                "dcn: expected type to be a class, such as mmdcn.layers.ModulatedDeformConv2dPack, "
-                f"as names are mmengine's, which is not installed, got {kind!r}"
-            )
-        with MODELS.switch_scope_and_registry(scope) as registry:
-            layer_class = registry.get(kind)
+        if registry is None:
+            layer_class = _NAMES.get(kind.removeprefix("mmdcn."))
+        else:
+            with registry.switch_scope_and_registry(scope) as found:
+                layer_class = found.get(kind)
     usable = DeformConv2dPack | ModulatedDeformConv2dPack
     if not isinstance(layer_class, type) or not issubclass(layer_class, usable):
         found = "" if layer_class is None or layer_class is kind else f", which is {layer_class}"
@@ -210,67 +249,6 @@ def _layer_class(kind: str | type | None, scope: str | None) -> type[nn.Module]:
             f"or 'mmdcn.DCNv2'), or a layer derived from these, got {kind!r}{found}"
         )
     return layer_class
-
-
-def _chosen(model: nn.Module, select: Select) -> dict[str, nn.Module]:
-    """What `select` chooses, checked to be plain convolutions, each once."""
-    named = dict(model.named_modules(remove_duplicate=False))
-    del named[""]
-    if callable(select):
-        names = [name for name, module in named.items() if select(name, module)]
-        if not names:
-            raise ValueError(f"select: expected a choice among {_convolutions(named)}, got none")
-    else:
-        patterns = [select] if isinstance(select, str) else select
-        if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
-            raise TypeError(
-                f"select: expected a pattern, a sequence of patterns or a function, got {select!r}"
-            )
-        names = list(_matching(named, patterns))
-    for name in names:
-        _check_convertible(name, named[name], named)
-    first_names = {named[name]: name for name in reversed(names)}
-    return {name: module for module, name in first_names.items()}
-
-
-def _matching(named: dict[str, nn.Module], patterns: Sequence[str]) -> Iterator[str]:
-    if not patterns:
-        raise ValueError("select: expected at least one pattern, got none")
-    for pattern in patterns:
-        matches = [name for name in named if fnmatchcase(name, pattern)]
-        if not matches:
-            raise ValueError(
-                f"select: expected the name of a convolution, such as "
-                f"{_convolutions(named, pattern)}, got {pattern!r}, which matches nothing"
-            )
-        yield from matches
-
-
-def _convolutions(named: dict[str, nn.Module], pattern: str = "") -> str:
-    """Some names of plain convolutions, those like `pattern` first, for messages."""
-    names = [name for name, module in named.items() if type(module) in _PLAIN]
-    close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
-    return ", ".join((close or names)[:3]) or "(the model has none)"
-
-
-def _check_convertible(name: str, module: nn.Module, named: dict[str, nn.Module]) -> None:
-    def refuse(expected: str, got: str) -> None:
-        raise ValueError(f"select: expected {expected}, got {name!r}, {got}")
-
-    kind = type(module).__name__
-    if isinstance(module, DeformConv2dPack | ModulatedDeformConv2dPack):
-        refuse("plain convolutions", f"which is deformable already ({kind})")
-    if getattr(module, "transposed", False):
-        refuse("no transposed convolution", f"a {kind}, which has no deformable form")
-    if type(module) not in _PLAIN:
-        inside = {n: m for n, m in named.items() if n.startswith(f"{name}.")}
-        hint = f"; inside it are {_convolutions(inside)}" if inside else ""
-        refuse("plain 2-D convolutions", f"a {kind}{hint}")
-    if module.padding_mode != "zeros":
-        refuse("padding_mode='zeros'", f"with padding_mode={module.padding_mode!r}")
-    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    if any(getattr(module, kind_of_hook) for kind_of_hook in hooks):
-        refuse("convolutions without hooks", "which has some: a new layer would lose them")
 
 
 def _padding(conv: nn.Conv2d) -> tuple[int, int]:
@@ -283,13 +261,18 @@ def _padding(conv: nn.Conv2d) -> tuple[int, int]:
     if any(t % 2 for t in total):
         raise ValueError(
             "padding: expected as much on both sides, got 'same', which adds "
-            f"{total[0]} rows and {total[1]} columns in all"
+            f"{total[0]} rows and {total[1]} columns in all: pad by an nn.ZeroPad2d before it, "
+            "and give the convolution padding=0"
         )
     return total[0] // 2, total[1] // 2
 
 
 def _deformable(
-    layer_class: type[nn.Module], dcn: Mapping[str, Any], name: str, conv: nn.Conv2d
+    layer_class: type[nn.Module],
+    dcn: Mapping[str, Any],
+    name: str,
+    conv: nn.Conv2d,
+    train_offsets: bool,
 ) -> nn.Module:
     arguments = dict(dcn)
     if issubclass(layer_class, ModulatedDeformConv2dPack):
@@ -308,10 +291,14 @@ def _deformable(
                 bias=conv.bias is not None,
                 **arguments,
             )
-    except ValueError as error:
-        raise ValueError(f"{name!r} cannot become {dict(dcn)}: {error}") from error
+    except (TypeError, ValueError) as error:
+        which = repr(name) if name else "the model"
+        raise type(error)(f"dcn: {which} cannot become {dict(dcn)}: {error}") from error
     layer.weight, layer.bias = conv.weight, conv.bias
-    layer.conv_offset.to(conv.weight.dtype).to_empty(device=conv.weight.device)
+    branch = layer.conv_offset.to(conv.weight.dtype).to_empty(device=conv.weight.device)
+    last = torch.channels_last
+    if conv.weight.is_contiguous(memory_format=last) and not conv.weight.is_contiguous():
+        branch.to(memory_format=last)
     layer.init_offset()
-    layer.conv_offset.requires_grad_(conv.weight.requires_grad)
+    branch.requires_grad_(train_offsets or conv.weight.requires_grad)
     return layer.train(conv.training)

@@ -5,6 +5,7 @@ The mathematics is in :mod:`mmdcn.ops.reference`; the kernels are in ``csrc/``.
 
 import math
 
+import torch
 from torch import Tensor
 
 from . import reference
@@ -20,7 +21,8 @@ from ._checks import (
     output_size,
     pair,
 )
-from ._registration import autocast_features, register
+from ._observers import OBSERVERS, aggregation, tell
+from ._registration import autocast_features, is_transformed, register
 
 
 def dcnv3(
@@ -130,6 +132,8 @@ def dcnv4(
 
 def _aggregate(input: Tensor, offset: Tensor, mask: Tensor, geometry: tuple) -> Tensor:
     wide = coordinate_dtype(input.dtype)
+    if not torch.compiler.is_dynamo_compiling() and OBSERVERS and not is_transformed():
+        tell(aggregation, offset, mask, input.shape[1:3], *geometry)
     return _OPERATOR(input, offset.to(wide), mask.to(wide), *geometry)
 
 

@@ -20,6 +20,7 @@ from ._checks import (
     numbers,
     output_size,
 )
+from ._observers import OBSERVERS, convolution, tell
 from ._registration import PLAIN, autocast_features, is_transformed, memory_format, register
 
 
@@ -157,6 +158,9 @@ def deform_conv(
     wide = coordinate_dtype(input.dtype)
     mask = None if mask is None else mask.to(wide)
     options = _options(input) if input.is_cuda else {}
+    if not torch.compiler.is_dynamo_compiling() and OBSERVERS and not is_transformed():
+        geometry = (input.shape[2:], weight.shape[2:], stride, padding, dilation)
+        tell(convolution, offset, mask, *geometry)
     return operator(
         input, offset.to(wide), weight, bias, stride, padding, dilation, mask, **options
     )
@@ -190,12 +194,17 @@ def _goes_straight(
     The time of this check counts for small layers, and most of it goes to code that other work has
     driven from the caches. It therefore makes only calls that are quick.
     """
-    if torch.compiler.is_dynamo_compiling() or not (
-        type(input) in PLAIN
-        and type(offset) in PLAIN
-        and type(weight) in PLAIN
-        and (bias is None or type(bias) in PLAIN)
-        and (mask is None or type(mask) in PLAIN)
+    # Observers are told of arguments that have been checked.
+    if (
+        torch.compiler.is_dynamo_compiling()
+        or OBSERVERS
+        or not (
+            type(input) in PLAIN
+            and type(offset) in PLAIN
+            and type(weight) in PLAIN
+            and (bias is None or type(bias) in PLAIN)
+            and (mask is None or type(mask) in PLAIN)
+        )
     ):
         return False
     if input.is_cpu:

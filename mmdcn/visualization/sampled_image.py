@@ -64,8 +64,8 @@ def sample_image(model: nn.Module, path: str) -> SampledImage:
         path: path of the image file.
 
     Raises:
-        ValueError: the file is not an image, or the model ran no deformable layer with an offset
-            branch of its own.
+        ValueError: the file is not an image, or the model called no deformable operator of which
+            anything can be drawn on it.
 
     Example:
         >>> model = init_detector("config.py", "checkpoint.pth")  # doctest: +SKIP
@@ -77,14 +77,40 @@ def sample_image(model: nn.Module, path: str) -> SampledImage:
         raise ValueError(f"image: expected an image file, got {path!r}")
     with record_sampling(model) as layers:
         sample = inference_detector(model, path)
-    if not layers:
-        raise ValueError("model: expected deformable layers (DCN or DCNv2), got none")
     return SampledImage(
         image=cv2.cvtColor(image, cv2.COLOR_BGR2RGB),
-        layers=layers,
+        layers=of_images(layers, 1),
         input_size=tuple(sample.batch_input_shape),
         scale=tuple(float(factor) for factor in sample.get("scale_factor", (1, 1))),
         instances=sample.pred_instances.cpu(),
+    )
+
+
+def of_images(layers: dict[str, Sampling], batch: int) -> dict[str, Sampling]:
+    """Those of the layers that sampled maps of whole images, of which there are `batch`.
+
+    Raises:
+        ValueError: there are none.
+
+    Example:
+        >>> model = nn.Sequential(DeformConv2dPack(3, 8, kernel_size=3, padding=1))
+        >>> with record_sampling(model) as recorded:
+        ...     _ = model(torch.randn(2, 3, 16, 16))
+        >>> list(of_images(recorded, 2))
+        ['0']
+    """
+    chosen = {name: layer for name, layer in layers.items() if len(layer.locations) == batch}
+    if chosen:
+        return chosen
+    if layers:
+        raise ValueError(
+            f"model: expected deformable convolutions of whole images, got {', '.join(layers)}, "
+            "which sample parts cut out of them: these cannot be drawn on the image"
+        )
+    raise ValueError(
+        "model: expected deformable convolutions (DCN, DCNv2, DCNv3, DCNv4, or a head that "
+        "computes offsets of its own), got none: RoI pooling, sequences and volumes cannot be "
+        "drawn on the image, and compiled models are not seen"
     )
 
 
@@ -96,7 +122,8 @@ def choose_layers(
     Args:
         sampled: has the layers.
         names: the choice, in the order of execution or any other; None for the last layers of the
-            backbone, or of the whole model where the backbone has none.
+            backbone. Where that has none, for the one that ran last among those with the largest
+            output: necks and heads have layers side by side, which are not each other's input.
         count: how many of these, at most.
 
     Raises:
@@ -112,8 +139,11 @@ def choose_layers(
     """
     available = list(sampled.layers)
     if names is None:
-        last = [name for name in available if name.startswith("backbone.")] or available
-        return last[: -count - 1 : -1]
+        last = [name for name in available if name.startswith("backbone.")]
+        if last:
+            return last[: -count - 1 : -1]
+        pixels = {name: sampled.layers[name].locations[0, 0, 0, 0].numel() for name in available}
+        return [name for name in available if pixels[name] == max(pixels.values())][-1:]
     for name in names:
         if name not in available:
             raise ValueError(f"layers: expected some of {', '.join(available)}, got {name!r}")

@@ -1,6 +1,6 @@
 """The points at which deformable layers sample, on the image."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,7 +12,8 @@ from matplotlib.collections import LineCollection
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from mmdcn.layers import DeformConv2dPack, ModulatedDeformConv2dPack
+from mmdcn.engine.sampled_calls import named_calls
+from mmdcn.ops._observers import SampledCall, convolution
 
 Size = int | tuple[int, int]
 
@@ -27,7 +28,8 @@ class Sampling:
         locations: (N, G, K, 2, Ho, Wo), see :func:`sampling_locations`.
         regular: (K, 2, Ho, Wo), the locations of the kernel without offsets.
         modulation: (N, G, K, Ho, Wo) in [0, 1], as a share of the layer's ``modulation_scale``;
-            None in a layer without.
+            that of DCNv3 and DCNv4, and others that are not in [0, 1], in magnitude and as a share
+            of the largest; None in a layer without.
         input_size: height and width of the layer's input.
 
     Example:
@@ -112,34 +114,28 @@ def sampling_locations(
         torch.Size([1, 1, 9, 2, 8, 8])
     """
     kernel_size, stride, padding, dilation = map(_pair, (kernel_size, stride, padding, dilation))
-    batch, channels, *output_size = offset.shape
+    channels, *output_size = offset.shape[1:]
     num_taps = kernel_size[0] * kernel_size[1]
     if channels == 0 or channels % (2 * num_taps):
         raise ValueError(
             f"offset must have a multiple of {2 * num_taps} channels for a kernel of "
             f"{kernel_size[0]}×{kernel_size[1]}, got {channels}"
         )
-    # Along each of the two axes: first tap of each output position, and the other taps after it.
-    y, x = (
-        (torch.arange(k) * d)[:, None] + torch.arange(n) * s - p
-        for k, n, s, p, d in zip(kernel_size, output_size, stride, padding, dilation)
-    )
-    height, width = output_size
-    y = y[:, None, :, None].expand(*kernel_size, height, width)
-    x = x[None, :, None, :].expand(*kernel_size, height, width)
-    regular = torch.stack([y, x], dim=2).reshape(num_taps, 2, height, width)
-    # Half precision has no fractions left at the far side of an image.
-    dtype = torch.promote_types(offset.dtype, torch.float32)
-    offset = offset.reshape(batch, -1, num_taps, 2, height, width)
-    return offset + regular.to(offset.device, dtype)
+    geometry = (kernel_size, stride, padding, dilation)
+    return convolution(offset, None, output_size, *geometry).locations
 
 
 @contextmanager
 def record_sampling(model: nn.Module) -> Iterator[dict[str, Sampling]]:
-    """Record what the deformable layers of a model sample while the context lasts.
+    """Record what the deformable operators sample in a model while the context lasts.
+
+    That is every deformable convolution over two dimensions, DCNv3 and DCNv4 among them, whether
+    a layer predicts its offsets or a head computes them. Compiled graphs are not seen.
 
     Yields:
-        A map from each layer's name to its latest forward pass, in the order of execution.
+        A map from the name of each module that calls an operator to what it sampled in its latest
+        forward pass, in the order of execution. A module that makes several calls in one pass has
+        an entry for each, ``name``, ``name#2``, ``name#3`` and so on.
 
     Example:
         >>> model = nn.Sequential(DeformConv2dPack(3, 8, kernel_size=3, padding=1))
@@ -150,26 +146,30 @@ def record_sampling(model: nn.Module) -> Iterator[dict[str, Sampling]]:
     """
     recorded: dict[str, Sampling] = {}
 
-    def record(name: str, layer: nn.Module, branch_input: Tensor, branch_output: Tensor) -> None:
-        recorded.pop(name, None)
-        recorded[name] = _sampling(layer, branch_input, branch_output.detach())
+    def record(name: str, module: nn.Module, describe: Callable[[], SampledCall]) -> None:
+        if "#" not in name:  # a new pass, in which there may be fewer calls
+            for former in [n for n in recorded if n.partition("#")[0] == name]:
+                del recorded[former]
+        call = describe()
+        if len(call.size) == 2:
+            modulation = _share(call, getattr(module, "modulation_scale", 1))
+            recorded[name] = Sampling(call.locations, call.regular, modulation, call.size)
 
-    def hook(name: str, layer: nn.Module):
-        return layer.conv_offset.register_forward_hook(
-            lambda _, inputs, output: record(name, layer, inputs[0], output)
-        )
-
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, DeformConv2dPack | ModulatedDeformConv2dPack)
-    }
-    handles = [hook(name, layer) for name, layer in layers.items()]
-    try:
+    with named_calls(model, record):
         yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _share(call: SampledCall, scale: float) -> Tensor | None:
+    """The modulation as numbers in [0, 1]."""
+    if call.modulation is None:
+        return None
+    modulation = call.modulation.float() / scale
+    if modulation.numel() == 0:
+        return modulation
+    if call.weighs or not 0 <= modulation.min() <= modulation.max() <= 1:
+        modulation = modulation.nan_to_num().abs()
+        modulation = modulation / modulation.amax().clamp(min=1e-12)
+    return modulation
 
 
 def points_in_image(
@@ -333,20 +333,3 @@ def draw_stacked_points(axes: Axes, stacked: StackedPoints) -> ScalarMappable:
         *stacked.center, s=90, c="lime", marker="P", edgecolors="black", linewidths=0.8, zorder=4
     )
     return dots
-
-
-def _sampling(layer: nn.Module, branch_input: Tensor, branch_output: Tensor) -> Sampling:
-    geometry = layer.kernel_size, layer.stride, layer.padding, layer.dilation
-    num_taps = layer.kernel_size[0] * layer.kernel_size[1]
-    offset, modulation = branch_output, None
-    if isinstance(layer, ModulatedDeformConv2dPack):
-        samples = layer.deform_groups * num_taps
-        offset, mask = branch_output.split([2 * samples, samples], dim=1)
-        modulation = mask.sigmoid().unflatten(1, (layer.deform_groups, num_taps))
-    no_offset = torch.zeros_like(offset[:1, : 2 * num_taps])
-    return Sampling(
-        locations=sampling_locations(offset, *geometry),
-        regular=sampling_locations(no_offset, *geometry)[0, 0],
-        modulation=modulation,
-        input_size=tuple(branch_input.shape[-2:]),
-    )

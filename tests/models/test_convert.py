@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ pytest.importorskip("mmdet")
 
 import mmcv.cnn
 from mmdet.registry import MODELS
+from mmengine.registry import MODELS as RootMODELS
 from mmengine.registry import DefaultScope
 
 from mmdcn import layers, plugin
@@ -145,6 +147,24 @@ def test_pretrained_weights_may_come_after(tmp_path):
     assert_same_output(other, plain, x)
 
 
+def test_a_pretrained_converted_model_keeps_its_offsets(tmp_path):
+    """Its branches' keys are loaded while init_weights sees the plain convolutions."""
+    trained = convert_to_deformable(fpn().eval(), dict(type="DCNv2"), "fpn_convs.*.conv")
+    for layer in converted(trained).values():
+        nn.init.normal_(layer.conv_offset.weight)
+    state = trained.state_dict()
+    for old, new in (("", ""), ("conv.conv_offset", "conv_offset")):
+        renamed = {key.replace(old, new): value for key, value in state.items()}
+        torch.save({"state_dict": renamed}, tmp_path / "trained.pth")
+        init_cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "trained.pth"))
+        model = convert_to_deformable(
+            fpn(init_cfg=init_cfg).eval(), dict(type="DCNv2"), "fpn_convs.*.conv"
+        )
+        model.init_weights()
+        assert_same_output(model, trained, levels())
+        assert not model.fpn_convs[0].conv._load_state_dict_pre_hooks
+
+
 def test_converting_twice_copying_and_pickling():
     torch.manual_seed(1)
     plain = fpn()
@@ -189,14 +209,12 @@ def test_a_shared_convolution_stays_shared():
 )
 def test_geometry_and_dtype_carry_over(conv, padding):
     plain = nn.Sequential(conv).double()
-    conv.weight.requires_grad_(False)
     model = convert_to_deformable(
         copy.deepcopy(plain), dict(type="DCNv2", deform_groups=2), select=["0"]
     )
     layer = model[0]
     assert layer.padding == padding
     assert layer.conv_offset.weight.dtype == torch.float64
-    assert not any(p.requires_grad for p in layer.conv_offset.parameters())
     x = torch.randn(2, 4, 9, 11).double()
     torch.testing.assert_close(model(x), plain(x))
 
@@ -223,92 +241,55 @@ def test_fallback_on_stride():
         convert_to_deformable(nn.Sequential(nn.Conv2d(4, 4, 3, stride=2)), dcn, "0")
 
 
-# ------------------------------------------------------------------------------------------- errors
+@pytest.mark.parametrize("select", ["*", "", lambda name, module: True])
+def test_a_convolution_that_is_the_model_itself(select):
+    conv = nn.Conv2d(4, 6, 3, padding=1)
+    layer = convert_to_deformable(conv, dict(type="DCNv2"), select)
+    assert isinstance(layer, layers.ModulatedDeformConv2dPack)
+    assert layer.weight is conv.weight
+    x = torch.randn(1, 4, 5, 5)
+    torch.testing.assert_close(layer(x), conv(x))
+    for refused, pattern, message in (
+        (nn.Conv2d(4, 4, 3), "conv", r"such as '\*', as the model is one itself, got 'conv'"),
+        (nn.Conv3d(4, 4, 3), "*", "got the model itself, a Conv3d"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert_to_deformable(refused, dict(type="DCN"), pattern)
 
 
-class _Standardised(nn.Conv2d):
-    def forward(self, x):
-        return super().forward(x) / self.weight.std()
-
-
-def _hooked():
-    conv = nn.Conv2d(4, 4, 3)
-    conv.register_forward_hook(lambda *_: None)
-    return conv
-
-
-def zoo():
-    return nn.ModuleDict(
-        {
-            "conv": nn.Conv2d(4, 4, 3),
-            "block": nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
-            "transposed": nn.ConvTranspose2d(4, 4, 3),
-            "volume": nn.Conv3d(4, 4, 3),
-            "reflecting": nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
-            "lopsided": nn.Conv2d(4, 4, 2, padding="same"),
-            "standardised": _Standardised(4, 4, 3),
-            "lazy": nn.LazyConv2d(4, 3),
-            "hooked": _hooked(),
-            "deformable": layers.DeformConv2dPack(4, 4, 3),
-            "parametrized": nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)),
-        }
+def test_a_function_chooses_by_name_and_module():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    convert_to_deformable(
+        model, dict(type="DCN"), lambda _, m: isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)
     )
+    assert [*converted(model)] == ["2"]
 
 
-@pytest.mark.parametrize(
-    ("select", "message"),
-    [
-        ("cnov", "such as conv, got 'cnov', which matches nothing"),
-        (["conv", "layer4.*"], "got 'layer4.*', which matches nothing"),
-        (lambda name, module: False, "a choice among conv, block.0, .* got none"),
-        ([], "at least one pattern, got none"),
-        ("block", "plain 2-D convolutions, got 'block', a Sequential; inside it are block.0"),
-        ("block.*", "plain 2-D convolutions, got 'block.1', a BatchNorm2d"),
-        ("transposed", "no transposed convolution, got 'transposed', a ConvTranspose2d"),
-        ("volume", "plain 2-D convolutions, got 'volume', a Conv3d"),
-        ("reflecting", "padding_mode='zeros', got 'reflecting', with padding_mode='reflect'"),
-        ("lopsided", "'lopsided' cannot become .*padding: expected as much on both sides"),
-        ("standardised", "plain 2-D convolutions, got 'standardised', a _Standardised"),
-        ("lazy", "plain 2-D convolutions, got 'lazy', a LazyConv2d"),
-        ("hooked", "without hooks, got 'hooked'"),
-        ("deformable", "got 'deformable', which is deformable already"),
-        ("parametrized", "plain 2-D convolutions, got 'parametrized'"),
-    ],
-)
-def test_a_choice_that_cannot_be_is_refused(select, message):
-    model = zoo()
-    before = list(model.modules())
-    with pytest.raises(ValueError, match=message):
-        convert_to_deformable(model, dict(type="DCNv2"), select)
-    assert list(model.modules()) == before
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_branch_has_the_memory_format_of_the_weight(memory_format):
+    model = nn.Sequential(nn.Conv2d(4, 4, 3)).to(memory_format=memory_format)
+    layer = convert_to_deformable(model, dict(type="DCNv2"), "0")[0]
+    for weight in (layer.weight, layer.conv_offset.weight):
+        assert weight.is_contiguous(memory_format=memory_format)
+    assert not layer.conv_offset.weight.any()
 
 
-@pytest.mark.parametrize(
-    ("dcn", "error", "message"),
-    [
-        (dict(), ValueError, "expected type='DCN' or 'DCNv2' .* got None"),
-        (dict(type="DCNv22"), ValueError, "got 'DCNv22'"),
-        (dict(type="ModulatedDeformConv2d"), ValueError, "got 'ModulatedDeformConv2d', which is"),
-        (dict(type=nn.Conv2d), ValueError, "got <class"),
-        (dict(type=3), TypeError, "expected type to be a name or a class, got 3"),
-        (dict(type="DCN", stride=2), ValueError, "expected no stride, which is the convolution's"),
-        (dict(type="DCN", deform_groups=3), ValueError, "'conv' cannot become .*deform_groups=3"),
-    ],
-)
-def test_a_layer_that_cannot_be_is_refused(dcn, error, message):
-    with pytest.raises(error, match=message):
-        convert_to_deformable(zoo(), dcn, "conv")
+@pytest.mark.parametrize("type_of_layer", ["DCNv2", "mmdcn.DCNv2", "OwnPack"])
+def test_model_type_is_looked_up_in_the_scope_that_builds(type_of_layer, monkeypatch):
+    class OwnPack(layers.ModulatedDeformConv2dPack):
+        pass
 
-
-@pytest.mark.parametrize("select", [None, 3, ["conv", 3]])
-def test_a_select_of_another_type_is_refused(select):
-    with pytest.raises(TypeError, match="select: expected a pattern, a sequence of patterns or"):
-        convert_to_deformable(zoo(), dict(type="DCN"), select)
-
-
-def test_without_the_plugin_the_scope_says_whose_layer_it_is():
-    plugin.uninstall()
-    with pytest.raises(ValueError, match=r"where the plugin is not installed, 'mmdcn.DCN'"):
-        convert_to_deformable(zoo(), dict(type="DCN"), "conv")
-    model = convert_to_deformable(zoo(), dict(type="mmdcn.DCN"), "conv")
-    assert isinstance(model["conv"], layers.DeformConv2dPack)
+    monkeypatch.setitem(MODELS.module_dict, "OwnPack", OwnPack)
+    plain = dict(type="ResNet", depth=18, base_channels=8)
+    config = plain | dict(
+        type="mmdcn.Deformable",
+        model_type="ResNet",
+        convert=dict(dcn=dict(type=type_of_layer), select="layer4.*.conv2"),
+    )
+    monkeypatch.setattr(DefaultScope, "get_current_instance", classmethod(lambda cls: None))
+    monkeypatch.setattr(DefaultScope, "overwrite_default_scope", lambda scope: nullcontext())
+    assert len(converted(MODELS.build(config))) == 2
+    with pytest.raises(KeyError, match="ResNet is not in the mmengine::model registry"):
+        RootMODELS.build(config)
+    with pytest.raises(KeyError, match="ResNet is not in the mmengine::model registry"):
+        RootMODELS.build(plain)

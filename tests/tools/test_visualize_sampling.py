@@ -61,7 +61,23 @@ def test_detected_objects(project, arguments, run_here):
         assert f"backbone.{name}" in page
 
 
+@pytest.mark.parametrize("kind", ["DCNv3", "DCNv4"])
+def test_layers_of_every_version(project, arguments, run_here, kind, tmp_path):
+    out = tmp_path / "picture.png"
+    version = ["--cfg-options", f"model.backbone.dcn.type={kind}", "--points", "20,30"]
+    run_here(*arguments, "--out", out, *version)
+    page = out.with_suffix(".html").read_text()
+    for name in ("layer4.2.conv2", "layer4.1.conv2", "layer4.0.conv2"):
+        assert f"backbone.{name}" in page
+    assert cv2.imread(str(out)).std() > 20
+
+
 MISTAKES = {
+    "nothing deformable": (
+        ["--cfg-options", "model.backbone.dcn=None"],
+        "model: expected deformable convolutions (DCN, DCNv2, DCNv3, DCNv4, or a head that "
+        "computes offsets of its own), got none",
+    ),
     "nothing detected": (["--min-score", "1.1"], "nothing was detected with a score of 1.1"),
     "point outside": (["--points", "65,3"], "--points: expected x up to 64 and y to 64"),
     "unknown layer": (["--layers", "layer4"], "layers: expected some of backbone.layer4.0.conv2"),

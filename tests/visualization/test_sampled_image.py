@@ -16,6 +16,7 @@ from mmdcn.visualization import (
     choose_layers,
     figure_image,
     object_centers,
+    of_images,
     record_sampling,
     sampling_figure,
     sampling_page,
@@ -54,6 +55,42 @@ def test_the_backbones_last_layers_are_chosen(sampled):
     assert choose_layers(sampled, names) == names[::-1]
     with pytest.raises(ValueError, match=r"some of neck, backbone.a, backbone.b, got 'head'"):
         choose_layers(sampled, ["head"])
+
+
+def test_outside_the_backbone_one_layer_is_chosen_the_last_of_the_largest():
+    """The same convolution on three levels, and two convolutions side by side on the first."""
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared, self.other = (DeformConv2dPack(3, 3, 3, padding=1) for _ in range(2))
+
+        def forward(self, x):
+            self.shared(x), self.other(x)
+            self.shared(x[..., ::2, ::2]), self.shared(x[..., ::4, ::4])
+
+    head = Head()
+    with record_sampling(head) as layers:
+        head(torch.randn(1, 3, 32, 32))
+    assert list(layers) == ["shared", "other", "shared#2", "shared#3"]
+    sampled = SampledImage(np.zeros((32, 32, 3), np.uint8), layers, (32, 32))
+    assert choose_layers(sampled) == ["other"]
+    assert choose_layers(sampled, ["shared#2"]) == ["shared#2"]
+
+
+def test_layers_that_do_not_see_whole_images_are_left_out():
+    model = nn.Sequential()
+    model.add_module("backbone", DeformConv2dPack(3, 3, 3, padding=1))
+    model.add_module("roi", DeformConv2dPack(3, 3, 3, padding=1))
+    with record_sampling(model) as recorded:
+        rois = model.backbone(torch.randn(1, 3, 8, 8)).expand(5, -1, -1, -1)
+        model.roi(rois)
+    assert list(recorded) == ["backbone", "roi"]
+    assert list(of_images(recorded, 1)) == ["backbone"]
+    with pytest.raises(ValueError, match=r"whole images, got roi, which sample parts cut out"):
+        of_images({"roi": recorded["roi"]}, 1)
+    with pytest.raises(ValueError, match=r"got none: RoI pooling, sequences and volumes"):
+        of_images({}, 1)
 
 
 def test_centres_of_certain_objects():

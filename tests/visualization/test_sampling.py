@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.functional import grid_sample
 
+from mmdcn import layers
 from mmdcn.layers import DeformConv2dPack, ModulatedDeformConv2dPack
 from mmdcn.ops import deform_conv2d
 from mmdcn.visualization import (
@@ -86,6 +87,41 @@ def test_record_sampling_sees_what_the_layers_compute():
     moved = (v2.locations - v2.regular)[1, :, :, :, 2, 3]
     torch.testing.assert_close(moved.flatten(), bias[:36].detach())
     torch.testing.assert_close(v2.modulation[0, :, :, 1, 1].flatten(), bias[36:].sigmoid().detach())
+
+
+@pytest.mark.parametrize("version", [3, 4])
+def test_modulations_that_are_weights_are_shown_as_shares(version):
+    """Of the largest, in magnitude; those of DCNv4 have any sign and size."""
+    layer = getattr(layers, f"DCNv{version}")(8, 8, 3, padding=1, deform_groups=2)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    with record_sampling(nn.Sequential(layer)) as recorded, torch.no_grad():
+        layer(torch.randn(1, 8, 6, 7))
+    modulation = recorded["0"].modulation
+    assert modulation.shape == (1, 2, 9, 6, 7)
+    assert modulation.min() >= 0
+    assert modulation.max() == 1
+    assert modulation.std() > 0.05
+
+
+def test_a_second_pass_takes_the_place_of_the_first():
+    """Also where it has fewer calls."""
+
+    class Levels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = DeformConv2dPack(3, 3, 3, padding=1)
+
+        def forward(self, levels):
+            for x in levels:
+                self.conv(x)
+
+    model = Levels()
+    with record_sampling(model) as recorded:
+        model([torch.randn(1, 3, 8, 8), torch.randn(1, 3, 4, 4)])
+        assert [s.input_size for s in recorded.values()] == [(8, 8), (4, 4)]
+        model([torch.randn(1, 3, 6, 6)])
+    assert {name: s.input_size for name, s in recorded.items()} == {"conv": (6, 6)}
 
 
 def test_record_sampling_stops_with_its_context():

@@ -1,0 +1,131 @@
+"""What cannot be converted is refused in a sentence, and the model is as it was."""
+
+import pytest
+from torch import nn
+
+pytest.importorskip("mmdet")
+
+from mmengine.registry import DefaultScope
+
+from mmdcn import layers, plugin
+from mmdcn.models import convert_to_deformable
+
+
+@pytest.fixture(autouse=True)
+def installed():
+    plugin.install()
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        yield
+    plugin.install()
+
+
+class _Standardised(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) / self.weight.std()
+
+
+def _hooked():
+    conv = nn.Conv2d(4, 4, 3)
+    conv.register_forward_hook(lambda *_: None)
+    return conv
+
+
+def zoo():
+    return nn.ModuleDict(
+        {
+            "conv": nn.Conv2d(4, 4, 3),
+            "block": nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
+            "transposed": nn.ConvTranspose2d(4, 4, 3),
+            "volume": nn.Conv3d(4, 4, 3),
+            "reflecting": nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+            "lopsided": nn.Conv2d(4, 4, 2, padding="same"),
+            "standardised": _Standardised(4, 4, 3),
+            "lazy": nn.LazyConv2d(4, 3),
+            "spectral": nn.utils.spectral_norm(nn.Conv2d(4, 4, 3)),
+            "hooked": _hooked(),
+            "deformable": layers.DeformConv2dPack(4, 4, 3),
+            "parametrized": nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("select", "message"),
+    [
+        ("cnov", "such as conv, got 'cnov', which matches nothing"),
+        (["conv", "layer4.*"], "got 'layer4.*', which matches nothing"),
+        (lambda name, module: False, "a choice among conv, block.0, .* got none"),
+        ([], "at least one pattern, got none"),
+        ("block", "plain 2-D convolutions, got 'block', a Sequential; inside it are block.0"),
+        ("block.*", "plain 2-D convolutions, got 'block.1', a BatchNorm2d"),
+        ("transposed", "no transposed convolution, got 'transposed', a ConvTranspose2d"),
+        ("volume", "plain 2-D convolutions, got 'volume', a Conv3d"),
+        ("reflecting", "padding_mode='zeros', got 'reflecting', with padding_mode='reflect'"),
+        (
+            "lopsided",
+            "'lopsided' cannot become .*padding: expected as much on both sides.*ZeroPad2d",
+        ),
+        ("standardised", "plain 2-D convolutions, got 'standardised', a _Standardised"),
+        ("lazy", "plain 2-D convolutions, got 'lazy', a LazyConv2d.* run the model once"),
+        ("hooked", "without hooks, got 'hooked'"),
+        ("deformable", "got 'deformable', which is deformable already"),
+        ("parametrized", "2-D convolutions, got 'parametrized'.* convert first, parametrize after"),
+        ("spectral", "plain 2-D convolutions, got 'spectral'.* convert first, parametrize after"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_refused(select, message):
+    model = zoo()
+    before = list(model.modules())
+    with pytest.raises(ValueError, match=message):
+        convert_to_deformable(model, dict(type="DCNv2"), select)
+    assert list(model.modules()) == before
+
+
+@pytest.mark.parametrize(
+    ("dcn", "error", "message"),
+    [
+        (dict(), ValueError, "expected type='DCN' or 'DCNv2' .* got None"),
+        (dict(type="DCNv22"), ValueError, "got 'DCNv22'"),
+        (dict(type="ModulatedDeformConv2d"), ValueError, "got 'ModulatedDeformConv2d', which is"),
+        (dict(type=nn.Conv2d), ValueError, "got <class"),
+        (dict(type=3), TypeError, "expected type to be a name or a class, got 3"),
+        (dict(type="DCN", stride=2), ValueError, "expected no stride, which is the convolution's"),
+        (dict(type="DCN", deform_groups=3), ValueError, "'conv' cannot become .*deform_groups=3"),
+        ("DCNv2", TypeError, r"dcn: expected a layer such as dict\(type='DCNv2'\), got 'DCNv2'"),
+        (None, TypeError, "dcn: expected a layer such as .* got None"),
+        (
+            dict(type="DCNv2", deform_group=2),
+            TypeError,
+            "'conv' cannot become .*ModulatedDeformConv2dPack: .*'deform_group'.* 'deform_groups'",
+        ),
+    ],
+)
+def test_a_layer_that_cannot_be_is_refused(dcn, error, message):
+    with pytest.raises(error, match=message):
+        convert_to_deformable(zoo(), dcn, "conv")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Conv2d, "model: expected a model, got the class Conv2d: make an instance of it first"),
+        (dict(type="FPN"), "model: expected an nn.Module, got a dict"),
+    ],
+)
+def test_what_is_no_model_is_refused(model, message):
+    with pytest.raises(TypeError, match=message):
+        convert_to_deformable(model, dict(type="DCN"), "*")
+
+
+@pytest.mark.parametrize("select", [None, 3, ["conv", 3]])
+def test_a_select_of_another_type_is_refused(select):
+    with pytest.raises(TypeError, match="select: expected a pattern, a sequence of patterns or"):
+        convert_to_deformable(zoo(), dict(type="DCN"), select)
+
+
+def test_without_the_plugin_the_scope_says_whose_layer_it_is():
+    plugin.uninstall()
+    with pytest.raises(ValueError, match=r"where the plugin is not installed, 'mmdcn.DCN'"):
+        convert_to_deformable(zoo(), dict(type="DCN"), "conv")
+    model = convert_to_deformable(zoo(), dict(type="mmdcn.DCN"), "conv")
+    assert isinstance(model["conv"], layers.DeformConv2dPack)
