@@ -13,7 +13,8 @@
 - the constructor of mmdet's ``BasicBlock``, so that ResNet-18 and ResNet-34 take ``dcn=``
   (:mod:`mmdcn.models.basic_block`);
 - mmengine's loading of checkpoints, so that it reads plain data only
-  (:mod:`mmdcn.engine.checkpoint`);
+  (:mod:`mmdcn.engine.checkpoint`), and its saving of them, so that each is whole or not there
+  (:mod:`mmdcn.engine.saving`);
 - torch's registration of modules in other modules, so that checkpoints load in which offset
   branches have their former names (:mod:`mmdcn.engine.old_keys`);
 - ``init_weights`` of mmengine's modules, so that the offset branches inside start at zero
