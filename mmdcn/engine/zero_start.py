@@ -138,4 +138,6 @@ def _values(layer: nn.Module) -> list[Tensor]:
 
 def _equal(held: Tensor, now: Tensor) -> bool:
     # A branch on the meta device has no values; materialised meanwhile, it is to start anew.
-    return held.device == now.device and not held.is_meta and torch.equal(held, now)
+    if held.device != now.device or held.is_meta:
+        return False
+    return torch.allclose(held, now, rtol=0, atol=0, equal_nan=True)
