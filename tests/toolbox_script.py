@@ -60,6 +60,14 @@ def import_toolbox() -> ModuleType:
 
 def heads() -> dict[str, tuple[torch.nn.Module, int]]:
     """Heads and necks that call mmcv.ops by themselves, and how often for two levels."""
+    from mmengine.registry import DefaultScope
+
+    # A runner before may have left another one.
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        return _build_heads()
+
+
+def _build_heads() -> dict[str, tuple[torch.nn.Module, int]]:
     from mmdet.registry import MODELS
 
     common = dict(in_channels=32, feat_channels=32, num_classes=2)
