@@ -15,7 +15,7 @@ import mmcv.cnn
 import mmcv.ops
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, DefaultScope
 
 from mmdcn import layers, plugin
 from tests.kernel_calls import KernelCalls
@@ -227,14 +227,16 @@ def roi_layer(name: str) -> dict:
 @pytest.mark.parametrize("name", ROI_LAYER_TYPES)
 def test_roi_extractors_of_mmdet_build_our_layers(name):
     registry = pytest.importorskip("mmdet.registry").MODELS
-    extractor = registry.build(
-        dict(
-            type="SingleRoIExtractor",
-            roi_layer=roi_layer(name),
-            out_channels=4,
-            featmap_strides=[4, 8],
+    # A runner before may have left another scope.
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        extractor = registry.build(
+            dict(
+                type="SingleRoIExtractor",
+                roi_layer=roi_layer(name),
+                out_channels=4,
+                featmap_strides=[4, 8],
+            )
         )
-    )
     for layer, stride in zip(extractor.roi_layers, (4, 8)):
         assert isinstance(layer, ROI_LAYER_TYPES[name])
         assert layer.spatial_scale == 1 / stride
