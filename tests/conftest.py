@@ -85,3 +85,16 @@ def _compile(source: Path, target: Path, *flags: str) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     unfinished.rename(target)
+
+
+@pytest.fixture
+def plugin_in_mmdet():
+    """The plugin is installed, before and after, and names are looked up in mmdet's scope."""
+    from mmengine.registry import DefaultScope
+
+    from mmdcn import plugin
+
+    plugin.install()
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        yield
+    plugin.install()

@@ -17,14 +17,7 @@ from mmengine.runner import CheckpointLoader
 from mmdcn.engine import checkpoint
 from mmdcn.engine.checkpoint import UnsafeCheckpointError
 
-
-@pytest.fixture(autouse=True)
-def installed():
-    was_installed = checkpoint.installed()
-    checkpoint.install()
-    yield
-    if not was_installed:
-        checkpoint.uninstall()
+pytestmark = pytest.mark.usefixtures("safe_checkpoints")
 
 
 # ------------------------------------------------------------------------------ hostile files

@@ -13,14 +13,7 @@ from mmengine.runner import runner as runner_module
 
 from mmdcn.engine import checkpoint, saving
 
-
-@pytest.fixture(autouse=True)
-def installed():
-    was_installed = checkpoint.installed()
-    checkpoint.install()
-    yield
-    if not was_installed:
-        checkpoint.uninstall()
+pytestmark = pytest.mark.usefixtures("safe_checkpoints")
 
 
 def save(path):

@@ -7,7 +7,7 @@ from torch import nn
 pytest.importorskip("mmdet")
 
 from mmengine.model import BaseModule
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import MODELS
 
 from mmdcn import layers, plugin
 from mmdcn.engine import zero_start
@@ -15,13 +15,7 @@ from tests.layers import examples
 from tests.models import toolbox_models
 from tests.models.toolbox_models import build
 
-
-@pytest.fixture(autouse=True)
-def installed():
-    plugin.install()
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        yield
-    plugin.install()
+pytestmark = pytest.mark.usefixtures("plugin_in_mmdet")
 
 
 def packs(model: nn.Module) -> list[nn.Module]:

@@ -15,18 +15,12 @@ from mmdet.registry import MODELS
 from mmengine.registry import MODELS as RootMODELS
 from mmengine.registry import DefaultScope
 
-from mmdcn import layers, plugin
+from mmdcn import layers
 from mmdcn.models import convert_to_deformable
 from tests.kernel_calls import KernelCalls
 from tests.models.converted import assert_same_output, converted, image, levels, tensors
 
-
-@pytest.fixture(autouse=True)
-def installed():
-    plugin.install()
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        yield
-    plugin.install()
+pytestmark = pytest.mark.usefixtures("plugin_in_mmdet")
 
 
 # What it is, its input, which convolutions are chosen, and how many these are.

@@ -9,21 +9,13 @@ pytest.importorskip("mmdet")
 
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
-from mmdcn import plugin
 from mmdcn.engine import preflight
 from tests.models.converted import assert_same_output, converted, image
 from tests.tools import project
 
-
-@pytest.fixture(autouse=True)
-def installed():
-    plugin.install()
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        yield
-    plugin.install()
+pytestmark = pytest.mark.usefixtures("plugin_in_mmdet")
 
 
 PLAIN = """

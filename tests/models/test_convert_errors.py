@@ -5,18 +5,11 @@ from torch import nn
 
 pytest.importorskip("mmdet")
 
-from mmengine.registry import DefaultScope
 
 from mmdcn import layers, plugin
 from mmdcn.models import convert_to_deformable
 
-
-@pytest.fixture(autouse=True)
-def installed():
-    plugin.install()
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        yield
-    plugin.install()
+pytestmark = pytest.mark.usefixtures("plugin_in_mmdet")
 
 
 class _Standardised(nn.Conv2d):
