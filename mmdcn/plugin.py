@@ -21,6 +21,8 @@
   (:mod:`mmdcn.engine.zero_start`);
 - mmengine's and torch's loading of state dicts, so that a log line says how many offset branches a
   plain model's checkpoint leaves at zero (:mod:`mmdcn.engine.plain_checkpoints`);
+- mmengine's reading of configs, so that ours are found by name, as ``mmdcn::dcnv2/…``
+  (:mod:`mmdcn.engine.packaged_configs`);
 - mmengine's constructor of optimizers, so that ``dcn_offset_lr_mult`` reaches all our layers
   (:mod:`mmdcn.engine.offset_learning_rate`).
 
@@ -67,6 +69,7 @@ from mmdcn.engine import (
     complexity,
     offset_learning_rate,
     old_keys,
+    packaged_configs,
     plain_checkpoints,
     zero_start,
 )
@@ -224,6 +227,7 @@ def install() -> None:
     complexity.install()
     offset_learning_rate.install()
     old_keys.install()
+    packaged_configs.install()
     plain_checkpoints.install()
     zero_start.install()
     logging.getLogger("mmdcn").addHandler(_TO_MMENGINE)
@@ -270,6 +274,7 @@ def uninstall() -> None:
     checkpoint.uninstall()
     offset_learning_rate.uninstall()
     old_keys.uninstall()
+    packaged_configs.uninstall()
     plain_checkpoints.uninstall()
     zero_start.uninstall()
     logging.getLogger("mmdcn").removeHandler(_TO_MMENGINE)
@@ -308,6 +313,7 @@ class Report:
         safe_checkpoints: whether mmengine loads checkpoints as plain data.
         old_keys: whether checkpoints load in which offset branches have their former names.
         zero_start: whether offset branches start at zero whatever mmengine initialises.
+        packaged_configs: whether mmengine finds our configs by name.
         mmcv_problem: why mmcv.ops does not load and how to mend it, or None.
     """
 
@@ -318,6 +324,7 @@ class Report:
     safe_checkpoints: bool
     old_keys: bool
     zero_start: bool
+    packaged_configs: bool
     mmcv_problem: str | None
 
     def __str__(self) -> str:
@@ -335,6 +342,8 @@ class Report:
         lines.append(f"Former names of offset branches in them {load}.")
         start = "start at zero" if self.zero_start else "may be initialised"
         lines.append(f"Offset branches {start} when mmengine initialises a model.")
+        found = "are" if self.packaged_configs else "are not"
+        lines.append(f"Configs {found} found by name, as mmdcn::dcnv2/….")
         if self.mmcv_problem is not None:
             lines.append(self.mmcv_problem)
         return "\n".join(lines)
@@ -366,6 +375,7 @@ def report() -> Report:
         safe_checkpoints=checkpoint.installed(),
         old_keys=old_keys.installed(),
         zero_start=zero_start.installed(),
+        packaged_configs=packaged_configs.installed(),
         mmcv_problem=_MMCV_PROBLEM,
     )
 
