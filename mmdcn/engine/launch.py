@@ -107,14 +107,6 @@ _UNREADABLE = (
     *(OSError, SyntaxError, ImportError, KeyError),
     *(RuntimeError, AssertionError, ValueError),
 )
-    OSError,
-    SyntaxError,
-    ImportError,
-    KeyError,
-    RuntimeError,
-    AssertionError,
-    ValueError,
-)
 
 
 def parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
