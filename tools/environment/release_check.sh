@@ -94,7 +94,7 @@ cp -r "$folder/source/tests" "$folder/source/pyproject.toml" "$folder/elsewhere"
   export PYTHONPATH=$folder/site
   "$python" -m mmdcn.check | sed -n '1,/^$/p'
   "$python" -m mmdcn.benchmark ops --shapes 1x8x8x8 --peers dense --seconds 0.01 --no-memory 2>/dev/null
-  "$python" -m pytest -q -p no:cacheprovider tests/test_installed.py tests/test_functions.py \
+  "$python" -m pytest -q -W ignore -p no:cacheprovider tests/test_installed.py tests/test_functions.py \
     tests/layers/test_arguments.py
 )
 
@@ -103,7 +103,7 @@ in_sources "$python" -c "$backend" build_editable "$folder/editable" >"$folder/l
   fail "$(cat "$folder/log")"
 (
   cd "$folder/elsewhere"
-  PYTHONPATH=$folder/source "$python" -m pytest -q -p no:cacheprovider tests/test_installed.py
+  PYTHONPATH=$folder/source "$python" -m pytest -q -W ignore -p no:cacheprovider tests/test_installed.py
 )
 
 mkdir -p dist
