@@ -95,7 +95,7 @@ def test_metadata_read_by_themselves(wheel):
 
 
 #: The distributions behind imports of other names.
-DISTRIBUTIONS = {"cv2": "opencv-python"}
+DISTRIBUTIONS = {"cv2": "opencv-python", "PIL": "pillow"}
 #: What an environment with torch and the toolbox has of its own.
 TOOLBOX = {"torch", "mmengine", "mmcv", "mmdet"}
 #: What is measured beside ours where it is installed, and said to be missing where it is not.
