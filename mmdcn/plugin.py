@@ -60,10 +60,11 @@ from mmdcn import _WITHOUT_TOOLBOX, layers, mmcv_kernels, models
 try:
     from mmcv.cnn import fuse_conv_bn as _mmcv_fuse_conv_bn
     from mmengine.logging import print_log
-    from mmengine.registry import HOOKS, MODELS, Registry
+    from mmengine.registry import HOOKS, MODELS
 except ModuleNotFoundError as error:
     raise ImportError(f"{_WITHOUT_TOOLBOX} ({error})") from error
 
+from mmdcn import registry
 from mmdcn.engine import (
     checkpoint,
     complexity,
@@ -161,12 +162,11 @@ LAYERS = {
     **ROI_LAYERS,
 }
 
-_SCOPE = Registry("model", parent=MODELS, scope="mmdcn")
 for _name, _layer in LAYERS.items():
-    _SCOPE.register_module(name=_name, module=_layer)
-_SCOPE.register_module(name="Deformable", module=models.build_deformable)
+    registry.MODELS.register_module(name=_name, module=_layer)
+registry.MODELS.register_module(name="Deformable", module=models.build_deformable)
 
-for _registry in (HOOKS, Registry("hook", parent=HOOKS, scope="mmdcn")):
+for _registry in (HOOKS, registry.HOOKS):
     _registry.register_module(module=OffsetStatisticsHook)
     _registry.register_module(module=SamplingVisualizationHook)
 

@@ -1,5 +1,6 @@
 """What a user has without a checkout: configs by their names, their metafiles, and the tools."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from mmengine.registry import init_default_scope
 
 import mmdcn
 import tests.unformatted_configs  # noqa: F401
-from mmdcn import plugin
+from mmdcn import layers, plugin, registry
 from mmdcn.engine import launch
 from mmdcn.engine.preflight import ConfigError
 
@@ -105,6 +106,15 @@ def test_a_tool_says_which_name_is_wrong(name, said):
 def test_models_are_listed(capsys):
     listed = BaseInferencer.list_models("mmdcn", ".*mdconv-c3-c5")
     assert "faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco" in listed
+
+
+def test_the_scope_is_found_where_mmengine_looks(caplog):
+    init_default_scope("mmdet")
+    settings = dict(type="DCN", _scope_="mmdcn", in_channels=4, out_channels=4, kernel_size=3)
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(MODELS.build(settings), layers.DeformConv2dPack)
+        assert "OffsetStatisticsHook" in registry.HOOKS
+    assert not caplog.records
 
 
 def test_uninstalling_gives_mmengine_its_own_back(tmp_path):
