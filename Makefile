@@ -4,6 +4,8 @@
 # make test-torch TORCH=2.10.0   operators and layers, from the wheel, under another torch
 # make zoo        every deformable config of mmdet against mmcv's kernels: docs/zoo.md
 # make lint       ruff and clang-format
+# make docs       the documentation as a site: build/docs/index.html
+# make release-check   audits of the source distribution and the wheel, which it leaves in dist/
 # make wheel      dist/mmdcn-*.whl, with the CUDA library where nvcc is found
 #
 # Each sets up all that it needs in $(VENV). TOOLBOX=onedl uses the maintained fork of the toolbox.
@@ -25,7 +27,8 @@ CXX_SOURCES := $(shell find mmdcn tests -name '*.cpp' -o -name '*.h' -o -name '*
 
 MEASURED := work_dirs/benchmark
 
-.PHONY: demo test test-slow test-torch benchmark zoo lint format wheel check environment clean
+.PHONY: demo test test-slow test-torch benchmark zoo lint format docs wheel release-check check \
+    environment clean
 
 environment: $(INSTALLED)
 
@@ -90,6 +93,19 @@ format: $(ENVIRONMENT)
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
 	@$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+.venv-docs/.installed: tools/environment/docs.txt
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+# Warnings are errors: a broken link, a page that no menu shows, a reference to nothing.
+docs: .venv-docs/.installed
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@echo "docs: build/docs/index.html"
+
+release-check: $(INSTALLED)
+	@MMDCN_WERROR=1 tools/environment/release_check.sh "$(VENV)" .venv-release
 
 wheel: $(ENVIRONMENT)
 	@MMDCN_WERROR=1 $(RUN) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
