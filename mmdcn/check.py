@@ -60,7 +60,7 @@ def _libraries() -> dict[str, str]:
     elif _library.CUDA_PROBLEM is not None:
         cuda = f"built; does not load: {_library.CUDA_PROBLEM}"
     elif _library.CUDA_LIBRARY.is_file():
-        cuda = "built; not loaded, as torch sees no GPU"
+        cuda = "built; not loaded, as this torch is not built for CUDA"
     else:
         cuda = "not built (no nvcc when mmdcn was compiled, or MMDCN_WITH_CUDA=0)"
     return {

@@ -63,19 +63,30 @@ inline void check_grad_output(const DeformAggregateShape& shape, const Tensor& g
                     output_mask, 3);
 }
 
+// From one pixel of (N, Ho, Wo, ...) to the next. A dimension of size one says nothing of it: its
+// stride may be any number, in a contiguous tensor too.
+inline int64_t pixel_stride(const Tensor& tensor) {
+  for (const int64_t d : {2, 1, 0}) {
+    if (tensor.size(d) != 1) return tensor.stride(d);
+  }
+  return 0;
+}
+
 // Offsets or modulations, (N, Ho, Wo, G, taps), in a layout that the kernels can read: all pixels
 // at one stride, and the taps of a group contiguous. A tensor in another layout is copied.
 inline Tensor readable_taps(const Tensor& tensor) {
-  const int64_t width = tensor.size(2), height = tensor.size(1);
-  const bool rows = height == 1 || tensor.stride(1) == width * tensor.stride(2);
-  const bool images = tensor.size(0) == 1 || tensor.stride(0) == height * width * tensor.stride(2);
-  const bool taps = tensor.size(4) == 1 || tensor.stride(4) == 1;
-  return rows && images && taps ? tensor : as_contiguous(tensor);
+  bool readable = tensor.size(4) == 1 || tensor.stride(4) == 1;
+  int64_t expected = pixel_stride(tensor);
+  for (const int64_t d : {2, 1, 0}) {
+    readable = readable && (tensor.size(d) == 1 || tensor.stride(d) == expected);
+    expected *= tensor.size(d);
+  }
+  return readable ? tensor : as_contiguous(tensor);
 }
 
 // The layout of a tensor that readable_taps() returned.
 inline AggregateLayout aggregate_layout(const Tensor& tensor) {
-  return {tensor.size(2) == 1 ? tensor.stride(1) : tensor.stride(2), tensor.stride(3)};
+  return {pixel_stride(tensor), tensor.stride(3)};
 }
 
 }  // namespace mmdcn

@@ -14,6 +14,7 @@ inline DeformRoIPoolShape deform_roi_pool_shape(const Tensor& input, const Tenso
   constexpr const char* op = "deform_roi_pool";
   MMDCN_REQUIRE(input.dim() == 4);
   MMDCN_REQUIRE(rois.dim() == 2 && rois.size(1) == 5);
+  MMDCN_REQUIRE(input.size(0) > 0 || rois.size(0) == 0);
   MMDCN_REQUIRE(input.size(2) < kTooLong && input.size(3) < kTooLong);
   MMDCN_REQUIRE(output_size.size() == 2);
   MMDCN_REQUIRE(output_size[0] > 0 && output_size[0] < kTooLong);

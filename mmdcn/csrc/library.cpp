@@ -3,8 +3,9 @@
 
 STABLE_TORCH_LIBRARY(mmdcn, m) {
   // `offset` and `mask` are float64 beside float64 features and float32 beside all others.
-  // `allow_tf32` lets float32 be multiplied in TF32, where the device has it. `matmul_tf32` says
-  // that torch's own products of matrices do that, whether the operator may or not.
+  // On CUDA torch's settings count as they are when the operator runs: see cuda_settings below.
+  // `allow_tf32` lets float32 be multiplied in TF32 whatever they say, and `matmul_tf32` says that
+  // torch's own products of matrices do that.
   m.def(
       "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, int[2] stride, "
       "int[2] padding, int[2] dilation, Tensor? mask, *, bool allow_tf32=False, "
@@ -51,6 +52,10 @@ STABLE_TORCH_LIBRARY(mmdcn, m) {
       "(Tensor grad_input, Tensor grad_offset, Tensor grad_mask)");
   // The instruction set that the CPU kernels use.
   m.def("cpu_capability() -> str");
+  // What torch's settings say: whether float32 may be multiplied in TF32 in convolutions, and in
+  // products of matrices; whether cuDNN may be called, and must add in the same order in every run.
+  // Implemented in Python (mmdcn/ops/_products.py), as nothing of torch's that is stable tells.
+  m.def("cuda_settings() -> (bool tf32, bool matmul_tf32, bool cudnn, bool deterministic)");
   // Which of torch's operators computes a matrix product of a convolution on a CUDA device, where
   // the CUDA library is loaded: see cuda/deform_conv/product.h for the names.
   m.def("cuda_product(int device, str product, str arithmetic) -> str");

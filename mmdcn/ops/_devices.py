@@ -9,6 +9,7 @@ Which it is gets decided once for each device, by a small call of the kernels, a
 somebody traces: to ``torch.compile`` the answer is a constant.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import logging
@@ -17,9 +18,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from . import _library, _products
+from . import _library, _memory, _products
 from ._determinism import products_are_refused
 
 _logger = logging.getLogger("mmdcn")
@@ -55,6 +55,7 @@ UNDECIDED = Service(kernels=False)
 
 # What computes an operator by mmcv's kernels, by the compiled operator's name and arguments.
 _offered: dict[str, Callable[..., Tensor | None]] = {}
+_served: set[torch.device] = set()  # where our kernels run, if the products are not chosen yet
 _lock = threading.Lock()
 
 
@@ -69,6 +70,7 @@ def offer(operator: str, compute: Callable[..., Tensor | None]) -> None:
     with _lock:
         _offered[operator] = compute
         DECIDED.clear()
+        _served.clear()
 
 
 def substitute(operator: str, *arguments) -> Tensor | None:
@@ -93,13 +95,20 @@ def service(device: torch.device) -> Service:
         # Waiting for the device would spoil the graph that is being captured. Whoever captures
         # one has warmed up, normally, and then this was decided before.
         return Service(kernels=_library.cuda_is_loaded())
+    if not _exists(device):
+        # Then it is a model that somebody traces for another machine, by tensors without values.
+        return Service(kernels=True)
     with _lock:
-        if device not in DECIDED:
-            with _disable_current_modes(), torch.no_grad():
-                DECIDED[device] = _decide(device)
-            if DECIDED[device].problem:
-                _logger.warning(describe(device, DECIDED[device]))
-        return DECIDED[device]
+        if device in DECIDED:
+            return DECIDED[device]
+        if device in _served and products_are_refused():
+            return Service(kernels=True)
+        service, is_final = _in_a_neutral_state(_decide, device)
+        if is_final:
+            DECIDED[device] = service
+        if service.problem:
+            _logger.warning(describe(device, service))
+        return service
 
 
 def describe(device: torch.device, service: Service) -> str:
@@ -119,13 +128,40 @@ def describe(device: torch.device, service: Service) -> str:
 # --------------------------------------------------------------------------------------- decisions
 
 
-def _decide(device: torch.device) -> Service:
-    problem = _problem_of_kernels(device)
-    if problem is None:
-        if not products_are_refused():
-            _products.choose(device)
-        return Service(kernels=True)
-    return Service(False, frozenset(name for name in _offered if _runs(name, device)), problem)
+def _in_a_neutral_state(function: Callable, *arguments):
+    """What a function returns or raises in a thread of its own.
+
+    Whatever the caller has set for what it calls does not count there: inference mode, gradients,
+    autocast, a default device, modes, transformations, hooks on what is saved for the backward
+    pass. What is set for the whole process does: the order of additions, for example.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *arguments).result()
+
+
+def _decide(device: torch.device) -> tuple[Service, bool]:
+    """What computes on the device, and whether that is final."""
+    if device not in _served:
+        problem = _problem_of_kernels(device)
+        if problem is not None:
+            substitutes = frozenset(name for name in _offered if _runs(name, device))
+            return Service(False, substitutes, problem), True
+        _served.add(device)
+    return Service(kernels=True), _products_are_chosen(device)
+
+
+def _products_are_chosen(device: torch.device) -> bool:
+    """Choose torch's calls for the products, if that is possible now."""
+    if products_are_refused():
+        return False
+    try:
+        _products.choose(device)
+    except RuntimeError as error:
+        if not _memory.is_short(error, device):
+            raise
+        _logger.info(f"products on {device} are by matmul for now: {first_line(error)}")
+        return False
+    return True
 
 
 def _problem_of_kernels(device: torch.device) -> str | None:
@@ -140,8 +176,8 @@ def _problem_of_kernels(device: torch.device) -> str | None:
         _run_kernels(arguments)
         torch.cuda.synchronize(device)
     except RuntimeError as error:
-        if _is_about_memory(error):
-            raise
+        if _memory.is_short(error, device):
+            raise _memory.as_torch_has_it(error, device) from error
         _clear_error(device)
         major, minor = torch.cuda.get_device_capability(device)
         return (
@@ -160,8 +196,8 @@ def _problem_of_library() -> str:
         )
     if _library.CUDA_LIBRARY.is_file():
         return (
-            "torch saw no GPU when mmdcn was imported, so import it where "
-            "torch.cuda.is_available() is True"
+            f"torch {torch.__version__} is not built for CUDA; install a torch that is, then "
+            f"{_library.REBUILD}"
         )
     return (
         "mmdcn was built without its CUDA library; install a CUDA toolkit (nvcc), set CUDA_HOME to "
@@ -200,20 +236,14 @@ def _run_kernels(arguments: dict[str, tuple]) -> None:
 
 def _runs(operator: str, device: torch.device) -> bool:
     """Whether mmcv's kernels, too, run on the device and compute the right number."""
-    arguments = _small_calls(device)[operator]
     try:
-        output = _offered[operator](*arguments)
+        output = _offered[operator](*_small_calls(device)[operator])
         return output is not None and bool((output == 1).all())
     except Exception as error:  # whatever it is that mmcv raises where it was not compiled for it
-        if _is_about_memory(error):
+        if _memory.is_short(error, device):
             raise
         _clear_error(device)
         return False
-
-
-def _is_about_memory(error: Exception) -> bool:
-    """Whether memory was short, which says nothing of the kernels."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def _clear_error(device: torch.device) -> None:
@@ -222,6 +252,10 @@ def _clear_error(device: torch.device) -> None:
         return
     with contextlib.suppress(RuntimeError):
         torch.cuda.synchronize(device)
+
+
+def _exists(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.is_available()
 
 
 def _is_capturing() -> bool:

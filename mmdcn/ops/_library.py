@@ -18,7 +18,7 @@ def load() -> None:
     """Register the operators, or raise an ImportError that names the fix if none were built.
 
     A CUDA library that does not load is no error: :mod:`mmdcn.ops._devices` says what computes
-    instead.
+    instead. Whether there is a GPU is not asked here, as a process that has asked cannot fork.
     """
     global CUDA_PROBLEM
     if not CPU_LIBRARY.is_file():
@@ -34,7 +34,7 @@ def load() -> None:
             f"{torch.__version__} (mmdcn needs torch >= 2.10 and a wheel for this platform): "
             f"{error}. To build it for this machine, {REBUILD}."
         ) from error
-    if CUDA_LIBRARY.is_file() and torch.cuda.is_available():
+    if CUDA_LIBRARY.is_file() and torch.version.cuda is not None:
         try:
             torch.ops.load_library(str(CUDA_LIBRARY))
         except OSError as error:

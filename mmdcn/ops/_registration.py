@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _determinism, _devices, _library
-from ._checks import HALF_DTYPES, coordinate_dtype
+from . import _determinism, _devices, _library, _memory, _products
+from ._checks import HALF_DTYPES, check_types, coordinate_dtype
 
 _library.load()
 
 _LIBRARY = torch.library.Library("mmdcn", "FRAGMENT")
+_LIBRARY.impl("cuda_settings", _products.settings, "CompositeExplicitAutograd")
 OPERATORS: dict[str, "Operator"] = {}  # by the compiled operator's name
 
 PLAIN = (Tensor, nn.Parameter)  # because subclasses may stand for something else
@@ -40,6 +41,7 @@ class Operator:
     reference: Callable[..., Tensor]
     public: str  # the public function or functions, as errors name them
     layouts: tuple[str, ...]  # the tensors whose layout their gradients have
+    check: Callable[..., None]
     output: Callable[..., Tensor]
     multiply_adds: Callable[..., int]
     own_pass: str
@@ -95,6 +97,7 @@ def register(
     *,
     reference: Callable[..., Tensor],
     public: str,
+    check: Callable[..., None],
     output: Callable[..., Tensor],
     multiply_adds: Callable[..., int],
     own_pass: str,
@@ -106,6 +109,7 @@ def register(
         name: the name of the compiled operator.
         reference: computes the same from the same arguments, by position, in plain PyTorch.
         public: the functions of mmdcn.ops that call it, as errors name them.
+        check: raises an error for arguments by name, of the right dtypes, that do not fit together.
         output: an empty tensor as the operator returns it, from its arguments by name.
         multiply_adds: counts those of one call, from the arguments by name, with shapes in place
             of tensors, and from ``output``, the output's shape.
@@ -126,6 +130,7 @@ def register(
         reference=reference,
         public=public,
         layouts=layouts,
+        check=check,
         output=output,
         multiply_adds=multiply_adds,
         own_pass=own_pass,
@@ -217,12 +222,40 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
+def _check(operator: Operator, named: dict[str, Any]) -> None:
+    """Refuse arguments of the compiled operator that do not fit together, as its kernels do."""
+    input = named["input"]
+    tensors = {n: t for n, t in named.items() if isinstance(t, Tensor) and n != "input"}
+    features = {n: t for n, t in tensors.items() if n in ("weight", "bias", "grad_output")}
+    coordinates = {n: t for n, t in tensors.items() if n not in features}
+    check_types(input, features, coordinates)
+    for name, tensor in coordinates.items():
+        wide = coordinate_dtype(input.dtype)
+        if tensor.dtype != wide:
+            raise TypeError(f"{name}: expected dtype {wide}, got {tensor.dtype}")
+    operator.check(**{name: named.get(name) for name in operator.arguments})
+
+
 def _register_fakes(operator: Operator) -> None:
+    """Kernels for tensors without values.
+
+    They are called, too, where some tensor is on the meta device and others are not.
+    """
+
     def forward(*arguments, **_):
-        return operator.output(**dict(zip(operator.arguments, arguments)))
+        named = dict(zip(operator.arguments, arguments))
+        _check(operator, named)
+        return operator.output(**named)
 
     def backward(*arguments, **_):
         named = dict(zip(operator.backward_arguments, arguments))
+        _check(operator, named)
+        expected = operator.output(**named).shape
+        if named["grad_output"].shape != expected:
+            raise ValueError(
+                f"grad_output: expected shape {tuple(expected)}, the output's, got "
+                f"{tuple(named['grad_output'].shape)}"
+            )
 
         def gradient(name: str, wanted: bool) -> Tensor:
             tensor = named[name]
@@ -296,8 +329,16 @@ def _register_autograd(overload: torch._ops.OpOverload, derivative: _Derivative)
 
 
 def _below_autograd(overload, keyset, arguments: tuple, options: dict):
-    with torch._C._AutoDispatchBelowAutograd():
-        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *arguments, **options)
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            keyset = keyset & torch._C._after_autograd_keyset
+            return overload.redispatch(keyset, *arguments, **options)
+    except RuntimeError as error:
+        device = next(a.device for a in arguments if isinstance(a, Tensor))
+        as_torch_has_it = _memory.as_torch_has_it(error, device)
+        if as_torch_has_it is error:
+            raise
+        raise as_torch_has_it from error
 
 
 def _first_order(operator: Operator) -> _Derivative:

@@ -22,7 +22,12 @@ from ._checks import (
     pair,
 )
 from ._observers import OBSERVERS, aggregation, tell
-from ._registration import autocast_features, is_transformed, register
+from ._registration import (
+    autocast_coordinates,
+    autocast_features,
+    is_transformed,
+    register,
+)
 
 
 def dcnv3(
@@ -80,6 +85,7 @@ def dcnv3(
     geometry = _geometry(kernel_size, stride, padding, dilation, offset_scale, remove_center)
     check_tensors(_DIMENSIONS, input=input, offset=offset, mask=mask)
     (input,) = autocast_features(input)
+    offset, mask = autocast_coordinates(input, offset, mask)
     check_types(input, {}, {"offset": offset, "mask": mask})
     taps, out_size = _check_input(input, group, *geometry)
     _check_points("offset", offset, input, out_size, 2 * taps, group)
@@ -120,14 +126,17 @@ def dcnv4(
     geometry = _geometry(kernel_size, stride, padding, dilation, offset_scale, remove_center)
     check_tensors(_DIMENSIONS, input=input, offset_mask=offset_mask)
     (input,) = autocast_features(input)
+    (offset_mask,) = autocast_coordinates(input, offset_mask)
     check_types(input, {}, {"offset_mask": offset_mask})
     taps, out_size = _check_input(input, group, *geometry)
     channels = 3 * taps * group
-    if offset_mask.shape[3] == (channels + 7) // 8 * 8:
-        offset_mask = offset_mask[..., :channels]
-    _check_points("offset_mask", offset_mask, input, out_size, 3 * taps, group)
+    padded = (channels + 7) // 8 * 8
+    if offset_mask.shape[3] == padded:
+        offset_mask = offset_mask.narrow(3, 0, channels)
+    _check_points("offset_mask", offset_mask, input, out_size, 3 * taps, group, padded)
     points = offset_mask.unflatten(3, (group, -1))
-    return _aggregate(input, points[..., : 2 * taps], points[..., 2 * taps :], geometry)
+    offset, mask = points.narrow(4, 0, 2 * taps), points.narrow(4, 2 * taps, taps)
+    return _aggregate(input, offset, mask, geometry)
 
 
 def _aggregate(input: Tensor, offset: Tensor, mask: Tensor, geometry: tuple) -> Tensor:
@@ -175,13 +184,23 @@ def _check_input(
 
 
 def _check_points(
-    name: str, tensor: Tensor, input: Tensor, out_size: tuple[int, int], channels: int, group: int
+    name: str,
+    tensor: Tensor,
+    input: Tensor,
+    out_size: tuple[int, int],
+    channels: int,
+    group: int,
+    padded: int | None = None,
 ) -> None:
-    """Check that the tensor has this many channels for each group, at every output position."""
+    """Check that the tensor has this many channels for each group, at every output position.
+
+    `padded` is the other number of channels that the caller may give, for the message.
+    """
     if tensor.shape[3] != channels * group:
+        other = "" if padded in (None, channels * group) else f", or {padded} with padding"
         raise ValueError(
             f"{name}: expected {channels * group} channels in the last dimension, {channels} for "
-            f"each of {group} groups, got {tensor.shape[3]}"
+            f"each of {group} groups{other}, got {tensor.shape[3]}"
         )
     expected = (input.shape[0], *out_size, tensor.shape[3])
     if tensor.shape != expected:
@@ -189,6 +208,20 @@ def _check_points(
             f"{name}: expected shape {expected}, the batch of input and the height and width of "
             f"the output, got {tuple(tensor.shape)}"
         )
+
+
+def _check_compiled(
+    input, offset, mask, kernel_size, stride, padding, dilation, offset_scale, remove_center
+) -> None:
+    """Check the compiled operator's arguments, whose points have a dimension for the groups."""
+    check_tensors({"input": 4, "offset": 5, "mask": 5}, input=input, offset=offset, mask=mask)
+    geometry = _geometry(kernel_size, stride, padding, dilation, offset_scale, remove_center)
+    group = offset.shape[3]
+    taps, out_size = _check_input(input, group, *geometry)
+    for name, tensor, channels in (("offset", offset, 2 * taps), ("mask", mask, taps)):
+        expected = (input.shape[0], *out_size, group, channels)
+        if tensor.shape != expected:
+            raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
 
 
 # ------------------------------------------------------------------------------------------- wiring
@@ -207,6 +240,7 @@ _OPERATOR = register(
     "deform_aggregate",
     reference=reference.deform_aggregate,
     public="dcnv3 or dcnv4",
+    check=_check_compiled,
     output=lambda input, offset, **_: input.new_empty((*offset.shape[:3], input.shape[3])),
     multiply_adds=_multiply_adds,
     own_pass="input",

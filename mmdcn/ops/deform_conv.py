@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import _devices, reference
+from . import _devices, _memory, reference
 from ._checks import (
     HALF_DTYPES,
     check_channels,
@@ -21,7 +21,14 @@ from ._checks import (
     output_size,
 )
 from ._observers import OBSERVERS, convolution, tell
-from ._registration import PLAIN, autocast_features, is_transformed, memory_format, register
+from ._registration import (
+    PLAIN,
+    autocast_coordinates,
+    autocast_features,
+    is_transformed,
+    memory_format,
+    register,
+)
 
 
 def deform_conv2d(
@@ -76,6 +83,7 @@ def deform_conv2d(
         ValueError: a shape, a device or a number does not fit the others.
         RuntimeError: on CUDA, ``torch.use_deterministic_algorithms(True)`` is set, and what cuBLAS
             needs for it is not; the message says what to set.
+        torch.OutOfMemoryError: the memory of a CUDA device is short.
 
     Example:
         >>> input, weight = torch.randn(1, 8, 32, 32), torch.randn(16, 8, 3, 3)
@@ -114,7 +122,7 @@ def deform_conv(
     """The operator on checked arguments.
 
     Args:
-        operator: takes the compiled operator's arguments and options, for any device.
+        operator: takes the compiled operator's arguments, for any device.
         straight: the same, for calls that :func:`_goes_straight` finds to be for our kernels.
         sides: what the dimensions of an image are called.
     """
@@ -127,63 +135,33 @@ def deform_conv(
         # The operator itself refuses arguments that do not fit together. The checks that find what
         # is at fault run only after such a refusal, because their time counts for small layers.
         arguments = (input, offset, weight, bias, stride, padding, dilation, mask)
-        options = _options(input) if input.is_cuda else {}
         try:
             if torch.is_grad_enabled():
-                return straight(*arguments, **options)
+                return straight(*arguments)
             with torch._C._AutoDispatchBelowAutograd():
-                return straight(*arguments, **options)
+                return straight(*arguments)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             refusal = error
     try:
-        check_tensors(
-            {"input": 2 + rank, "offset": 2 + rank, "weight": 2 + rank}
-            | {"bias": 1, "mask": 2 + rank},
-            optional=("bias", "mask"),
-            input=input,
-            offset=offset,
-            weight=weight,
-            bias=bias,
-            mask=mask,
-        )
+        _check_dimensions(rank, input, offset, weight, bias, mask)
         input, weight, bias = autocast_features(input, weight, bias)
+        offset, mask = autocast_coordinates(input, offset, mask)
         check_types(input, {"weight": weight, "bias": bias}, {"offset": offset, "mask": mask})
         _check_shapes(sides, input, offset, weight, bias, stride, padding, dilation, mask)
         if refusal is not None:
             # The arguments are not at fault, so it is an error of the device or of its memory.
             # Another call would give the same, or another one that hides the cause.
+            if isinstance(refusal, RuntimeError):
+                refusal = _memory.as_torch_has_it(refusal, input.device)
             raise refusal
     finally:
         del refusal  # as it has this frame, and so would keep all tensors until it is collected
     wide = coordinate_dtype(input.dtype)
     mask = None if mask is None else mask.to(wide)
-    options = _options(input) if input.is_cuda else {}
     if not torch.compiler.is_dynamo_compiling() and OBSERVERS and not is_transformed():
         geometry = (input.shape[2:], weight.shape[2:], stride, padding, dilation)
         tell(convolution, offset, mask, *geometry)
-    return operator(
-        input, offset.to(wide), weight, bias, stride, padding, dilation, mask, **options
-    )
-
-
-def _options(input: Tensor) -> dict[str, bool]:
-    """The options of a call on CUDA: only what differs from the operator's own defaults.
-
-    So graphs that others translate stay free of them.
-    """
-    if input.dtype != torch.float32:
-        return {}
-    convolutions, products = _tf32_settings()
-    return {"allow_tf32": True} if convolutions else {"matmul_tf32": True} if products else {}
-
-
-@torch.compiler.assume_constant_result
-def _tf32_settings() -> tuple[bool, bool]:
-    """Whether torch may multiply float32 in TF32, in convolutions and in products of matrices."""
-    return (
-        torch.backends.cudnn.conv.fp32_precision == "tf32",
-        torch.backends.cuda.matmul.fp32_precision == "tf32",
-    )
+    return operator(input, offset.to(wide), weight, bias, stride, padding, dilation, mask)
 
 
 def _goes_straight(
@@ -236,6 +214,32 @@ def _goes_straight(
 
 
 # ------------------------------------------------------------------------------------------- checks
+
+
+def _check_dimensions(rank, input, offset, weight, bias, mask) -> None:
+    check_tensors(
+        {"input": 2 + rank, "offset": 2 + rank, "weight": 2 + rank} | {"bias": 1, "mask": 2 + rank},
+        optional=("bias", "mask"),
+        input=input,
+        offset=offset,
+        weight=weight,
+        bias=bias,
+        mask=mask,
+    )
+
+
+def check_compiled(sides: tuple[str, ...]):
+    """A function that checks the compiled operator's arguments, for these sides of an image."""
+
+    def check(input, offset, weight, bias, stride, padding, dilation, mask) -> None:
+        rank = len(sides)
+        _check_dimensions(rank, input, offset, weight, bias, mask)
+        stride = numbers("stride", stride, rank, 1)
+        padding = numbers("padding", padding, rank, 0)
+        dilation = numbers("dilation", dilation, rank, 1)
+        _check_shapes(sides, input, offset, weight, bias, stride, padding, dilation, mask)
+
+    return check
 
 
 def _check_shapes(sides, input, offset, weight, bias, stride, padding, dilation, mask) -> None:
@@ -333,6 +337,7 @@ _OPERATOR = register(
     "deform_conv2d",
     reference=reference.deform_conv_nd,
     public="deform_conv2d",
+    check=check_compiled(("height", "width")),
     output=empty_output(memory_format),
     multiply_adds=multiply_adds,
     own_pass="weight",

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import reference
 from ._registration import register
 from .deform_conv import _OPERATOR as _OPERATOR_2D
-from .deform_conv import deform_conv, empty_output, multiply_adds
+from .deform_conv import check_compiled, deform_conv, empty_output, multiply_adds
 
 
 def deform_conv1d(
@@ -68,7 +68,7 @@ def deform_conv1d(
 
 
 def _over_height_one(
-    input, offset, weight, bias, stride, padding, dilation, mask, operator=_OPERATOR_2D, **options
+    input, offset, weight, bias, stride, padding, dilation, mask, operator=_OPERATOR_2D
 ) -> Tensor:
     """The operator over two dimensions, on a sequence: no offset leads out of its one row."""
     y_and_x = F.pad(offset.unsqueeze(2), (0, 0, 1, 0)).flatten(1, 2)
@@ -81,7 +81,6 @@ def _over_height_one(
         (0, *padding),
         (1, *dilation),
         None if mask is None else mask.unsqueeze(2),
-        **options,
     )
     return output.squeeze(2)
 
@@ -144,6 +143,7 @@ _OPERATOR_3D = register(
     "deform_conv_nd",
     reference=reference.deform_conv_nd,
     public="deform_conv3d",
+    check=check_compiled(("depth", "height", "width")),
     output=empty_output(),
     multiply_adds=multiply_adds,
     own_pass="weight",

@@ -27,6 +27,7 @@ from ._registration import (
     register,
 )
 
+_DIMENSIONS = {"input": 4, "rois": 2, "offset": 4}
 MOST_POINTS = 2**24  # points of a bin along each dimension; float32 counts this far
 
 
@@ -95,13 +96,7 @@ def deform_roi_pool(
     position_sensitive = flag("position_sensitive", position_sensitive)
     _check_numbers(spatial_scale, sampling_ratio, gamma)
     sampling_ratio = sampling_ratio if sampling_ratio > 0 else 0
-    check_tensors(
-        {"input": 4, "rois": 2, "offset": 4},
-        optional=("offset",),
-        input=input,
-        rois=rois,
-        offset=offset,
-    )
+    check_tensors(_DIMENSIONS, optional=("offset",), input=input, rois=rois, offset=offset)
     rois, offset = autocast_coordinates(input, rois, offset)
     check_types(input, {}, {"rois": rois, "offset": offset})
     _check_shapes(input, rois, offset, output_size, position_sensitive)
@@ -152,6 +147,8 @@ def _check_shapes(
     position_sensitive: bool,
 ) -> None:
     channels, height, width = input.shape[1:]
+    if input.shape[0] == 0 and rois.shape[0] > 0:
+        raise ValueError(f"rois: expected none, as input has no images, got {rois.shape[0]}")
     check_channels(input, channels)
     check_sides(input, (height, width), ("height", "width"))
     if max(output_size) >= LONGEST_SIDE:
@@ -186,6 +183,16 @@ def _check_shapes(
         )
 
 
+def _check_compiled(
+    input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, position_sensitive
+) -> None:
+    """Check the compiled operator's arguments."""
+    output_size = pair("output_size", output_size, at_least=1)
+    _check_numbers(spatial_scale, sampling_ratio, gamma)
+    check_tensors(_DIMENSIONS, optional=("offset",), input=input, rois=rois, offset=offset)
+    _check_shapes(input, rois, offset, output_size, position_sensitive)
+
+
 # ------------------------------------------------------------------------------------------- wiring
 
 
@@ -218,6 +225,7 @@ _OPERATOR = register(
     "deform_roi_pool",
     reference=_reference,
     public="deform_roi_pool",
+    check=_check_compiled,
     output=_empty_output,
     multiply_adds=_multiply_adds,
     own_pass="input",

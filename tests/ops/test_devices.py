@@ -5,14 +5,16 @@ import re
 import sys
 import threading
 import time
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmdcn import mmcv_kernels
-from mmdcn.ops import _devices, _library, _products, reference
+from mmdcn.ops import _devices, _library, _memory, _products, reference
 from mmdcn.ops._registration import OPERATORS
 from tests.ops.calls import CALLS
 from tests.ops.contract import compare, gradients, variables
@@ -236,7 +238,9 @@ GPU = torch.device("cuda", 1)
 @pytest.fixture
 def undecided(monkeypatch):
     monkeypatch.setattr(_devices, "DECIDED", {})
+    monkeypatch.setattr(_devices, "_served", set())
     monkeypatch.setattr(_devices, "_offered", {})
+    monkeypatch.setattr(_devices, "_exists", lambda device: True)
 
 
 @pytest.fixture
@@ -346,15 +350,125 @@ def test_an_error_of_what_ran_before_is_not_caught(gpu, monkeypatch):
     assert not _devices.DECIDED
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("full"), RuntimeError("CUDA error: out of memory")]
+UNCLEAR = "mmdcn: torch's aten::bmm failed: torch >= 2.13 says why"
+SHORT_OF_MEMORY = pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("full"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+        RuntimeError(UNCLEAR),
+    ],
+    ids=str,
 )
-def test_nothing_is_decided_while_memory_is_short(error, gpu, monkeypatch):
+
+
+@pytest.fixture
+def free_memory(monkeypatch):
+    """``free_memory(mebibytes)``: what every device has left."""
+
+    def set_free(mebibytes: int) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (mebibytes << 20, 80 << 30))
+
+    set_free(100)
+    return set_free
+
+
+@SHORT_OF_MEMORY
+def test_nothing_is_decided_while_memory_is_short(error, gpu, monkeypatch, free_memory):
     failing(monkeypatch, error)
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(torch.OutOfMemoryError, match=r"CUDA out of memory\. ") as caught:
         _devices.service(GPU)
-    assert caught.value is error
+    assert str(error) in str(caught.value)
     assert not _devices.DECIDED
+    monkeypatch.setattr(_devices, "_run_kernels", lambda _: None)
+    assert _devices.server("deform_conv2d", GPU) == _devices.OURS
+
+
+def test_an_unclear_error_is_a_verdict_while_there_is_memory(gpu, monkeypatch, free_memory):
+    free_memory(2000)
+    failing(monkeypatch, RuntimeError(UNCLEAR))
+    assert _devices.server("deform_conv2d", GPU) == _devices.REFERENCE
+    assert GPU in _devices.DECIDED
+
+
+@SHORT_OF_MEMORY
+def test_products_are_chosen_when_there_is_memory(error, gpu, monkeypatch, free_memory):
+    """Until then our kernels compute, with what always works between them."""
+    probed = []
+    monkeypatch.setattr(_devices, "_run_kernels", probed.append)
+
+    def choose(device):
+        raise error
+
+    monkeypatch.setattr(_products, "choose", choose)
+    assert _devices.server("deform_conv2d", GPU) == _devices.OURS
+    assert not _devices.DECIDED
+    chosen = []
+    monkeypatch.setattr(_products, "choose", chosen.append)
+    for _ in range(2):
+        assert _devices.server("deform_conv2d", GPU) == _devices.OURS
+    assert chosen == [GPU]
+    assert len(probed) == 1
+    assert GPU in _devices.DECIDED
+
+
+def test_products_are_chosen_when_torch_does_not_refuse_them(gpu, monkeypatch):
+    """As it does where additions are to have an order, and cuBLAS is not set up for that."""
+    chosen, probed = [], []
+    monkeypatch.setattr(_products, "choose", chosen.append)
+    monkeypatch.setattr(_devices, "_run_kernels", probed.append)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            assert _devices.server("deform_aggregate", GPU) == _devices.OURS
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not chosen
+    assert not _devices.DECIDED
+    assert _devices.server("deform_conv2d", GPU) == _devices.OURS
+    assert chosen == [GPU]
+    assert len(probed) == 1
+
+
+@pytest.mark.parametrize("call", ["forward", "backward", "without gradients"])
+def test_short_memory_is_torchs_own_error(call, gpu, monkeypatch):
+    """For who goes on with less, as mmdet's AvoidOOM, which reads the text."""
+    out_of_memory = RuntimeError("mmdcn: failed to allocate a tensor: out of memory")
+
+    def raise_it(*_, **__):
+        raise out_of_memory
+
+    seen = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    assert _memory.as_torch_has_it(seen, CPU) is seen
+    assert _memory.as_torch_has_it(out_of_memory, CPU) is out_of_memory
+    assert str(_memory.as_torch_has_it(seen, GPU)) == str(seen)
+    other = RuntimeError("CUDA error: device-side assert triggered")
+    assert _memory.as_torch_has_it(other, GPU) is other
+
+    # The device of the tensors, which are on the CPU, is all that is not as it would be.
+    on_gpu = _memory.as_torch_has_it
+    monkeypatch.setattr(_memory, "as_torch_has_it", lambda error, _: on_gpu(error, GPU))
+    problem = CALLS["deform_conv2d-v1"]
+    tensors = problem.tensors(torch.float32)
+    tensors["input"].requires_grad_(call != "without gradients")
+    library = torch.library.Library("mmdcn", "IMPL")
+    name = "deform_conv2d_backward" if call == "backward" else "deform_conv2d"
+    try:
+        output = problem.function(**tensors, **problem.arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            library.impl(name, raise_it, "CPU", allow_override=True)
+        with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\. mmdcn: failed to"):
+            if call == "backward":
+                output.sum().backward()
+            else:
+                problem.function(**tensors, **problem.arguments)
+    finally:
+        library._destroy()
 
 
 def test_nothing_is_decided_while_a_graph_is_captured(gpu, monkeypatch):
@@ -391,7 +505,7 @@ def test_threads_decide_once(gpu, monkeypatch):
     "device, built, problem, expected",
     [
         ("cuda:1", False, None, "without its CUDA library; .*nvcc.*pip install"),
-        ("cuda:1", True, None, r"torch saw no GPU.*torch\.cuda\.is_available"),
+        ("cuda:1", True, None, r"torch .* is not built for CUDA; install"),
         ("cuda:1", True, "libtorch_cuda.so: not found", "libtorch_cuda.so: not found.*pip install"),
         ("mps:0", False, None, "for cpu and cuda, so move the model"),
     ],
@@ -418,7 +532,13 @@ def test_a_cuda_library_that_does_not_load_is_kept_in_mind(monkeypatch, tmp_path
     library.write_bytes(b"not a library")
     monkeypatch.setattr(_library, "CUDA_LIBRARY", library)
     monkeypatch.setattr(_library, "CUDA_PROBLEM", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    def asked():
+        raise AssertionError("a process that has asked for GPUs cannot fork")
+
+    for name in ("is_available", "device_count", "init"):
+        monkeypatch.setattr(torch.cuda, name, asked)
     _library.load()
     assert library.name in _library.CUDA_PROBLEM
 
@@ -435,3 +555,68 @@ def test_the_decision_is_a_constant_of_a_graph(gpu, monkeypatch):
     for _ in range(2):
         assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
     assert len(calls) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@EVERY
+def test_a_model_is_traced_for_a_gpu_that_is_not_there(call, undecided, monkeypatch, mmcv_offered):
+    """By tensors without values: what is traced is our operator."""
+    monkeypatch.setattr(_devices, "_exists", lambda device: torch.cuda.is_available())
+    with FakeTensorMode():
+        tensors = {
+            name: torch.empty(tensor.shape, device="cuda")
+            for name, tensor in call.tensors(torch.float32).items()
+        }
+        with counting(monkeypatch) as counts:
+            output = call.function(**tensors, **call.arguments)
+    assert output.device.type == "cuda"
+    assert counts["reference"] == 0
+    assert not _devices.DECIDED
+
+
+# --------------------------------------------------------------------- the state of who asks first
+
+
+def somebodys_hook(tensor):
+    raise AssertionError("a hook of the caller's was called")
+
+
+STATES = {
+    "inference mode": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "another device": lambda: torch.device("meta"),
+    "tensors without values": FakeTensorMode,
+    "hooks": lambda: torch.autograd.graph.saved_tensors_hooks(somebodys_hook, somebodys_hook),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_what_is_in_force_for_who_asks_first_does_not_count(state, gpu, monkeypatch):
+    def probe(device):
+        leaf = torch.ones(2, 2, requires_grad=True)
+        product = leaf @ leaf
+        (gradient,) = torch.autograd.grad(product.square().sum(), leaf)
+        assert product.dtype == torch.float32
+        assert product.device.type == "cpu"
+        assert not product.is_inference()
+        assert type(gradient) is Tensor
+        probed.append(gradient.sum().item())
+
+    probed = []
+    monkeypatch.setattr(_devices, "_run_kernels", probe)
+    monkeypatch.setattr(_products, "choose", probe)
+    with STATES[state]():
+        assert _devices.server("deform_conv2d", GPU) == _devices.OURS
+    assert probed == [64.0, 64.0]
+
+
+def test_a_default_device_does_not_count(gpu, monkeypatch):
+    monkeypatch.setattr(_products, "choose", lambda _: devices.append(torch.ones(1).device))
+    devices = []
+    torch.set_default_device("meta")
+    try:
+        _devices.service(GPU)
+    finally:
+        torch.set_default_device(None)
+    assert devices == [CPU]

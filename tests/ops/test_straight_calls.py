@@ -1,12 +1,15 @@
 """Calls of deform_conv2d that go straight to the compiled operator, and what becomes of errors."""
 
 import gc
+import itertools
 import sys
 import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdcn.ops import _devices, deform_conv2d
 
@@ -130,21 +133,35 @@ def float32_precision():
     choose(*before)
 
 
-@pytest.mark.parametrize(
-    "convolutions, products, expected",
-    [
-        ("tf32", "ieee", {"allow_tf32": True}),
-        ("tf32", "tf32", {"allow_tf32": True}),
-        ("ieee", "tf32", {"matmul_tf32": True}),
-        ("ieee", "ieee", {}),
-    ],
-)
-def test_torchs_settings_for_float32_are_options(
-    float32_precision, convolutions, products, expected
-):
-    options = sys.modules["mmdcn.ops.deform_conv"]._options
-    float32_precision(convolutions, products)
-    assert options(torch.empty(0)) == expected
-    assert torch.compile(lambda x: options(x), fullgraph=True)(torch.empty(0)) == expected
-    torch.compiler.reset()
-    assert options(torch.empty(0, dtype=torch.float16)) == {}
+def test_torchs_settings_are_asked_for_when_the_operator_runs(float32_precision, monkeypatch):
+    ask = torch.ops.mmdcn.cuda_settings
+    for tf32, matmul_tf32 in itertools.product((True, False), repeat=2):
+        names = ["tf32" if setting else "ieee" for setting in (tf32, matmul_tf32)]
+        float32_precision(*names)
+        assert ask() == (tf32, matmul_tf32, True, False)
+    cudnn = torch.backends.cudnn
+    try:
+        cudnn.enabled = False
+        assert not ask()[2]
+        cudnn.deterministic = True
+        assert ask()[3]
+    finally:
+        cudnn.enabled, cudnn.deterministic = True, False
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert ask()[2:] == (True, True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_graph_has_none_of_the_settings_that_it_was_made_under(float32_precision):
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "mmdcn":
+                options.append(kwargs)
+            return function(*args, **(kwargs or {}))
+
+    options = []
+    float32_precision("tf32", "tf32")
+    with FakeTensorMode(), Recorder():
+        tensors = {n: torch.empty(t.shape, device="cuda") for n, t in small_call().items()}
+        deform_conv2d(**tensors)
+    assert [given or {} for given in options] == [{}]

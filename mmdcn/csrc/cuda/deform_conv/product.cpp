@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <string>
 
@@ -19,8 +20,8 @@ constexpr int kMostDevices = 64;
 std::atomic<int> chosen[1 + kMostDevices][kProducts][kArithmetics];
 
 const char* const kProductNames[kProducts] = {"output", "grad_columns", "grad_weight"};
-const char* const kArithmeticNames[kArithmetics] = {"float64", "float32", "tf32", "float16",
-                                                    "bfloat16"};
+const char* const kArithmeticNames[kArithmetics] = {
+    "float64", "float32", "tf32", "float16", "bfloat16", "float32_beside_tf32"};
 const char* const kCallNames[kCalls] = {"matmul", "matmul_to_float", "cudnn", "convolution"};
 
 template <int N>
@@ -48,12 +49,28 @@ std::string cuda_product(int64_t device, std::string product, std::string arithm
                            number_of("arithmetic", arithmetic, kArithmeticNames))];
 }
 
-Arithmetic arithmetic_of(Precision precision, bool tf32) {
+// What torch's settings say: see library.cpp.
+struct Settings {
+  bool tf32 = false, matmul_tf32 = false, cudnn = true, deterministic = false;
+};
+
+Settings settings_now() {
+  std::array<StableIValue, 4> said{};
+  // In a process without Python, as of a model that AOTInductor compiled, nothing tells.
+  if (torch_call_dispatcher("mmdcn::cuda_settings", "", said.data(), TORCH_ABI_VERSION) != 0) {
+    return {};
+  }
+  using torch::stable::detail::to;
+  return {to<bool>(said[0]), to<bool>(said[1]), to<bool>(said[2]), to<bool>(said[3])};
+}
+
+Arithmetic arithmetic_of(Precision precision, bool tf32, bool matmul_tf32) {
   switch (precision) {
     case Precision::kFloat64:
       return Arithmetic::kFloat64;
     case Precision::kFloat32:
-      return tf32 ? Arithmetic::kTF32 : Arithmetic::kFloat32;
+      if (tf32) return Arithmetic::kTF32;
+      return matmul_tf32 ? Arithmetic::kFloat32BesideTF32 : Arithmetic::kFloat32;
     case Precision::kFloat16:
       return Arithmetic::kFloat16;
     default:
@@ -160,21 +177,21 @@ void matmul_output(const ProductShape& shape, const Tensor& columns, int64_t ima
 }  // namespace
 
 ProductCalls::ProductCalls(Precision precision, bool tf32, bool matmul_tf32, bool deterministic,
-                           int device)
-    : tf32(tf32), deterministic(deterministic) {
-  const Arithmetic arithmetic = arithmetic_of(precision, tf32);
+                           int device) {
+  const Settings settings = precision == Precision::kFloat64 ? Settings{} : settings_now();
+  this->tf32 = tf32 || settings.tf32;
+  this->deterministic = deterministic || settings.deterministic;
+  const Arithmetic arithmetic =
+      arithmetic_of(precision, this->tf32, matmul_tf32 || settings.matmul_tf32);
   const auto chosen_call = [&](Product product) {
-    return static_cast<Call>(
+    const auto call = static_cast<Call>(
         choice(device, static_cast<int>(product), static_cast<int>(arithmetic)).load());
+    const bool by_cudnn = call == Call::kCudnn || call == Call::kConvolution;
+    return by_cudnn && !settings.cudnn ? Call::kMatmul : call;
   };
   output = chosen_call(Product::kOutput);
   grad_columns = chosen_call(Product::kGradColumns);
   grad_weight = chosen_call(Product::kGradWeight);
-  if (arithmetic == Arithmetic::kFloat32 && matmul_tf32) {
-    // A product of matrices would not be exact.
-    output = grad_columns = Call::kCudnn;
-    grad_weight = Call::kConvolution;
-  }
 }
 
 void multiply_output(const ProductCalls& calls, const ProductShape& shape, const Tensor& columns,

@@ -14,8 +14,15 @@ namespace mmdcn::cuda {
 enum class Product { kOutput, kGradColumns, kGradWeight };
 constexpr int kProducts = 3;
 
-enum class Arithmetic { kFloat64, kFloat32, kTF32, kFloat16, kBFloat16 };
-constexpr int kArithmetics = 5;
+enum class Arithmetic {
+  kFloat64,
+  kFloat32,
+  kTF32,
+  kFloat16,
+  kBFloat16,
+  kFloat32BesideTF32,  // exact, while torch's products of matrices are in TF32
+};
+constexpr int kArithmetics = 6;
 
 enum class Call {
   kMatmul,         // aten::bmm.out
@@ -40,8 +47,9 @@ struct ProductCalls {
   Call output, grad_columns, grad_weight;
   bool tf32, deterministic;
 
-  // `tf32` and `matmul_tf32` say that torch's settings let float32 be multiplied in TF32, in
-  // convolutions and in products of matrices.
+  // As torch's settings say now. `tf32`, `matmul_tf32` and `deterministic` are what the caller wants
+  // whatever they say: to multiply float32 in TF32, in convolutions and in products of matrices, and
+  // to add in a fixed order. Without cuDNN, all products are products of matrices.
   ProductCalls(Precision precision, bool tf32, bool matmul_tf32, bool deterministic, int device);
 
   // Whether the gradient of the weight takes columns and grad_output in the type of offsets.
