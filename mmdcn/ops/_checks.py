@@ -4,12 +4,14 @@ They raise TypeError or ValueError that names the argument, what was expected an
 """
 
 import math
+import operator
 
 import torch
 from torch import Tensor
 
 FEATURE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 HALF_DTYPES = (torch.float16, torch.bfloat16)
+LARGEST_NUMBER = 2**31 - 1  # of what a convolution's geometry is given by
 LONGEST_SIDE = 2**30  # because the kernels count rows and columns in 32 bits
 
 
@@ -132,6 +134,16 @@ def check_number(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 
+def as_int(value: int) -> int:
+    """The value as an int where it stands for one, as those of numpy do; unchanged otherwise."""
+    if isinstance(value, (int, torch.SymInt)):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
+
+
 def is_whole(value: int) -> bool:
     """Whether the value is an int; True and False do not count as ints here."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
@@ -146,15 +158,18 @@ def flag(name: str, value: bool) -> bool:
 
 def numbers(name: str, value: int | tuple[int, ...], rank: int, at_least: int) -> tuple[int, ...]:
     """The value as one number for each dimension."""
-    if type(value) is int and value >= at_least:
+    if type(value) is int and at_least <= value <= LARGEST_NUMBER:
         return (value,) * rank
     each = tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
+    each = tuple(map(as_int, each))
     if not all(map(is_whole, each)):
         several = {1: "a tuple of one int", 2: "a pair of ints", 3: "three ints"}[rank]
         raise TypeError(f"{name}: expected an int or {several}, got {value!r}")
-    if len(each) != rank or any(n < at_least for n in each):
+    too_large = any(n > LARGEST_NUMBER for n in each)
+    if len(each) != rank or too_large or any(n < at_least for n in each):
         count = {1: "one number", 2: "one or two numbers", 3: "one or three numbers"}[rank]
-        raise ValueError(f"{name}: expected {count} of at least {at_least}, got {value!r}")
+        below = " and below 2**31" if too_large else ""
+        raise ValueError(f"{name}: expected {count} of at least {at_least}{below}, got {value!r}")
     return each
 
 

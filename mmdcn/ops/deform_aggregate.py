@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import (
+    as_int,
     check_channels,
     check_number,
     check_sides,
@@ -83,6 +84,7 @@ def dcnv3(
         torch.Size([1, 8, 8, 32])
     """
     geometry = _geometry(kernel_size, stride, padding, dilation, offset_scale, remove_center)
+    group = as_int(group)
     check_tensors(_DIMENSIONS, input=input, offset=offset, mask=mask)
     (input,) = autocast_features(input)
     offset, mask = autocast_coordinates(input, offset, mask)
@@ -124,6 +126,7 @@ def dcnv4(
         torch.Size([1, 8, 8, 32])
     """
     geometry = _geometry(kernel_size, stride, padding, dilation, offset_scale, remove_center)
+    group = as_int(group)
     check_tensors(_DIMENSIONS, input=input, offset_mask=offset_mask)
     (input,) = autocast_features(input)
     (offset_mask,) = autocast_coordinates(input, offset_mask)
@@ -216,7 +219,12 @@ def _check_compiled(
     """Check the compiled operator's arguments, whose points have a dimension for the groups."""
     check_tensors({"input": 4, "offset": 5, "mask": 5}, input=input, offset=offset, mask=mask)
     geometry = _geometry(kernel_size, stride, padding, dilation, offset_scale, remove_center)
-    group = offset.shape[3]
+    group, channels = offset.shape[3], input.shape[3]
+    if group < 1 or channels % group != 0:
+        raise ValueError(
+            f"offset: expected offset.shape[3], the number of groups, to divide the {channels} "
+            f"channels of input, got {group}"
+        )
     taps, out_size = _check_input(input, group, *geometry)
     for name, tensor, channels in (("offset", offset, 2 * taps), ("mask", mask, taps)):
         expected = (input.shape[0], *out_size, group, channels)

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import reference
 from ._checks import (
     LONGEST_SIDE,
+    as_int,
     check_channels,
     check_number,
     check_sides,
@@ -94,6 +95,7 @@ def deform_roi_pool(
     """
     output_size = pair("output_size", output_size, at_least=1)
     position_sensitive = flag("position_sensitive", position_sensitive)
+    sampling_ratio = as_int(sampling_ratio)
     _check_numbers(spatial_scale, sampling_ratio, gamma)
     sampling_ratio = sampling_ratio if sampling_ratio > 0 else 0
     check_tensors(_DIMENSIONS, optional=("offset",), input=input, rois=rois, offset=offset)

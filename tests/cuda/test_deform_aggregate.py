@@ -1,5 +1,7 @@
 """The CUDA source of deformable aggregation, run on the host: kernels and registration."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,11 @@ from torch import Tensor
 from torch.nn.modules.utils import _pair
 
 from tests.cuda.promises import assert_promises_kept
-from tests.ops.aggregate_problems import AggregateProblem, aggregate_problems
+from tests.ops.aggregate_problems import (
+    AggregateProblem,
+    aggregate_problems,
+    assert_any_strides_of_size_one,
+)
 from tests.ops.problems import DTYPES, compare, run, wide
 
 
@@ -86,6 +92,11 @@ def test_results_are_the_fake_kernels(host_operators, dtype, batch):
         output_mask = [bool(wanted >> i & 1) for i in range(3)]
         calls.append(("deform_aggregate_backward", [grad_output, *arguments, output_mask]))
     assert_promises_kept(calls)
+
+
+@pytest.mark.parametrize("size", itertools.product((1, 3), repeat=3), ids=str)
+def test_dimensions_of_size_one_may_have_any_stride(host_operators, size):
+    assert_any_strides_of_size_one(host_operators, *size)
 
 
 def test_sanitizers(check_with_sanitizers):

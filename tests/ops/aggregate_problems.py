@@ -92,3 +92,27 @@ def aggregate_problems(draw) -> AggregateProblem:
         spread=draw(st.sampled_from([0.3, 2.0, 10.0])),
         seed=draw(st.integers(0, 2**31)),
     )
+
+
+def with_odd_strides(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, where nobody may look at the strides of dimensions of size one."""
+    stride = [999 if n == 1 else step for n, step in zip(tensor.shape, tensor.stride())]
+    return tensor.as_strided(tensor.shape, stride)
+
+
+def assert_any_strides_of_size_one(operators, batch: int, height: int, width: int) -> None:
+    """The compiled operators are right whatever strides the dimensions of size one have."""
+    input = torch.randn(batch, height, width, 8)
+    for packed in (False, True):  # packed as DCNv4 has them, in which no tensor is contiguous
+        points = torch.randn(batch, height, width, 2, 27)
+        good = points[..., :18].contiguous(), points[..., 18:].contiguous()
+        odd = (points[..., :18], points[..., 18:]) if packed else good
+        odd = [with_odd_strides(tensor) for tensor in odd]
+        geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 1.0, False)
+        expected = operators.deform_aggregate(input, *good, *geometry)
+        assert torch.equal(operators.deform_aggregate(input, *odd, *geometry), expected)
+        arguments = (*geometry, [True] * 3)
+        expected = operators.deform_aggregate_backward(input, input, *good, *arguments)
+        actual = operators.deform_aggregate_backward(input, input, *odd, *arguments)
+        for one, other in zip(actual, expected):
+            assert torch.equal(one, other)

@@ -1,5 +1,6 @@
 """The contract of operators: inputs at the edges of what they take, and errors beyond these."""
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -139,6 +140,21 @@ def test_every_bad_number_is_named(call, bad):
             assert_named(error, call)
         else:
             assert isinstance(output, Tensor)
+
+
+@EVERY
+@pytest.mark.parametrize("number", [numpy.int64, torch.tensor], ids=["numpy", "torch"])
+def test_numbers_may_be_of_other_types(call, number):
+    """As sizes that somebody has computed are."""
+    expected = call.function(**call.tensors(), **call.arguments)
+
+    def converted(value):
+        if isinstance(value, tuple):
+            return tuple(map(converted, value))
+        return number(value) if type(value) is int else value
+
+    arguments = {name: converted(value) for name, value in call.arguments.items()}
+    assert torch.equal(call.function(**call.tensors(), **arguments), expected)
 
 
 @EVERY

@@ -1,5 +1,6 @@
 """DCNv3 and DCNv4 against the reference, gradcheck, their contract with torch, and bad calls."""
 
+import itertools
 import re
 
 import pytest
@@ -9,7 +10,11 @@ from hypothesis import given, settings
 from torch.library import opcheck
 
 from mmdcn.ops import dcnv3, dcnv4, reference
-from tests.ops.aggregate_problems import AggregateProblem, aggregate_problems
+from tests.ops.aggregate_problems import (
+    AggregateProblem,
+    aggregate_problems,
+    assert_any_strides_of_size_one,
+)
 from tests.ops.problems import (
     DTYPES,
     TOLERANCE,
@@ -152,6 +157,11 @@ def test_arguments_need_not_be_contiguous():
         actual = run(dcnv3, tensors, **problem.arguments())
         for name, value in expected.items():
             assert torch.equal(actual[name], value), (how, name)
+
+
+@pytest.mark.parametrize("size", itertools.product((1, 3), repeat=3), ids=str)
+def test_dimensions_of_size_one_may_have_any_stride(size):
+    assert_any_strides_of_size_one(torch.ops.mmdcn, *size)
 
 
 @pytest.mark.parametrize("wanted", NAMES)
@@ -337,5 +347,6 @@ def test_v4_refuses_other_channels(channels):
     x = torch.zeros(2, 7, 8, 8)
     for good in (54, 56):
         dcnv4(x, torch.zeros(2, 7, 8, good), **problem.arguments())
-    with pytest.raises(ValueError, match=f"offset_mask: expected 54 channels.*got {channels}"):
+    message = f"offset_mask: expected 54 channels.*, or 56 with padding, got {channels}"
+    with pytest.raises(ValueError, match=message):
         dcnv4(x, torch.zeros(2, 7, 8, channels), **problem.arguments())

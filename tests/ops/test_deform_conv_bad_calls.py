@@ -24,6 +24,12 @@ BAD_CALLS_2D = {
         r"input.*2\*\*30.*\(7, 1073741824\)",
     ),
     "padding too large": ({"padding": 2**30}, ValueError, r"padding.*2\*\*30.*2147483653"),
+    "padding and dilation beyond counting": (
+        {"padding": 2**40, "dilation": 2**40},
+        ValueError,
+        r"padding.*below 2\*\*31.*1099511627776",
+    ),
+    "dilation beyond counting": ({"dilation": (1, 2**63)}, ValueError, r"dilation.*below 2\*\*31"),
     "offset missing": ({"offset": None}, TypeError, "offset.*NoneType"),
     "offset of 16 channels": (
         {"offset": torch.zeros(2, 16, 7, 8)},

@@ -350,6 +350,11 @@ BAD_CALLS = {
         TypeError,
         "rois.*float32.*float16",
     ),
+    "rois without images": (
+        {"input": torch.zeros(0, 4, 9, 11)},
+        ValueError,
+        "^rois: expected none, as input has no images, got 5",
+    ),
     "rois elsewhere": (
         {"rois": torch.zeros(5, 5, device="meta")},
         ValueError,

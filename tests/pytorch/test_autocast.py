@@ -6,6 +6,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmdcn.ops import _devices
+from tests.ops.calls import CALLS
 from tests.pytorch.models import PACKS, backbone, layer, loss
 
 NAMES = pytest.mark.parametrize("name", ["DCN", "DCNv2"])
@@ -29,6 +30,18 @@ def test_layer(name, dtype):
     for parameter in model.parameters():
         assert parameter.grad.dtype == torch.float32 and torch.isfinite(parameter.grad).all()
         assert parameter.grad.any()
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_the_other_half_precision_is_taken(call):
+    """As torch's own convolutions take it: autocast's dtype need not be the model's."""
+    tensors = call.tensors(torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = call.function(**tensors, **call.arguments)
+    # RoI pooling keeps what it is given.
+    assert output.dtype == (torch.float16 if "rois" in tensors else torch.bfloat16)
+    exact = call.reference(**{n: t.double() for n, t in tensors.items()}, **call.arguments)
+    torch.testing.assert_close(output.double(), exact, rtol=0.05, atol=0.05)
 
 
 @NAMES
