@@ -27,6 +27,7 @@ import torch
 
 import mmdcn
 from mmdcn import ops, self_test
+from mmdcn.errors import InputError, first_line
 from mmdcn.machine import driver, installed
 from mmdcn.ops import _devices, _library, _products
 
@@ -55,6 +56,10 @@ def _versions() -> dict[str, str]:
 
 
 def _libraries() -> dict[str, str]:
+    try:
+        capability = torch.ops.mmdcn.cpu_capability()
+    except RuntimeError as error:  # of the environment variable that names one
+        raise InputError(first_line(error)) from error
     if _library.cuda_is_loaded():
         cuda = "loaded"
     elif _library.CUDA_PROBLEM is not None:
@@ -64,8 +69,7 @@ def _libraries() -> dict[str, str]:
     else:
         cuda = "not built (no nvcc when mmdcn was compiled, or MMDCN_WITH_CUDA=0)"
     return {
-        "CPU library": f"loaded, {torch.ops.mmdcn.cpu_capability()} kernels, "
-        f"{torch.get_num_threads()} threads",
+        "CPU library": f"loaded, {capability} kernels, {torch.get_num_threads()} threads",
         "CUDA library": cuda,
     }
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mmdcn import check, ops, self_test
+from mmdcn.errors import InputError
 from mmdcn.ops import _devices
 from tests.ops.problems import TOLERANCE
 from tests.switched_off import CPU, counting, switch_off
@@ -79,6 +80,17 @@ def test_all_is_well_on_the_cpu(capsys):
     assert printed.count(" ok (") == len(ops.__all__) * 4
     assert "mmdcn's kernels compute on cpu." in printed
     assert "What to do" not in printed
+
+
+def test_an_instruction_set_that_is_not_there_is_one_sentence(monkeypatch):
+    """That is how a tool ends with an InputError."""
+
+    def refuse():
+        raise RuntimeError("MMDCN_CPU_CAPABILITY: expected portable, got avx1024\nand more")
+
+    monkeypatch.setattr(check.torch.ops.mmdcn, "cpu_capability", refuse)
+    with pytest.raises(InputError, match=r"^MMDCN_CPU_CAPABILITY: expected portable, got avx1024$"):
+        check.main()
 
 
 def test_it_goes_on_after_a_test_that_failed(monkeypatch, capsys):

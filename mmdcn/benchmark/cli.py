@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmdcn import files
+
 from . import BenchmarkError, cases, values
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ def _measure(args: argparse.Namespace, measure: Callable[[dict], None]) -> int:
     """Run a measurement; what is known when it ends, or is interrupted, is printed and written."""
     from . import report, tables
 
+    if args.json is not None:
+        files.check_folder(args.json.parent, "--json")
     command = shlex.join([*_program().split(), *sys.argv[1:]])
     result = {"command": command}
     interrupted = False
@@ -361,6 +365,7 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
 def _run_report(args: argparse.Namespace) -> int:
     from . import report
 
+    files.check_folder(args.out.parent, "--out")
     written = report.publish(report.load_runs(args.runs), args.out, args.readme)
     print(*written, sep="\n")
     return 0

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmdcn import startup
-from mmdcn.errors import InputError, first_line
+from mmdcn.errors import InputError, LibraryError, first_line
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -259,7 +259,8 @@ def begin(
 ) -> argparse.Namespace:
     """Read a tool's arguments, and only then import what takes seconds.
 
-    :func:`run` does this. A tool that imports more at its head calls it before.
+    Where the compiled operators are missing, one message ends the process. :func:`run` does this. A
+    tool that imports more at its head calls it before.
 
     Args:
         parse_args: reads them, and ends the process where there is a mistake.
@@ -273,7 +274,10 @@ def begin(
         sys.exit(0)
     if needs_toolbox:
         with contextlib.redirect_stdout(sys.stderr) if log_to_stderr else contextlib.nullcontext():
-            startup.load()
+            try:
+                startup.load()
+            except LibraryError as error:
+                sys.exit(f"error: {error}")
     return args
 
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 
+from mmdcn.errors import LibraryError
+
 FOLDER = Path(__file__).resolve().parent.parent
 CPU_LIBRARY = FOLDER / "_cpu.abi3.so"
 CUDA_LIBRARY = FOLDER / "_cuda.abi3.so"
@@ -15,21 +17,21 @@ CUDA_PROBLEM: str | None = None  # why the CUDA library was found and did not lo
 
 
 def load() -> None:
-    """Register the operators, or raise an ImportError that names the fix if none were built.
+    """Register the operators, or raise a LibraryError that names the fix if none were built.
 
     A CUDA library that does not load is no error: :mod:`mmdcn.ops._devices` says what computes
     instead. Whether there is a GPU is not asked here, as a process that has asked cannot fork.
     """
     global CUDA_PROBLEM
     if not CPU_LIBRARY.is_file():
-        raise ImportError(
+        raise LibraryError(
             f"mmdcn's operators are not compiled: {CPU_LIBRARY} is missing. "
             f"To build them, {REBUILD}."
         )
     try:
         torch.ops.load_library(str(CPU_LIBRARY))
     except OSError as error:
-        raise ImportError(
+        raise LibraryError(
             f"mmdcn's compiled library {CPU_LIBRARY} does not load under torch "
             f"{torch.__version__} (mmdcn needs torch >= 2.10 and a wheel for this platform): "
             f"{error}. To build it for this machine, {REBUILD}."

@@ -113,7 +113,8 @@ def deform_conv3d(
             dtype or one that the offset may have.
 
     Returns:
-        Tensor of shape (N, Co, Do, Ho, Wo) in the input's dtype, contiguous, where
+        Tensor of shape (N, Co, Do, Ho, Wo) in the input's dtype, contiguous whatever the input's
+        layout, where
         ``Do = (D + 2 · padding - dilation · (kd - 1) - 1) // stride + 1``, and Ho and Wo likewise.
 
     Samples outside (-1, D) × (-1, H) × (-1, W), precision, derivatives, errors and what is

@@ -11,6 +11,7 @@ import pytest
 
 from mmdcn import timing
 from mmdcn.benchmark import cli, operators
+from mmdcn.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,3 +123,11 @@ def test_bad_arguments_are_named(arguments, message, capsys, monkeypatch):
     assert ended.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.search(f"argument .*{message}", error), error
+
+
+@pytest.mark.parametrize("command", ["ops", "family", "report run.json"])
+def test_a_place_that_cannot_be_written_to_is_named_first(command, monkeypatch):
+    """Not after minutes of measurement."""
+    option = "--out" if "report" in command else "--json"
+    with pytest.raises(InputError, match=rf"argument {option}: .*/dev/null"):
+        cli.main([*command.split(), option, "/dev/null/results/run.json"])

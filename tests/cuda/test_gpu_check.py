@@ -18,6 +18,7 @@ from mmdcn.benchmark import implementations
 from mmdcn.benchmark.gpu import accuracy, cli, parent, profiling, programs, report, sections, worker
 from mmdcn.benchmark.gpu.sections import SECTIONS, Section
 from mmdcn.benchmark.gpu.settings import Settings
+from mmdcn.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 # Sections whose cases run processes that take long to start: these have tests of their own.
@@ -343,6 +344,9 @@ def test_what_time_does_not_suffice_for_is_left_out(tmp_path, monkeypatch, capsy
         with pytest.raises(SystemExit):
             cli.main([*arguments, *wrong])
     assert "got convolution" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"argument --out: .*/dev/null"):
+        cli.main([*arguments, "--out", "/dev/null/results"])
+    assert ran == ["smoke", "products"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

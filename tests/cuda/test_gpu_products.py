@@ -18,6 +18,14 @@ CANDIDATES = [
 ]
 
 
+@pytest.fixture
+def matrices_in_tf32():
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize("product, arithmetic, call", CANDIDATES)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_every_call_of_a_product_matches_reference(
@@ -31,7 +39,10 @@ def test_every_call_of_a_product_matches_reference(
     if arithmetic == "tf32":
         request.getfixturevalue("tf32")
         tolerance = 1e-3
-    dtype = torch.float32 if arithmetic == "tf32" else getattr(torch, arithmetic)
+    if arithmetic == "float32_beside_tf32":
+        request.getfixturevalue("matrices_in_tf32")
+        tolerance = 1e-3 if last else None
+    dtype = getattr(torch, arithmetic, torch.float32)
     try:
         compare(problem, dtype, device="cuda", tolerance=tolerance)
     except RuntimeError as error:

@@ -8,9 +8,11 @@ import signal
 import pytest
 from mmengine.config import Config
 
+from mmdcn import startup
 from mmdcn.engine import launch
 from mmdcn.engine.checkpoint import UnsafeCheckpointError
 from mmdcn.engine.preflight import ConfigError
+from mmdcn.ops import _library
 
 
 @pytest.fixture
@@ -125,6 +127,15 @@ def test_mistakes_end_the_tool_with_one_message(error, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         launch.run(main, argparse.Namespace)
     assert stop.value.code == 1
+
+
+def test_missing_operators_end_the_tool_with_one_message(monkeypatch, tmp_path):
+    """And not a traceback: it is the first thing that a build which went wrong shows."""
+    monkeypatch.setattr(_library, "CPU_LIBRARY", tmp_path / "_cpu.abi3.so")
+    monkeypatch.setattr(startup, "load", _library.load)
+    with pytest.raises(SystemExit) as ended:
+        launch.run(lambda args: 0, argparse.Namespace)
+    assert re.match("error: mmdcn's operators are not compiled: .*pip install", ended.value.code)
 
 
 def test_other_errors_keep_their_traceback():

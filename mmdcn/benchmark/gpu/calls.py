@@ -137,13 +137,13 @@ def float32_in(arithmetic: str) -> Iterator[None]:
     """Have everybody multiply float32 alike: in ``'tf32'``, or as it is.
 
     It is a setting of convolutions and one of products of matrices: cuDNN and we follow the one,
-    torchvision's operator the other.
+    torchvision's operator the other. In ``'float32_beside_tf32'`` they differ.
     """
     settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     before = [each.fp32_precision for each in settings]
     try:
-        for each in settings:
-            each.fp32_precision = "tf32" if arithmetic == "tf32" else "ieee"
+        for each, in_tf32 in zip(settings, (("tf32",), ("tf32", "float32_beside_tf32"))):
+            each.fp32_precision = "tf32" if arithmetic in in_tf32 else "ieee"
         yield
     finally:
         for each, value in zip(settings, before):

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mmdcn.files import write
+from mmdcn import files
 
 from .processes import die_with_parent, turn_termination_into_an_exception
 from .sections import PART_SECONDS, PARTS, SECTIONS, of_part
@@ -74,6 +74,7 @@ def check(args: argparse.Namespace) -> int:
 
     if args.device == "cuda" and not torch.cuda.is_available():
         args.parser.error("argument --device: torch sees no CUDA device here; cpu is a rehearsal")
+    files.check_folder(args.out, "--out")
     die_with_parent()
     turn_termination_into_an_exception()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -131,8 +132,8 @@ def _report_of(args: argparse.Namespace) -> Iterator[tuple[dict, Callable[[], No
     path = args.out / f"gpu_check_{args.part}"
 
     def changed() -> None:
-        write(path.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
-        write(path.with_suffix(".md"), report.markdown(found))
+        files.write(path.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
+        files.write(path.with_suffix(".md"), report.markdown(found))
 
     changed()
     yield found, changed

@@ -74,7 +74,9 @@ def _check_with_wide_columns(settings: Settings, dtype: str) -> dict:
 
 def tolerance(arithmetic: str) -> float:
     """The largest error of a right result, relative to the largest element."""
-    return TF32_TOLERANCE if arithmetic == "tf32" else self_test.TOLERANCE[DTYPES[arithmetic]]
+    if arithmetic == "tf32":
+        return TF32_TOLERANCE
+    return self_test.TOLERANCE[DTYPES.get(arithmetic, torch.float32)]
 
 
 def product_in_force(settings: Settings, product: str, arithmetic: str) -> str | None:

@@ -38,6 +38,7 @@ def products(settings: Settings) -> list[Case]:
         for shape in settings.shapes
         for product, arithmetics in CALLS.items()
         for arithmetic in arithmetics
+        if arithmetic in DISTANCE
     ]
 
 

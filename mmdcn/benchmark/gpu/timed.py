@@ -231,16 +231,15 @@ def passes_of(checked: Checked) -> dict[str, Callable[[], object]]:
     case = checked.case
     geometry = [[number] * 2 for number in case.arguments().values()]
     x, offset, weight, mask = (leaf.detach() for leaf in checked.ours.leaves.values())
-    options = {"allow_tf32": True} if checked.arithmetic == "tf32" else {}
     grad_output = checked.ours.grad_output
 
     def backward(wanted: tuple[bool, ...]) -> Callable[[], object]:
         arguments = (grad_output, x, offset, weight, *geometry, mask, list(wanted))
-        return lambda: torch.ops.mmdcn.deform_conv2d_backward(*arguments, **options)
+        return lambda: torch.ops.mmdcn.deform_conv2d_backward(*arguments)
 
     arguments = (x, offset, weight, None, *geometry, mask)
     return {
-        "forward": lambda: torch.ops.mmdcn.deform_conv2d(*arguments, **options),
+        "forward": lambda: torch.ops.mmdcn.deform_conv2d(*arguments),
         **{name: backward(wanted) for name, wanted in _PASSES.items()},
     }
 

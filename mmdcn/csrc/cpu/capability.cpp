@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstdlib>
+#include <stdexcept>
 #include <string>
 
 namespace mmdcn {
@@ -33,12 +34,12 @@ Capability choose() {
   if (wanted == nullptr || *wanted == '\0') return best;
   for (int i = 0; i < static_cast<int>(kNames.size()); ++i) {
     if (std::string(wanted) != kNames[i]) continue;
-    STD_TORCH_CHECK(i <= static_cast<int>(best), "MMDCN_CPU_CAPABILITY: this machine has no ",
-                    wanted);
-    return static_cast<Capability>(i);
+    if (i <= static_cast<int>(best)) return static_cast<Capability>(i);
+    throw std::runtime_error(std::string("MMDCN_CPU_CAPABILITY: this machine has no ") + wanted);
   }
-  STD_TORCH_CHECK(
-      false, "MMDCN_CPU_CAPABILITY: expected portable, avx2, avx512 or avx512_bf16, got ", wanted);
+  throw std::runtime_error(
+      std::string("MMDCN_CPU_CAPABILITY: expected portable, avx2, avx512 or avx512_bf16, got ") +
+      wanted);
 }
 
 std::string cpu_capability() { return kNames[static_cast<int>(capability())]; }

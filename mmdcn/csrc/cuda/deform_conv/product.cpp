@@ -55,11 +55,16 @@ struct Settings {
 };
 
 Settings settings_now() {
+  // In a process without Python, as of a model that AOTInductor compiled, nothing tells, and asking
+  // in vain takes long.
+  static std::atomic<bool> told{false}, in_vain{false};
+  if (in_vain) return {};
   std::array<StableIValue, 4> said{};
-  // In a process without Python, as of a model that AOTInductor compiled, nothing tells.
   if (torch_call_dispatcher("mmdcn::cuda_settings", "", said.data(), TORCH_ABI_VERSION) != 0) {
+    in_vain = !told;
     return {};
   }
+  told = true;
   using torch::stable::detail::to;
   return {to<bool>(said[0]), to<bool>(said[1]), to<bool>(said[2]), to<bool>(said[3])};
 }
