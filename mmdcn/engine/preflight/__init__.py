@@ -6,7 +6,9 @@ be trained on, layer types that nobody registered.
 
 :mod:`~.model`        the model's types and its heads' numbers of classes
 :mod:`~.dataset`      the files of each data set, and its class list
+:mod:`~.evaluators`   the files that predictions are compared with
 :mod:`~.annotations`  the objects and images in a COCO file, which :mod:`~.coco_file` reads
+:mod:`~.building`     whether the model, the optimizer and the loaders of data can be built
 :mod:`~.weights`      the checkpoint against the model that is to take it
 :mod:`~.determinism`  layers whose results differ from run to run
 """
@@ -23,8 +25,15 @@ from mmengine.registry import DefaultScope
 
 from mmdcn.errors import InputError
 
+from .building import (
+    CannotBuild,
+    build_without_memory,
+    optimizer_problems,
+    setting_problems,
+)
 from .dataset import Data, category_order, data_of, dataset_problems, root_is_absent
 from .determinism import determinism_problems
+from .evaluators import evaluator_problems
 from .model import class_counts, missing_types, pretrained
 from .nodes import Problems, each, is_first_process, is_local, missing_file, said, some
 from .weights import checkpoint_problems
@@ -32,7 +41,7 @@ from .weights import checkpoint_problems
 __all__ = ["ConfigError", "check", "is_first_process", "register_toolbox", "unwritable"]
 
 # What `preflight=dict(...)` in a config switches off, where something differs on purpose.
-_SWITCHES = ("annotations", "checkpoint", "class_counts")
+_SWITCHES = ("annotations", "checkpoint", "class_counts", "model")
 
 
 class ConfigError(InputError, ValueError):
@@ -43,8 +52,8 @@ def check(cfg: Config, stages: tuple[str, ...]) -> list[str]:
     """Check what `cfg` refers to, without running anything of it.
 
     ``preflight=dict(class_counts=False)`` in the config says that classes differ on purpose, and
-    in the same way ``annotations`` and ``checkpoint`` leave out what takes seconds. In a
-    distributed run the first process alone does those two.
+    in the same way ``annotations``, ``checkpoint`` and ``model``, whether it can be built, leave
+    out what takes seconds. In a distributed run the first process alone does those three.
 
     Args:
         cfg: a detector's config.
@@ -91,7 +100,11 @@ def check_weights(cfg: Config, checkpoint: str) -> None:
     register_toolbox()
     asked = Config({"model": cfg.model, "load_from": checkpoint})
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
-        problems = [problem for _, problem in checkpoint_problems(asked, None, is_training=False)]
+        try:
+            model = build_without_memory(asked)
+        except CannotBuild as error:
+            raise ConfigError("{}: {}".format(*error.args)) from error
+        problems = [problem for _, problem in checkpoint_problems(asked, model, None, False)]
     if problems:
         raise ConfigError("; ".join(problems))
 
@@ -118,7 +131,9 @@ def _problems(cfg: Config, stages: tuple[str, ...]) -> Problems:
     if isinstance(cfg.get("work_dir"), str) and (problem := unwritable(cfg.work_dir)):
         yield "work_dir", problem
     yield from missing_types(cfg.model, "model")
-    checkpoints = [("load_from", cfg.get("load_from"))]
+    yield from setting_problems(cfg, stages)
+    resumes = "train" in stages and cfg.get("resume")
+    checkpoints = [("resume" if resumes else "load_from", cfg.get("load_from"))]
     if "train" in stages:
         checkpoints += pretrained(cfg.model, "model")
     for where, path in checkpoints:
@@ -148,6 +163,9 @@ def _problems(cfg: Config, stages: tuple[str, ...]) -> Problems:
                 and not any(ann_file.startswith(root) for root in absent_roots)
             ):
                 yield from missing_file(ann_file, f"{where}.ann_file")
+        if _is_on(cfg, "annotations") and is_first_process():
+            of_stage = [data for data in known if data.where.startswith(f"{stage}_dataloader.")]
+            yield from evaluator_problems(of_stage, _evaluators(cfg, stage))
     if _is_on(cfg, "class_counts"):
         yield from _disagreements(
             cfg.model, known, [e for s in stages for e in _evaluators(cfg, s)]
@@ -260,9 +278,17 @@ def _other_orders(first: Data, files: list[tuple[str, str | None]]) -> Problems:
 
 def _problems_of_weights(cfg: Config, stages: tuple[str, ...]) -> Problems:
     """What is seen only on a model that is built."""
+    try:
+        model = build_without_memory(cfg)
+    except CannotBuild as error:
+        if _is_on(cfg, "model"):
+            yield error.args
+        return
     data = next(iter(_all_data(cfg, stages)), None)
     if _is_on(cfg, "checkpoint"):
         classes = data.classes if data is not None and _is_on(cfg, "class_counts") else None
-        yield from checkpoint_problems(cfg, classes, is_training="train" in stages)
-    if (cfg.get("randomness") or {}).get("deterministic") and "train" in stages:
-        yield from determinism_problems(cfg)
+        yield from checkpoint_problems(cfg, model, classes, is_training="train" in stages)
+    if "train" in stages:
+        yield from optimizer_problems(cfg, model)
+        if (cfg.get("randomness") or {}).get("deterministic"):
+            yield from determinism_problems(model)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 
-from mmengine.config import Config
 from mmengine.device import get_device
+from torch import nn
 
 from .nodes import Problems, some, warn
-from .weights import build_without_memory
 
 # Ours whose gradient of the input is added up in no fixed order; torch's setting makes them raise.
 _OURS = ("DCNv3", "DCNv4", "DeformRoIPool", "DeformRoIPoolPack", "ModulatedDeformRoIPoolPack")
 _WORKSPACES = (":4096:8", ":16:8")
 
 
-def determinism_problems(cfg: Config) -> Problems:
+def determinism_problems(model: nn.Module) -> Problems:
     """What keeps ``randomness.deterministic=True`` from giving the same bits in every run.
 
     On the CPU nothing does.
@@ -29,9 +28,6 @@ def determinism_problems(cfg: Config) -> Problems:
             "on a GPU, products need the environment variable CUBLAS_WORKSPACE_CONFIG=:4096:8 "
             "(or :16:8), set before the program starts",
         )
-    model = build_without_memory(cfg)
-    if model is None:
-        return
     raising, varying = [], []
     for name, module in model.named_modules():
         kind = type(module)

@@ -216,7 +216,13 @@ def test_a_checkpoint_of_another_number_of_classes(small, tmp_path):
     assert "bbox_head.retina_cls.weight: (3, 8, 3, 3) for (2, 8, 3, 3)" in message
     assert "(load_from)" in message
     small.resume = True
-    assert "do not fit the model" in message_of(small, ("train",))
+    message = message_of(small, ("train",))
+    assert "holds weights, but not how far the training was" in message and "(resume)" in message
+    checkpoint = torch.load(tmp_path / "a.pth")
+    checkpoint["meta"].update(epoch=1, iter=2)
+    torch.save(checkpoint, tmp_path / "a.pth")
+    message = message_of(small, ("train",))
+    assert "do not fit the model" in message and "(resume)" in message
     small.preflight = dict(checkpoint=False)
     silently(small, "test")
 
@@ -239,6 +245,23 @@ def test_a_checkpoint_of_another_model(small, tmp_path):
     save(small, tmp_path / "a.pth", without="layer4.1.conv")
     message = message_of(small, ("test",))
     assert "lacks 2 weights of the model, such as 'backbone.layer4.1.conv1.weight'" in message
+
+
+@pytest.mark.parametrize(
+    "name", ["conv2.conv_offset", "conv2.conv_offset_mask", "conv2_offset"], ids=str
+)
+def test_a_deformable_checkpoint_of_a_plain_model(small, tmp_path, name):
+    save(small, tmp_path / "a.pth")
+    checkpoint = torch.load(tmp_path / "a.pth")
+    weights = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {k.replace("conv2.conv_offset", name): v for k, v in weights.items()}
+    torch.save(checkpoint, tmp_path / "a.pth")
+    small.model.backbone.dcn = None
+    message = message_of(small, ("test",))
+    assert "is of a deformable model, and 2 of its layers are plain in this one" in message
+    assert "'backbone.layer4.0.conv2'" in message
+    (warned,) = preflight.check(small, ("train",))
+    assert warned.startswith("load_from: ") and "their offsets are left out" in warned
 
 
 def test_a_checkpoint_that_holds_no_weights(small, tmp_path):
