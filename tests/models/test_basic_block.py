@@ -121,3 +121,28 @@ BasicBlock(4, 4, dcn=dict(type="DCN"))
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("ResNet", dict(depth=18)),
+        ("ResNet", dict(depth=50, stage_with_dcn=(False,) * 4)),
+        ("ResNeXt", dict(depth=50)),
+        ("RegNet", dict(arch="regnetx_400mf")),
+    ],
+)
+def test_a_backbone_without_a_deformable_stage_says_so(kind, arguments, caplog):
+    arguments = dict(type=f"mmdet.{kind}", base_channels=8, **arguments)
+    if kind == "RegNet":
+        del arguments["base_channels"]
+    with caplog.at_level("WARNING", "mmdcn"):
+        MODELS.build(dict(arguments, dcn=dict(type="DCN")))
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{kind}: dcn={{'type': 'DCN'}} is in no stage")
+    assert "set stage_with_dcn=(False, True, True, True)" in record.getMessage()
+    caplog.clear()
+    with caplog.at_level("WARNING", "mmdcn"):
+        MODELS.build(arguments)
+        MODELS.build({**arguments, "dcn": dict(type="DCN"), "stage_with_dcn": (True,) * 4})
+    assert not caplog.records

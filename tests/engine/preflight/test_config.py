@@ -310,7 +310,7 @@ def test_a_setting_of_which_nothing_can_be_built(config, key, value, said, place
     )
     assert preflight.check(config, ("train",)) == []
     config.merge_from_dict({key: value})
-    first, problem = message_of(config).split("\n")
+    _first, problem = message_of(config).split("\n")
     assert said in problem
     place = place or (key if key.partition(".")[0] != "model" else "model.backbone")
     assert problem.endswith(f"({place})") or problem.endswith(f"({place}.dcn)")
