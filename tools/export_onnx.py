@@ -85,7 +85,9 @@ def main(args: argparse.Namespace) -> None:
         verify=not args.no_verify,
     )
 
-    outputs = f"{len(network.output_names)} outputs" if args.raw else ", ".join(network.output_names)
+    outputs = (
+        f"{len(network.output_names)} outputs" if args.raw else ", ".join(network.output_names)
+    )
     print(f"wrote {args.out}: {', '.join(network.input_names)} -> {outputs}")
     if verified is None:
         return

@@ -25,9 +25,7 @@ PROBABILITY = 1e-3
 LEAST_MATCHED = 0.99
 
 
-def match(
-    expected: Sequence[Tensor], actual: Sequence[Tensor], pixels: float = PIXELS
-) -> Tensor:
+def match(expected: Sequence[Tensor], actual: Sequence[Tensor], pixels: float = PIXELS) -> Tensor:
     """Which detection of the one result is which of the other, in one image.
 
     Args:
@@ -122,7 +120,9 @@ class Matches:
     matched: int = 0
     detections: int = 0
 
-    def add(self, names: Sequence[str], expected: Sequence[Tensor], actual: Sequence[Tensor]) -> None:
+    def add(
+        self, names: Sequence[str], expected: Sequence[Tensor], actual: Sequence[Tensor]
+    ) -> None:
         """Compare the outputs for a batch.
 
         Raises:

@@ -94,7 +94,8 @@ def _onnxruntime_session(path: str, threads: int) -> Any:
     except Exception as error:  # onnxruntime's own kinds, which have no common ancestor
         problem = machine.onnxruntime_problem()
         raise ConfigError(
-            f"onnxruntime cannot read {path}: {first_line(error)}" + (f"; {problem}" if problem else "")
+            f"onnxruntime cannot read {path}: {first_line(error)}"
+            + (f"; {problem}" if problem else "")
         ) from error
 
 

@@ -65,9 +65,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_per_group: int)
         The scores (N, G, M) of the boxes that are kept, and :data:`UNUSED` for all others.
 
     Example:
-        >>> boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [0.0, 0.0, 9.0, 8.0], [20.0, 0.0, 30.0, 9.0]])
-        >>> nms(boxes[None, None], torch.tensor([[[0.5, 0.6, 0.7]]]), 0.5, 10)
-        tensor([[[-1.0000,  0.6000,  0.7000]]])
+        >>> boxes = torch.tensor([[[[0.0, 0.0, 9.0, 9.0], [0.0, 0.0, 9.0, 8.0]]]])
+        >>> nms(boxes, torch.tensor([[[0.5, 0.6]]]), 0.5, 10)
+        tensor([[[-1.0000,  0.6000]]])
     """
     kept = torch.full_like(scores, UNUSED)
     for image, group in (scores > UNUSED).any(dim=2).nonzero().tolist():

@@ -1,7 +1,8 @@
 """A detector as an ONNX file of standard operators, compared with PyTorch.
 
-The file holds a whole detector, from images to detections (:class:`mmdcn.deploy.detector.EndToEnd`),
-or its network alone, up to the heads' raw outputs (:class:`mmdcn.engine.network.Network`).
+The file holds a whole detector, from images to detections
+(:class:`mmdcn.deploy.detector.EndToEnd`), or its network alone, up to the heads' raw outputs
+(:class:`mmdcn.engine.network.Network`).
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ def export(
 ) -> Verified | None:
     """Write the network to an ONNX file, and compare it with PyTorch on images.
 
-    Batch, height, width and the number of a network's boxes stay open. The file appears under its name only
-    once it has been verified.
+    Batch, height and width stay open, and the number of boxes that a network is given. The file
+    appears under its name only once it has been verified.
 
     Args:
         network: what to write.

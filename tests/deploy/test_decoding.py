@@ -47,11 +47,11 @@ def compare(detector, sizes=SIZES, least=30):
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
-def test_detections_are_mmdets(tmp_path, name):
-    compare(tiny.build(tiny.config(name, tmp_path, "DCNv2")))
+def test_detections_are_mmdets(name):
+    compare(tiny.build(tiny.config(name, "DCNv2")))
 
 
-def test_fewer_candidates_than_places(tmp_path):
+def test_fewer_candidates_than_places():
     """Places are left at each level, and among proposals and detections."""
     for name in ("faster-rcnn", "retinanet"):
         options = {"model.test_cfg.nms_pre": 1000, "model.test_cfg.max_per_img": 300}
@@ -61,7 +61,7 @@ def test_fewer_candidates_than_places(tmp_path):
                 "model.test_cfg.rpn.max_per_img": 1000,
                 "model.test_cfg.rcnn.max_per_img": 300,
             }
-        compare(tiny.build(tiny.config(name, tmp_path, **options)), sizes=((32, 32),), least=10)
+        compare(tiny.build(tiny.config(name, **options)), sizes=((32, 32),), least=10)
 
 
 @pytest.mark.parametrize(
@@ -81,12 +81,12 @@ def test_fewer_candidates_than_places(tmp_path):
         ("mask-rcnn", {"model.roi_head.mask_roi_extractor": None}),  # shared
     ],
 )
-def test_settings_are_followed(tmp_path, name, options):
-    compare(tiny.build(tiny.config(name, tmp_path, **options)), least=3)
+def test_settings_are_followed(name, options):
+    compare(tiny.build(tiny.config(name, **options)), least=3)
 
 
-def test_no_detection(tmp_path):
-    cfg = tiny.config("mask-rcnn", tmp_path, **{"model.test_cfg.rcnn.score_thr": 1.0})
+def test_no_detection():
+    cfg = tiny.config("mask-rcnn", **{"model.test_cfg.rcnn.score_thr": 1.0})
     with torch.no_grad():
         outputs = EndToEnd(tiny.build(cfg))(*tiny.images(*SIZES))
     assert [tuple(output.shape) for output in outputs] == [
@@ -101,7 +101,11 @@ def test_no_detection(tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
-        ("retinanet", {"model.test_cfg.nms.type": "soft_nms"}, "bbox_head.nms: expected .*soft_nms"),
+        (
+            "retinanet",
+            {"model.test_cfg.nms.type": "soft_nms"},
+            "bbox_head.nms: expected .*soft_nms",
+        ),
         ("retinanet", {"model.test_cfg.nms.max_num": 3}, "bbox_head.nms: expected .*max_num"),
         ("retinanet", {"model.test_cfg.nms_pre": -1}, "nms_pre: expected a positive .*, got -1"),
         ("retinanet", {"model.test_cfg.min_bbox_size": 4}, "min_bbox_size: expected 0, .*got 4"),
@@ -122,8 +126,8 @@ def test_no_detection(tmp_path):
         ("faster-rcnn", {"model.roi_head.type": "DoubleHeadRoIHead"}, "got DoubleHeadRoIHead"),
     ],
 )
-def test_what_is_not_followed_is_named(tmp_path, name, options, expected):
-    cfg = tiny.config(name, tmp_path, **options)
+def test_what_is_not_followed_is_named(name, options, expected):
+    cfg = tiny.config(name, **options)
     if cfg.model.get("roi_head", {}).get("type") == "DoubleHeadRoIHead":
         cfg.model.roi_head.reg_roi_scale_factor = 1.3
     with pytest.raises(ExportError, match=expected):

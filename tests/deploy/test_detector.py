@@ -6,9 +6,9 @@ import pytest
 import torch
 
 pytest.importorskip("mmdet")
-onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 
+import onnx
 from mmengine.registry import DefaultScope
 
 from mmdcn import machine
@@ -42,10 +42,8 @@ def masks(tmp_path_factory):
     """Mask R-CNN with a deformable layer, from images in uint8."""
     folder = tmp_path_factory.mktemp("masks")
     with DefaultScope.overwrite_default_scope("mmdet"):
-        cfg = tiny.config("mask-rcnn", folder, "DCNv2")
-        return written(
-            cfg, folder / "model.onnx", with_preprocessing=True, classes=["a", "b", "c"]
-        )
+        cfg = tiny.config("mask-rcnn", "DCNv2")
+        return written(cfg, folder / "model.onnx", with_preprocessing=True, classes=["a", "b", "c"])
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +51,7 @@ def one_stage(tmp_path_factory):
     """ATSS, from images as the network takes them."""
     folder = tmp_path_factory.mktemp("one_stage")
     with DefaultScope.overwrite_default_scope("mmdet"):
-        return written(tiny.config("atss", folder), folder / "model.onnx")
+        return written(tiny.config("atss"), folder / "model.onnx")
 
 
 def same(detector, file, batch, sizes) -> Matches:
@@ -87,7 +85,9 @@ def test_preprocessing_is_the_data_preprocessors(masks):
     expected = detector.detector.data_preprocessor(dict(inputs=images), training=False)["inputs"]
     sizes = torch.tensor([image.shape[1:] for image in images])
     # What lies outside an image does not matter.
-    batch = torch.where(detector.preprocessing.stack(images) == 0, 7, detector.preprocessing.stack(images))
+    batch = torch.where(
+        detector.preprocessing.stack(images) == 0, 7, detector.preprocessing.stack(images)
+    )
     for place, image in zip(batch, images):
         place[:, : image.shape[1], : image.shape[2]] = image
     assert torch.allclose(detector.preprocessing(batch, sizes), expected, atol=1e-5)
@@ -140,7 +140,7 @@ def test_images_that_it_does_not_take(one_stage, shape, dtype, sizes, expected):
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 @pytest.mark.parametrize("layer", [None, "DCN", "DCNv2"])
 def test_every_detector_with_every_layer(tmp_path, plugin_in_mmdet, name, layer):
-    cfg = tiny.config(name, tmp_path, layer)
-    detector, file, verified = written(cfg, tmp_path / "model.onnx")
+    cfg = tiny.config(name, layer)
+    detector, file, _ = written(cfg, tmp_path / "model.onnx")
     for sizes in BATCHES:
         assert same(detector, file, *tiny.images(*sizes)).detections > 10 * len(sizes)

@@ -67,9 +67,7 @@ def test_suppression_within_a_group():
     assert torch.equal(kept, torch.tensor([[[UNUSED, 0.6, 0.7], [0.5, UNUSED, 0.2]]]))
     assert torch.equal(operators.nms(box.expand(1, 2, 3, 4), given, 0.5, 10), kept)
     fewest = operators.nms(box[None, None], given, 0.5, 1)
-    assert torch.equal(
-        fewest, torch.tensor([[[UNUSED, UNUSED, 0.7], [0.5, UNUSED, UNUSED]]])
-    )
+    assert torch.equal(fewest, torch.tensor([[[UNUSED, UNUSED, 0.7], [0.5, UNUSED, UNUSED]]]))
 
 
 def test_each_roi_at_its_own_level():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import tempfile
 from pathlib import Path
 
 import torch
@@ -51,9 +54,7 @@ CONFIGS = {
     ),
     "fcos": (
         "fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py",
-        _ONE_STAGE.format(
-            "strides=[4, 8, 16], regress_ranges=((-1, 64), (64, 128), (128, 1e8))"
-        ),
+        _ONE_STAGE.format("strides=[4, 8, 16], regress_ranges=((-1, 64), (64, 128), (128, 1e8))"),
     ),
     "atss": (
         "atss/atss_r50_fpn_1x_coco.py",
@@ -65,17 +66,21 @@ CONFIGS = {
 _LAST = ("rpn_cls", "rpn_reg", "fc_cls", "fc_reg", "_cls", "_reg", "conv_cls", "conv_reg")
 
 
-def config(name: str, folder: Path, layer: str | None = None, **options: object) -> Config:
-    """The config of a detector, with a deformable layer in the backbone's second stage or none."""
+@functools.cache
+def _config(name: str) -> Config:
     base, text = CONFIGS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"{name}.py")
+        path.write_text(f"_base_ = 'mmdet::{base}'\n{_BODY}{text}")
+        return Config.fromfile(path)
+
+
+def config(name: str, layer: str | None = None, **options: object) -> Config:
+    """The config of a detector, with a deformable layer in the backbone's second stage or none."""
+    cfg = copy.deepcopy(_config(name))
     if layer is not None:
-        text += (
-            f"model['backbone'].update(dcn=dict(type={layer!r}, fallback_on_stride=False), "
-            "stage_with_dcn=(False, True))\n"
-        )
-    path = folder / f"{name}-{layer}.py"
-    path.write_text(f"_base_ = 'mmdet::{base}'\n{_BODY}{text}")
-    cfg = Config.fromfile(path)
+        cfg.model.backbone.dcn = dict(type=layer, fallback_on_stride=False)
+        cfg.model.backbone.stage_with_dcn = (False, True)
     cfg.merge_from_dict(options)
     return cfg
 

@@ -78,7 +78,12 @@ def test_the_file_is_evaluated_as_the_checkpoint_is(project, trained, exported, 
     for name, model in (("torch", trained / "epoch_1.pth"), ("onnx", "out/model.onnx")):
         run_here(
             *("test.py", project.config, model, "--work-dir", "tested"),
-            *("--out", f"{name}.pkl", "--cfg-options", "test_dataloader.dataset.pipeline.1.scale=(96,80)"),
+            *(
+                "--out",
+                f"{name}.pkl",
+                "--cfg-options",
+                "test_dataloader.dataset.pipeline.1.scale=(96,80)",
+            ),
         )
         results.append(load(project.root / f"{name}.pkl"))
         printed.append(re.findall("bbox_mAP_copypaste: .*", capsys.readouterr().out))
