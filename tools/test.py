@@ -73,7 +73,7 @@ def take_exported_file(cfg: Config, path: str) -> None:
     data = next(data_of(cfg.test_dataloader.dataset, "test_dataloader.dataset"))
     evaluation.check_classes(evaluation.File(path), data.classes)
     preprocessor = cfg.model.get("data_preprocessor") or dict(type="DetDataPreprocessor")
-    cfg.model = ConfigDict(type="mmdcn.ExportedDetector", file=path, data_preprocessor=preprocessor)
+    cfg.model = ConfigDict(type="ExportedDetector", file=path, data_preprocessor=preprocessor)
 
 
 def show_predictions(cfg: Config, args: argparse.Namespace) -> None:

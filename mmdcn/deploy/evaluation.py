@@ -114,7 +114,7 @@ def check_classes(file: File, classes: Sequence[str] | None) -> None:
         )
 
 
-@MODELS.register_module(name="mmdcn.ExportedDetector")
+@MODELS.register_module()
 class ExportedDetector(BaseModel):
     """An exported file, which predicts as the detector that it was written from.
 

@@ -58,7 +58,11 @@ def replace_extractors(roi_head: nn.Module) -> None:
             something else than RoI Align.
     """
     # Not `named_children`, as one that two branches share has two names.
-    extractors = {k: m for k, m in roi_head._modules.items() if k.endswith("_roi_extractor")}
+    extractors = {
+        name: module
+        for name, module in roi_head._modules.items()
+        if name.endswith("_roi_extractor") and not isinstance(module, Extractor)
+    }
     for name, module in extractors.items():
         where = f"model.roi_head.{name}"
         if not inherits(module, SingleRoIExtractor, ("forward", "map_roi_levels")):

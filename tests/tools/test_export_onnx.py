@@ -99,7 +99,12 @@ def test_the_file_is_evaluated_as_the_checkpoint_is(project, trained, exported, 
 
 def test_a_file_that_cannot_be_evaluated(project, trained, exported, run_here, capsys):
     (project.root / "no.onnx").write_text("no model")
-    onnx.save(EMPTY, project.root / "empty.onnx")
+    values = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1]) for n in "xy"]
+    copy = onnx.helper.make_node("Identity", ["x"], ["y"])
+    graph = onnx.helper.make_graph([copy], "copy", values[:1], values[1:])
+    opset = onnx.helper.make_opsetid("", 20)
+    other = onnx.helper.make_model(graph, ir_version=10, opset_imports=[opset])
+    onnx.save(other, project.root / "other.onnx")
     model = onnx.load(project.root / "out" / "model.onnx")
     for entry in model.metadata_props:
         if entry.key == "mmdcn.classes":
@@ -107,7 +112,7 @@ def test_a_file_that_cannot_be_evaluated(project, trained, exported, run_here, c
     onnx.save(model, project.root / "reversed.onnx")
     for name, expected in (
         ("no", "onnxruntime cannot read no.onnx: "),
-        ("empty", r"empty.onnx: expected a whole detector, .* got inputs \[\] .*--raw"),
+        ("other", r"other.onnx: expected a whole detector, .* got inputs \['x'\] .*--raw"),
         ("reversed", "reversed.onnx detects 2 classes, bar, square, .* the data has 2, square"),
     ):
         with pytest.raises(SystemExit, match=f"^error: .*{expected}"):
