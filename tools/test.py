@@ -23,7 +23,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "checkpoint",
         type=launch.checkpoint_file,
-        help="checkpoint file or address, or the ONNX file of a whole detector",
+        help="checkpoint file or address, or an exported file: .onnx, or OpenVINO's .xml",
     )
     parser.add_argument(
         "--work-dir", help="folder for logs and metrics (default: work_dirs/<name of the config>)"
@@ -56,7 +56,7 @@ def parse_args() -> argparse.Namespace:
 
 def is_exported(checkpoint: str) -> bool:
     """Whether what is evaluated is a file that was exported."""
-    return checkpoint.endswith(".onnx")
+    return checkpoint.endswith((".onnx", ".xml"))
 
 
 def take_exported_file(cfg: Config, path: str) -> None:

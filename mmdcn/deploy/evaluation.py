@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,16 @@ from mmdcn.errors import first_line
 
 from .masks import paste_masks
 
-__all__ = ["SUFFIXES", "ExportedDetector", "File", "check_classes"]
-
-#: The endings of the names of files that can be evaluated.
-SUFFIXES = (".onnx",)
+__all__ = ["ExportedDetector", "File", "check_classes"]
 
 _INPUTS = ["images", "image_sizes"]
 
 
 class File:
-    """A file of `tools/export_onnx.py` in onnxruntime.
+    """A file of `tools/export_onnx.py` in onnxruntime, or what OpenVINO has made of it.
 
     Args:
-        path: the file.
+        path: the file, whose name ends in ``.onnx``, or in ``.xml`` for OpenVINO.
         threads: of the CPU; torch's number of them by default.
 
     Raises:
@@ -42,19 +40,16 @@ class File:
 
     def __init__(self, path: str | Path, threads: int | None = None) -> None:
         self.path = str(path)
-        self.session = _onnxruntime_session(self.path, threads or torch.get_num_threads())
-        self.output_names = [output.name for output in self.session.get_outputs()]
-        inputs = [value.name for value in self.session.get_inputs()]
-        if inputs != _INPUTS or self.output_names[:3] != ["boxes", "scores", "labels"]:
+        open_file = _in_openvino if self.path.endswith(".xml") else _in_onnxruntime
+        runtime = open_file(self.path, threads or torch.get_num_threads())
+        self._run, self.output_names = runtime.run, runtime.outputs
+        if runtime.inputs != _INPUTS or runtime.outputs[:3] != ["boxes", "scores", "labels"]:
             raise ConfigError(
                 f"{self.path}: expected a whole detector, with inputs {_INPUTS}, got inputs "
-                f"{inputs} and outputs {self.output_names}: export it again without --raw"
+                f"{runtime.inputs} and outputs {runtime.outputs}: export it again without --raw"
             )
-        written = self.session.get_modelmeta().custom_metadata_map
         self.metadata: dict[str, Any] = {
-            key.removeprefix("mmdcn."): json.loads(value)
-            for key, value in written.items()
-            if key.startswith("mmdcn.")
+            name: json.loads(value) for name, value in runtime.metadata.items()
         }
 
     def __call__(self, images: np.ndarray, image_sizes: np.ndarray) -> dict[str, np.ndarray]:
@@ -75,10 +70,20 @@ class File:
                 f"got an array of shape {image_sizes.shape}"
             )
         given = dict(images=images, image_sizes=image_sizes.astype(np.int64))
-        return dict(zip(self.output_names, self.session.run(None, given)))
+        return dict(zip(self.output_names, self._run(given)))
 
 
-def _onnxruntime_session(path: str, threads: int) -> Any:
+@dataclass(frozen=True)
+class _Runtime:
+    """A file in a runtime: names of inputs and outputs, metadata in JSON, and what computes."""
+
+    inputs: list[str]
+    outputs: list[str]
+    metadata: dict[str, str]
+    run: Callable[[dict[str, np.ndarray]], Sequence[np.ndarray]]
+
+
+def _in_onnxruntime(path: str, threads: int) -> _Runtime:
     try:
         import onnxruntime
     except ImportError as error:
@@ -90,13 +95,37 @@ def _onnxruntime_session(path: str, threads: int) -> Any:
     # Idle threads would slow others'.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own kinds, which have no common ancestor
         problem = machine.onnxruntime_problem()
         raise ConfigError(
             f"onnxruntime cannot read {path}: {first_line(error)}"
             + (f"; {problem}" if problem else "")
         ) from error
+    metadata = session.get_modelmeta().custom_metadata_map
+    return _Runtime(
+        inputs=[value.name for value in session.get_inputs()],
+        outputs=[value.name for value in session.get_outputs()],
+        metadata={
+            key.removeprefix("mmdcn."): value
+            for key, value in metadata.items()
+            if key.startswith("mmdcn.")
+        },
+        run=lambda given: session.run(None, given),
+    )
+
+
+def _in_openvino(path: str, threads: int) -> _Runtime:
+    from . import openvino
+
+    model = openvino.read(path)
+    compiled = openvino.compile_model(model, INFERENCE_NUM_THREADS=threads)
+    return _Runtime(
+        inputs=[value.any_name for value in compiled.inputs],
+        outputs=[value.any_name for value in compiled.outputs],
+        metadata=openvino.metadata(model),
+        run=lambda given: [value.copy() for value in compiled(given).values()],
+    )
 
 
 def check_classes(file: File, classes: Sequence[str] | None) -> None:

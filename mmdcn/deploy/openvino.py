@@ -2,7 +2,7 @@
 
 OpenVINO's reader of ONNX knows no ``DeformConv``. Its opset 8 has the operator itself: here is what
 translates the one to the other, and what writes OpenVINO's own format, which OpenVINO then reads
-without this package. It needs the package openvino.
+without this package. It needs the packages openvino and onnx.
 """
 
 from __future__ import annotations
@@ -15,19 +15,24 @@ from mmdcn.engine.preflight import ConfigError
 from mmdcn.errors import first_line
 
 try:
+    import onnx
     import openvino
     from openvino import opset8
     from openvino.frontend.onnx import ConversionExtension
 except ImportError as error:
     raise ConfigError(
-        f"OpenVINO is not installed ({error}): `pip install openvino`, or mmdcn[openvino]"
+        f"this needs openvino and onnx ({error}): `pip install openvino onnx`, which "
+        "mmdcn[openvino] brings"
     ) from error
 
-__all__ = ["compile_model", "read", "save"]
+__all__ = ["compile_model", "metadata", "read", "save"]
 
 
 def read(path: str | Path) -> openvino.Model:
     """Read an ONNX file with deformable convolutions, or OpenVINO's own format.
+
+    The file's metadata are the model's ``rt_info`` of the same names: ``mmdcn.classes`` is at
+    ``["mmdcn", "classes"]``.
 
     Raises:
         ConfigError: it is neither, or OpenVINO does not know one of its operators.
@@ -35,16 +40,34 @@ def read(path: str | Path) -> openvino.Model:
     core = openvino.Core()
     core.add_extension(ConversionExtension("DeformConv", "", _deform_conv))
     try:
-        return core.read_model(str(path))
+        model = core.read_model(str(path))
     except RuntimeError as error:
         raise ConfigError(f"OpenVINO cannot read {path}: {_last_line(error)}") from error
+    if Path(path).suffix == ".onnx":
+        # OpenVINO's reader leaves them out.
+        for entry in onnx.load(path, load_external_data=False).metadata_props:
+            model.set_rt_info(entry.value, entry.key.split("."))
+    return model
 
 
-def compile_model(path: str | Path, device: str = "CPU", **options: Any) -> openvino.CompiledModel:
+def metadata(model: openvino.Model) -> dict[str, str]:
+    """What a file says of itself, as JSON by name; nothing for a file that is not of this package.
+
+    Args:
+        model: see :func:`read`.
+    """
+    if not model.has_rt_info(["mmdcn"]):
+        return {}
+    return dict(model.get_rt_info(["mmdcn"]).value)
+
+
+def compile_model(
+    model: str | Path | openvino.Model, device: str = "CPU", **options: Any
+) -> openvino.CompiledModel:
     """Read a file and compile it.
 
     Args:
-        path: see :func:`read`.
+        model: a file, see :func:`read`, or what was read.
         device: OpenVINO's name of it.
         options: OpenVINO's, such as ``INFERENCE_NUM_THREADS``. The precision is float32 unless
             ``INFERENCE_PRECISION_HINT`` says otherwise: OpenVINO takes a lower one where a
@@ -54,7 +77,8 @@ def compile_model(path: str | Path, device: str = "CPU", **options: Any) -> open
         ConfigError: see :func:`read`.
     """
     options = {"INFERENCE_PRECISION_HINT": "f32", **options}
-    return openvino.Core().compile_model(read(path), device, options)
+    model = model if isinstance(model, openvino.Model) else read(model)
+    return openvino.Core().compile_model(model, device, options)
 
 
 def save(path: str | Path, target: str | Path) -> None:
@@ -93,14 +117,12 @@ def _deform_conv(node: Any) -> list:
     Both are bilinear and take offsets in the same order. Outside the image OpenVINO would take the
     pixels at the border, unless told otherwise.
     """
-    data, weight, offset = node.get_input(0), node.get_input(1), node.get_input(2)
-    count = node.get_input_size()
-    bias = node.get_input(3) if count > 3 else None
-    mask = node.get_input(4) if count > 4 else None
+    data, weight, offset, bias, mask = (_input(node, index) for index in range(5))
     pads = node.get_attribute("pads", [0, 0, 0, 0])
-    inputs = [data, offset, weight]
     output = opset8.deformable_convolution(
-        *inputs,
+        data,
+        offset,
+        weight,
         list(node.get_attribute("strides", [1, 1])),
         list(pads[:2]),
         list(pads[2:]),
@@ -113,6 +135,14 @@ def _deform_conv(node: Any) -> list:
     if bias is not None:
         output = opset8.add(output, opset8.unsqueeze(bias, opset8.constant([0, 2, 3])))
     return output.outputs()
+
+
+def _input(node: Any, index: int) -> openvino.Output | None:
+    """An input, or None where it is left out: by being empty, where others follow."""
+    if index >= node.get_input_size():
+        return None
+    value = node.get_input(index)
+    return None if value.get_node().get_type_name() == "NullNode" else value
 
 
 def _last_line(error: Exception) -> str:

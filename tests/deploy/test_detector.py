@@ -79,6 +79,28 @@ def test_masks_and_preprocessing(masks):
         assert same(detector, file, batch, sizes).detections > 10 * len(sizes)
 
 
+def test_in_openvino(masks, tmp_path):
+    """Whole, as the file and in OpenVINO's own format, which needs nothing of ours."""
+    openvino = pytest.importorskip("openvino")
+    from mmdcn.deploy import openvino as ours
+
+    detector, file, _ = masks
+    path = tmp_path / "folder" / "model.xml"
+    ours.save(file.path, path)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["model.bin", "model.xml"]
+    translated = File(path)
+    assert translated.metadata == file.metadata
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    plain = openvino.Core().compile_model(str(path), "CPU", settings)
+    for sizes in BATCHES:
+        batch, sizes = tiny.images(*sizes)
+        batch = (batch * 50 + 128).clamp(0, 255).byte()
+        assert same(detector, translated, batch, sizes).detections > 10 * len(sizes)
+        outputs = plain(dict(images=batch.numpy(), image_sizes=sizes.numpy())).values()
+        expected = translated(batch.numpy(), sizes.numpy()).values()
+        assert all((one == other).all() for one, other in zip(outputs, expected))
+
+
 def test_preprocessing_is_the_data_preprocessors(masks):
     detector, *_ = masks
     images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in ((50, 70), (64, 33))]

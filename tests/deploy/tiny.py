@@ -13,19 +13,19 @@ from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from torch import Tensor, nn
 
-# Two stages of a ResNet-18, and a pyramid of three levels.
+# Two stages of a ResNet-18, and a pyramid of two levels.
 _BODY = """
 custom_imports = dict(imports=['mmdcn'], allow_failed_imports=False)
 model = dict(
     backbone=dict(
         depth=18, base_channels=8, num_stages=2, strides=(1, 2), dilations=(1, 1),
         out_indices=(0, 1), frozen_stages=-1, init_cfg=None),
-    neck=dict(in_channels=[8, 16], out_channels=32, start_level=0, num_outs=3))
+    neck=dict(in_channels=[8, 16], out_channels=32, start_level=0, num_outs=2))
 """
 
 _TWO_STAGES = """
 model['rpn_head'] = dict(
-    in_channels=32, feat_channels=32, anchor_generator=dict(strides=[4, 8, 16]))
+    in_channels=32, feat_channels=32, anchor_generator=dict(strides=[4, 8]))
 model['roi_head'] = dict(
     bbox_roi_extractor=dict(out_channels=32, featmap_strides=[4, 8], finest_scale=8),
     bbox_head=dict(in_channels=32, fc_out_channels=32, num_classes=3))
@@ -50,15 +50,15 @@ CONFIGS = {
     "mask-rcnn": ("mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py", _TWO_STAGES + _MASKS),
     "retinanet": (
         "retinanet/retinanet_r50_fpn_1x_coco.py",
-        _ONE_STAGE.format("anchor_generator=dict(strides=[4, 8, 16])"),
+        _ONE_STAGE.format("anchor_generator=dict(strides=[4, 8])"),
     ),
     "fcos": (
         "fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py",
-        _ONE_STAGE.format("strides=[4, 8, 16], regress_ranges=((-1, 64), (64, 128), (128, 1e8))"),
+        _ONE_STAGE.format("strides=[4, 8], regress_ranges=((-1, 64), (64, 1e8))"),
     ),
     "atss": (
         "atss/atss_r50_fpn_1x_coco.py",
-        _ONE_STAGE.format("anchor_generator=dict(strides=[4, 8, 16])"),
+        _ONE_STAGE.format("anchor_generator=dict(strides=[4, 8])"),
     ),
 }
 
