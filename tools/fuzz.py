@@ -25,7 +25,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60.0, help="for how long")
     parser.add_argument("--trials", type=int, help="end before that, after so many of each")
     parser.add_argument("--together", type=int, default=100, help="trials of one process")
-    parser.add_argument("--only", metavar="NAME", help="of the functions, operators or files")
+    parser.add_argument("--only", metavar="NAME", nargs="+", help="of the functions or files")
     parser.add_argument(
         "--seed", type=int, default=secrets.randbelow(2**31), help="the same seed, the same trials"
     )
@@ -37,10 +37,11 @@ def main(args: argparse.Namespace) -> int:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from tests.fuzz import trials
 
-    sources = [s for s in trials.sources(args.kind) if args.only in (None, s.name)]
-    if not sources:
-        names = ", ".join(s.name for s in trials.sources(args.kind))
-        sys.exit(f"error: --only: expected one of {names}, got {args.only!r}")
+    sources = {source.name: source for source in trials.sources(args.kind)}
+    for name in args.only or ():
+        if name not in sources:
+            sys.exit(f"error: --only: expected one of {', '.join(sources)}, got {name!r}")
+    sources = [sources[name] for name in args.only or sources]
     end = time.monotonic() + args.seconds
     print(f"seed {args.seed}", flush=True)
 

@@ -77,6 +77,10 @@ class Trial:
 
     IMPORTS: ClassVar[str] = "from tests.fuzz.operators import *"
 
+    @staticmethod
+    def prepare() -> None:
+        """Nothing is needed."""
+
     def tensors(self) -> dict[str, Tensor | None]:
         tensors = {}
         for name, values in self.problem.tensors(torch.float64).items():

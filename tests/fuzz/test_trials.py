@@ -23,6 +23,10 @@ class Number:
 
     IMPORTS: ClassVar[str] = "from tests.fuzz.test_trials import Number"
 
+    @staticmethod
+    def prepare() -> None:
+        """Nothing is needed."""
+
     def check(self) -> None:
         if self.value < self.fails_from:
             return

@@ -1,7 +1,8 @@
 """Trials in processes of their own: how they end, and the simplest one that ends as a failing one.
 
 A trial is an object with `check()`, which raises where something is wrong, `simpler()`, which gives
-trials that are one step simpler, `IMPORTS`, and a repr that, after these, makes it anew.
+trials that are one step simpler, `prepare()`, which is called once in each process of trials,
+`IMPORTS`, and a repr that, after these, makes it anew.
 """
 
 import dataclasses
@@ -30,6 +31,9 @@ class InvalidTrial(Exception):
 
 class Trial(Protocol):
     IMPORTS: ClassVar[str]
+
+    @staticmethod
+    def prepare() -> None: ...
 
     def check(self) -> None: ...
 
@@ -162,6 +166,7 @@ def run_together(way: str, trials: Sequence[Trial]) -> Failure | None:
     """Run trials in one process of their own."""
 
     def task() -> str | None:
+        trials[0].prepare()
         for index, said in enumerate(WAYS[way](trials)):
             if said is not None:
                 return f"{index}: {said}"
@@ -181,7 +186,7 @@ def reduced(failure: Failure, seconds: float = 120.0) -> Failure:
     end = time.monotonic() + seconds
     found = None
     for trial in failure.trials:
-        reason = _alone(trial)
+        reason = alone(trial)
         if reason is not None:
             found = Failure([trial], ALONE, reason)
             break
@@ -191,7 +196,7 @@ def reduced(failure: Failure, seconds: float = 120.0) -> Failure:
     while simplified and time.monotonic() < end:
         simplified = False
         for simpler in found.trials[0].simpler():
-            reason = _alone(simpler)
+            reason = alone(simpler)
             if reason is not None:
                 found, simplified = Failure([simpler], found.way, reason), True
                 break
@@ -200,10 +205,11 @@ def reduced(failure: Failure, seconds: float = 120.0) -> Failure:
     return found
 
 
-def _alone(trial: Trial) -> str | None:
+def alone(trial: Trial) -> str | None:
     """How the trial fails by itself; None if it does not, or is no valid one."""
 
     def task() -> str | None:
+        trial.prepare()
         try:
             trial.check()
         except InvalidTrial:
