@@ -24,7 +24,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("kind", choices=KINDS, help="what is tried")
     parser.add_argument("--seconds", type=float, default=60.0, help="for how long")
     parser.add_argument("--trials", type=int, help="end before that, after so many of each")
-    parser.add_argument("--together", type=int, default=100, help="trials of one process")
+    parser.add_argument("--together", type=int, default=300, help="trials of one process")
     parser.add_argument("--only", metavar="NAME", nargs="+", help="of the functions or files")
     parser.add_argument(
         "--seed", type=int, default=secrets.randbelow(2**31), help="the same seed, the same trials"

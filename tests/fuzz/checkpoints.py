@@ -8,6 +8,7 @@ executed, and memory stays bounded.
 import dataclasses
 import functools
 import io
+import resource
 import struct
 import sys
 import warnings
@@ -26,7 +27,7 @@ from mmdcn.engine.config_text import ConfigTextError
 from tests.fuzz.limits import limit_memory
 from tests.fuzz.trials import ALONE, Source
 
-MEMORY = 256 * 2**20
+MOST_MEMORY = 64 * 2**20  # bytes, for files of some kilobytes
 
 # --------------------------------------------------------------------------------- what is damaged
 
@@ -184,10 +185,12 @@ class Damaged:
     @staticmethod
     def prepare() -> None:
         for kind in KINDS:
+            _hold()
             Damaged(kind).check()
         warnings.simplefilter("ignore")
         sys.addaudithook(_audit)
-        limit_memory(MEMORY)
+        limit_memory(2**34)  # Whatever happens, other programs go on.
+        _hold()
 
     def content(self) -> bytes:
         content, compressed = bytearray(original(self.kind)), False
@@ -237,6 +240,8 @@ class Damaged:
             assert "\n" not in message and len(message) < 2000, f"{len(message)} characters"
         finally:
             _watch()
+        taken = _held() - _HELD[0]
+        assert taken < MOST_MEMORY, f"{taken} bytes were taken for {len(content)}"
         assert not SEEN, f"while it was read: {SEEN[0]}"
         _assert_plain(loaded)
 
@@ -287,6 +292,19 @@ def _is_named(value: Any) -> bool:
         "numpy",
         "builtins",
     )
+
+
+def _held() -> int:
+    """The most memory that this process has had so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+_HELD = [0]
+
+
+def _hold() -> None:
+    """Count from here."""
+    _HELD[0] = _held()
 
 
 #: What happened while a checkpoint was read that must not.

@@ -220,7 +220,7 @@ def draw_convolution(random: Random, rank: int) -> Problem:
             padding=(padding,) * rank,
             size=tuple(random.randint(1, 3) for _ in range(rank)),
         )
-    if kind < 0.09 and rank == 2:  # Enough work for several threads.
+    if kind < 0.082 and rank == 2:  # Enough work for several threads.
         groups, deform_groups = random.choice([1, 2, 4]), random.choice([1, 2, 3, 6, 12])
         return dataclasses.replace(
             problem,
