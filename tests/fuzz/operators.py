@@ -282,13 +282,16 @@ def draw(function: str, random: Random) -> Trial:
     wanted = differentiable
     if random.random() < 0.4:
         wanted = [name for name in differentiable if random.random() < 0.5]
+    nowhere = random.choice([1, 3, 20]) if random.random() < 0.2 else 0
+    if views.get("offset_mask") == "expanded columns":
+        nowhere = 0  # These would be modulations too.
     return Trial(
         problem=problem,
         dtype=dtype,
         wide=tuple(n for n in halves if random.random() < 0.5),
         views=views,
         wanted=tuple(wanted),
-        nowhere=random.choice([1, 3, 20]) if random.random() < 0.2 else 0,
+        nowhere=nowhere,
         threads=(random.choice(THREADS), random.choice(THREADS)),
     )
 

@@ -61,6 +61,16 @@ def test_a_failure_is_reduced(way, ends):
         assert failure.reason == "AssertionError: 7 is too much"
 
 
+def test_a_trial_that_fails_in_another_way_is_no_simpler_one(monkeypatch):
+    class Refused(Number):
+        def check(self) -> None:
+            if self.value < 3:
+                raise ValueError("expected at least 3")
+            super().check()
+
+    assert reduced(run_together(ALONE, [Refused(40)])).trials == [Refused(7)]
+
+
 def test_a_failure_of_several_together_stays_one(monkeypatch):
     monkeypatch.setitem(trials.WAYS, "together", lambda several: os._exit(1))
     failure = reduced(run_together("together", [Number(1), Number(2)]))

@@ -182,7 +182,7 @@ def run_together(way: str, trials: Sequence[Trial]) -> Failure | None:
 
 
 def reduced(failure: Failure, seconds: float = 120.0) -> Failure:
-    """The simplest failure that is found: of one trial in one process, if that fails too."""
+    """The simplest failure of its kind that is found: of one trial alone, if that fails too."""
     end = time.monotonic() + seconds
     found = None
     for trial in failure.trials:
@@ -192,17 +192,23 @@ def reduced(failure: Failure, seconds: float = 120.0) -> Failure:
             break
     if found is None:
         return failure
+    kind = _kind(found.reason)
     simplified = True
     while simplified and time.monotonic() < end:
         simplified = False
         for simpler in found.trials[0].simpler():
             reason = alone(simpler)
-            if reason is not None:
+            if reason is not None and _kind(reason) == kind:
                 found, simplified = Failure([simpler], found.way, reason), True
                 break
             if time.monotonic() > end:
                 break
     return found
+
+
+def _kind(reason: str) -> str:
+    """The exception, or how the process died: a call that is refused is no simpler wrong result."""
+    return reason.partition(":")[0]
 
 
 def alone(trial: Trial) -> str | None:
