@@ -16,8 +16,10 @@ for dtype in DTYPES:
     compare(Problem(1, 130, (9, 11), 70, (3, 3), deform_groups=2), dtype)
     compare(Problem(2, 12, (7, 8), 6, groups=2, deform_groups=12), dtype)
     compare(Problem(1, 70, (20, 21), 5, deform_groups=35), dtype)
+    compare(Problem(1, 68, (9, 11), 68, groups=17), dtype)
     for layout in (False, True):
         compare(Problem(1, 37, (70, 9), 5, channels_last=layout, spread=15.0), dtype)
+        compare(Problem(1, 37, (40, 9), 37, groups=37, channels_last=layout, spread=15.0), dtype)
     compare(
         Problem(1, 15, (9, 8), 6, deform_groups=3, points_channels_last=True,
                 weight_channels_last=True), dtype)
