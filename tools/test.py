@@ -130,14 +130,14 @@ def main(args: argparse.Namespace) -> None:
     cfg.load_from = None if is_exported(args.checkpoint) else args.checkpoint
     if args.show or args.show_dir:
         show_predictions(cfg, args)
-    preflight.check(cfg, stages=("test",))
+    warned = preflight.check(cfg, stages=("test",))
     if args.out is not None and (problem := preflight.unwritable(Path(args.out).parent)):
         raise preflight.ConfigError(f"--out {args.out}: {problem}")
     if is_exported(args.checkpoint):
         take_exported_file(cfg, args.checkpoint)
     if args.tta:
         augment_at_test_time(cfg)
-    runner = launch.build_runner(cfg)
+    runner = launch.build_runner(cfg, warned)
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
     runner.test()

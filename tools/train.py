@@ -69,8 +69,8 @@ def main(args: argparse.Namespace) -> None:
         scale_learning_rate(cfg)
     if args.resume is not None:
         resume(cfg, args.resume)
-    preflight.check(cfg, stages=("train", "val"))
-    launch.build_runner(cfg).train()
+    warned = preflight.check(cfg, stages=("train", "val"))
+    launch.build_runner(cfg, warned).train()
 
 
 if __name__ == "__main__":

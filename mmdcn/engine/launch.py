@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -193,11 +194,15 @@ def on_cpu() -> bool:
     return get_device() == "cpu"
 
 
-def build_runner(cfg: Config) -> Runner:
+def build_runner(cfg: Config, warned: Sequence[str] = ()) -> Runner:
     """Build the config's runner.
 
     A distributed run without an accelerator communicates through gloo: mmengine would set a CUDA
     device and wrap the model for one.
+
+    Args:
+        cfg: the config.
+        warned: what was warned of before there was a log file, which gets it too.
 
     Raises:
         ConfigError: the launcher needs an accelerator and there is none.
@@ -214,7 +219,13 @@ def build_runner(cfg: Config) -> Runner:
                 "tools/dist_train.sh or tools/dist_test.sh"
             )
         _init_gloo(cfg)
-    return Runner.from_cfg(cfg) if "runner_type" not in cfg else RUNNERS.build(cfg)
+    runner = Runner.from_cfg(cfg) if "runner_type" not in cfg else RUNNERS.build(cfg)
+    for handler in runner.logger.handlers:
+        if isinstance(handler, logging.FileHandler):
+            for message in warned:
+                record = dict(name=runner.logger.name, levelno=logging.WARNING, msg=message)
+                handler.handle(logging.makeLogRecord({**record, "levelname": "WARNING"}))
+    return runner
 
 
 def _init_gloo(cfg: Config) -> None:

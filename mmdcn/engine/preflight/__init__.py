@@ -26,7 +26,7 @@ from mmdcn.errors import InputError
 from .dataset import Data, category_order, data_of, dataset_problems, root_is_absent
 from .determinism import determinism_problems
 from .model import class_counts, missing_types, pretrained
-from .nodes import Problems, each, is_local, missing_file, some
+from .nodes import Problems, each, is_first_process, is_local, missing_file, said, some
 from .weights import checkpoint_problems
 
 __all__ = ["ConfigError", "check", "is_first_process", "register_toolbox", "unwritable"]
@@ -39,7 +39,7 @@ class ConfigError(InputError, ValueError):
     """The config, or what it points to, cannot work. The message lists each problem on a line."""
 
 
-def check(cfg: Config, stages: tuple[str, ...]) -> None:
+def check(cfg: Config, stages: tuple[str, ...]) -> list[str]:
     """Check what `cfg` refers to, without running anything of it.
 
     ``preflight=dict(class_counts=False)`` in the config says that classes differ on purpose, and
@@ -51,6 +51,9 @@ def check(cfg: Config, stages: tuple[str, ...]) -> None:
         stages: the parts that will run, of ``"train"``, ``"val"`` and ``"test"``. The first must be
             there; others are skipped where the config leaves them out.
 
+    Returns:
+        What was warned of, which is logged as well.
+
     Raises:
         ConfigError: an annotation file, image folder or checkpoint is missing, or the work folder
             cannot be written; the annotations would stop a run or spoil what it learns; the heads,
@@ -60,6 +63,7 @@ def check(cfg: Config, stages: tuple[str, ...]) -> None:
         UnsafeCheckpointError: the checkpoint is damaged, or holds more than plain data.
     """
     register_toolbox()
+    said.clear()
     places: dict[str, list[str]] = {}
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
         for where, problem in _problems(cfg, stages):
@@ -70,6 +74,7 @@ def check(cfg: Config, stages: tuple[str, ...]) -> None:
     if places:
         listing = "".join(f"\n  - {problem} ({', '.join(p)})" for problem, p in places.items())
         raise ConfigError(f"the config {cfg.filename} cannot run:{listing}")
+    return list(said)
 
 
 def check_weights(cfg: Config, checkpoint: str) -> None:
@@ -96,12 +101,6 @@ def register_toolbox() -> None:
     from mmdet.utils import register_all_modules
 
     register_all_modules(init_default_scope=False)
-
-
-def is_first_process() -> bool:
-    """Whether this is the first of a distributed run's processes, or the only one."""
-    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
 def _is_on(cfg: Config, switch: str) -> bool:

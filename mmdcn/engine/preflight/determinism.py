@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import warnings
 
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from .nodes import Problems, some
+from .nodes import Problems, some, warn
 from .weights import build_without_memory
 
 # Ours whose gradient of the input is added up in no fixed order; torch's setting makes them raise.
@@ -47,8 +46,7 @@ def determinism_problems(cfg: Config) -> Problems:
             "iteration: train on the CPU, or without deterministic=True",
         )
     if varying:
-        warnings.warn(
+        warn(
             f"{place}: on a GPU, mmcv's kernels do not follow this setting, and add gradients up "
             f"in no fixed order: runs may differ in {some(varying, 4)}.",
-            stacklevel=2,
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from mmdcn.engine.checkpoint import load
 from mmdcn.engine.saving import find_latest_checkpoint
 from mmdcn.errors import first_line
 
-from .nodes import Problems, some
+from .nodes import Problems, some, warn
 
 _MISFIT = re.compile(r"size mismatch for (\S+): .*?\[([\d, ]*)\].*?\[([\d, ]*)\]")
 # How to go on where a checkpoint is meant to differ.
@@ -72,10 +71,9 @@ def checkpoint_problems(cfg: Config, classes: Sequence[str] | None, is_training:
     misfits, missing = _unfilled(cfg, weights)
     if fine_tuning:
         if misfits:
-            warnings.warn(
+            warn(
                 f"load_from: {len(misfits)} weights of {path!r} have other shapes than the "
                 f"model's, which start anew, as for other classes: {'; '.join(misfits[:3])}.",
-                stacklevel=2,
             )
         return
     if misfits:

@@ -1,6 +1,6 @@
 """Heads, data sets, class lists and checkpoints that do not speak of the same classes."""
 
-import warnings
+import re
 from pathlib import Path
 
 import mmdet
@@ -10,6 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 from mmdcn.engine import preflight
+from mmdcn.engine.preflight import nodes
 from mmdcn.engine.preflight.dataset import data_of
 from mmdcn.engine.preflight.model import class_counts
 
@@ -130,8 +131,8 @@ def test_labels_count_in_one_order(config, data):
     write_annotations(data / "val.json", ["a.png"], categories=("dog", "cat"))
     config.val_dataloader = dict(dataset=dict(dataset_of(config), ann_file="val.json"))
     config.val_cfg = dict()
-    with pytest.warns(UserWarning, match="wrong names"):
-        message = message_of(config, ("train", "val"))
+    message = message_of(config, ("train", "val"))
+    assert "wrong names" in nodes.said[0]
     assert "come in another order than those of" in message
     assert "(val_dataloader.dataset.ann_file)" in message
     config.val_dataloader.dataset.ann_file = "train.json"
@@ -198,9 +199,7 @@ def test_a_model_that_computes_while_it_is_built(small, tmp_path):
 
 
 def silently(config, *stages):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        preflight.check(config, stages)
+    assert preflight.check(config, stages) == []
 
 
 @pytest.mark.parametrize("without", ["nothing", "conv_offset", "running_mean"])
@@ -224,8 +223,8 @@ def test_a_checkpoint_of_another_number_of_classes(small, tmp_path):
 
 def test_training_may_begin_with_other_classes(small, tmp_path):
     save(small, tmp_path / "a.pth", classes=("cat", "dog", "cow"))
-    with pytest.warns(UserWarning, match=r"2 weights of .* start anew, as for other classes: bbox"):
-        preflight.check(small, ("train",))
+    (warned,) = preflight.check(small, ("train",))
+    assert re.search(r"2 weights of .* start anew, as for other classes: bbox", warned)
 
 
 def test_a_checkpoint_of_as_many_other_classes(small, tmp_path):
