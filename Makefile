@@ -2,8 +2,11 @@
 # make test       the whole suite, on the CPU
 # make benchmark  the operator and whole detectors against their peers: docs/benchmarks/cpu.md
 # make test-torch TORCH=2.10.0   operators and layers, from the wheel, under another torch
+# make fuzz SECONDS=600   random problems, malformed calls and damaged checkpoints, a third each
 # make zoo        every deformable config of mmdet against mmcv's kernels: docs/zoo.md
 # make lint       ruff and clang-format
+# make docs       the documentation as a site: build/docs/index.html
+# make release-check   audits of the source distribution and the wheel, which it leaves in dist/
 # make wheel      dist/mmdcn-*.whl, with the CUDA library where nvcc is found
 #
 # Each sets up all that it needs in $(VENV). TOOLBOX=onedl uses the maintained fork of the toolbox.
@@ -25,7 +28,8 @@ CXX_SOURCES := $(shell find mmdcn tests -name '*.cpp' -o -name '*.h' -o -name '*
 
 MEASURED := work_dirs/benchmark
 
-.PHONY: demo test test-slow test-torch benchmark zoo lint format wheel check environment clean
+.PHONY: demo test test-slow test-torch benchmark fuzz zoo lint format docs wheel release-check \
+    check environment clean
 
 environment: $(INSTALLED)
 
@@ -74,6 +78,11 @@ benchmark: $(INSTALLED)
 	    $(addprefix $(MEASURED)/,design.json variants.json bfloat16.json float16.json family.json \
 	    detectors.json)
 
+SECONDS ?= 60
+fuzz: $(INSTALLED)
+	@for kind in operators malformed checkpoints; do OMP_NUM_THREADS=1 \
+	    $(RUN) tools/fuzz.py $$kind --seconds $$(($(SECONDS) / 3)) $(ARGS) || exit 1; done
+
 zoo: $(INSTALLED)
 	@$(RUN) tools/check_zoo.py --out docs/zoo.md $(ARGS)
 
@@ -90,6 +99,19 @@ format: $(ENVIRONMENT)
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
 	@$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+.venv-docs/.installed: tools/environment/docs.txt
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+# Warnings are errors: a broken link, a page that no menu shows, a reference to nothing.
+docs: .venv-docs/.installed
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@echo "docs: build/docs/index.html"
+
+release-check: $(INSTALLED)
+	@MMDCN_WERROR=1 tools/environment/release_check.sh "$(VENV)" .venv-release
 
 wheel: $(ENVIRONMENT)
 	@MMDCN_WERROR=1 $(RUN) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

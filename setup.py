@@ -28,9 +28,16 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 CSRC = Path("mmdcn/csrc")
+# What mmengine and mim look for in a package of the toolbox, and where.
+MIM = Path("mmdcn/.mim")
+FOR_MIM = (
+    *("model-index.yml", "configs/*/*.py", "configs/*/metafile.yml"),
+    *("tools/*.py", "tools/*.sh"),
+)
 OLDEST_TORCH = (2, 10)
 AVX512 = [
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
@@ -158,6 +165,32 @@ def is_newest(target: Path, included: Path) -> bool:
     # for changed.
     paths = [Path(name) for name in listed.split()]
     return all(path.is_file() and path.stat().st_mtime <= made for path in paths)
+
+
+class BuildPackage(build_py):
+    """Adds configs and tools to the package, in the folder ``.mim``."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            # Links, as in a checkout: a source distribution has none.
+            MIM.mkdir(exist_ok=True)
+            for name in ("model-index.yml", "configs", "tools"):
+                if not (MIM / name).is_symlink():
+                    (MIM / name).symlink_to(Path("../..") / name)
+            return
+        for source, target in self.for_mim():
+            self.mkpath(str(target.parent))
+            self.copy_file(str(source), str(target))
+
+    def for_mim(self) -> list[tuple[Path, Path]]:
+        """Each file, and its place in the built package."""
+        sources = sorted(path for pattern in FOR_MIM for path in Path().glob(pattern))
+        return [(source, Path(self.build_lib) / MIM / source) for source in sources]
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        added = [] if self.editable_mode else [str(target) for _, target in self.for_mim()]
+        return super().get_outputs(include_bytecode) + added
 
 
 class BuildOperators(build_ext):
@@ -313,9 +346,18 @@ def version() -> str:
     return re.search(r'__version__ = "([^"]+)"', text).group(1)
 
 
+def long_description() -> str:
+    """README as it reads by itself: without pictures and links that lead into the checkout."""
+    text = (ROOT / "README.md").read_text()
+    text = re.sub(r"^!\[[^]]*\]\((?!https?:)[^)]*\)\n+", "", text, flags=re.MULTILINE)
+    return re.sub(r"\[([^]]*)\]\((?!https?:)[^)]*\)", r"\1", text)
+
+
 setup(
     version=version(),
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildOperators},
+    cmdclass={"build_ext": BuildOperators, "build_py": BuildPackage},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

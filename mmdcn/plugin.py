@@ -21,6 +21,8 @@
   (:mod:`mmdcn.engine.zero_start`);
 - mmengine's and torch's loading of state dicts, so that a log line says how many offset branches a
   plain model's checkpoint leaves at zero (:mod:`mmdcn.engine.plain_checkpoints`);
+- mmengine's reading of configs, so that ours are found by name, as ``mmdcn::dcnv2/…``
+  (:mod:`mmdcn.engine.packaged_configs`);
 - mmengine's constructor of optimizers, so that ``dcn_offset_lr_mult`` reaches all our layers
   (:mod:`mmdcn.engine.offset_learning_rate`).
 
@@ -58,15 +60,17 @@ from mmdcn import _WITHOUT_TOOLBOX, layers, mmcv_kernels, models
 try:
     from mmcv.cnn import fuse_conv_bn as _mmcv_fuse_conv_bn
     from mmengine.logging import print_log
-    from mmengine.registry import HOOKS, MODELS, Registry
+    from mmengine.registry import HOOKS, MODELS
 except ModuleNotFoundError as error:
     raise ImportError(f"{_WITHOUT_TOOLBOX} ({error})") from error
 
+from mmdcn import registry
 from mmdcn.engine import (
     checkpoint,
     complexity,
     offset_learning_rate,
     old_keys,
+    packaged_configs,
     plain_checkpoints,
     zero_start,
 )
@@ -158,12 +162,11 @@ LAYERS = {
     **ROI_LAYERS,
 }
 
-_SCOPE = Registry("model", parent=MODELS, scope="mmdcn")
 for _name, _layer in LAYERS.items():
-    _SCOPE.register_module(name=_name, module=_layer)
-_SCOPE.register_module(name="Deformable", module=models.build_deformable)
+    registry.MODELS.register_module(name=_name, module=_layer)
+registry.MODELS.register_module(name="Deformable", module=models.build_deformable)
 
-for _registry in (HOOKS, Registry("hook", parent=HOOKS, scope="mmdcn")):
+for _registry in (HOOKS, registry.HOOKS):
     _registry.register_module(module=OffsetStatisticsHook)
     _registry.register_module(module=SamplingVisualizationHook)
 
@@ -224,6 +227,7 @@ def install() -> None:
     complexity.install()
     offset_learning_rate.install()
     old_keys.install()
+    packaged_configs.install()
     plain_checkpoints.install()
     zero_start.install()
     logging.getLogger("mmdcn").addHandler(_TO_MMENGINE)
@@ -270,6 +274,7 @@ def uninstall() -> None:
     checkpoint.uninstall()
     offset_learning_rate.uninstall()
     old_keys.uninstall()
+    packaged_configs.uninstall()
     plain_checkpoints.uninstall()
     zero_start.uninstall()
     logging.getLogger("mmdcn").removeHandler(_TO_MMENGINE)
@@ -308,6 +313,7 @@ class Report:
         safe_checkpoints: whether mmengine loads checkpoints as plain data.
         old_keys: whether checkpoints load in which offset branches have their former names.
         zero_start: whether offset branches start at zero whatever mmengine initialises.
+        packaged_configs: whether mmengine finds our configs by name.
         mmcv_problem: why mmcv.ops does not load and how to mend it, or None.
     """
 
@@ -318,6 +324,7 @@ class Report:
     safe_checkpoints: bool
     old_keys: bool
     zero_start: bool
+    packaged_configs: bool
     mmcv_problem: str | None
 
     def __str__(self) -> str:
@@ -335,6 +342,8 @@ class Report:
         lines.append(f"Former names of offset branches in them {load}.")
         start = "start at zero" if self.zero_start else "may be initialised"
         lines.append(f"Offset branches {start} when mmengine initialises a model.")
+        found = "are" if self.packaged_configs else "are not"
+        lines.append(f"Configs {found} found by name, as mmdcn::dcnv2/….")
         if self.mmcv_problem is not None:
             lines.append(self.mmcv_problem)
         return "\n".join(lines)
@@ -366,6 +375,7 @@ def report() -> Report:
         safe_checkpoints=checkpoint.installed(),
         old_keys=old_keys.installed(),
         zero_start=zero_start.installed(),
+        packaged_configs=packaged_configs.installed(),
         mmcv_problem=_MMCV_PROBLEM,
     )
 

@@ -1,5 +1,7 @@
 """Building, installing and loading: the wheel, and the errors where something is missing."""
 
+import ast
+import email
 import json
 import os
 import re
@@ -11,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from tests.programs import Program
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,12 +38,12 @@ def source(tmp_path_factory) -> Path:
     not compiled again.
     """
     folder = tmp_path_factory.mktemp("source")
-    shutil.copytree(
-        ROOT / "mmdcn", folder / "mmdcn", ignore=shutil.ignore_patterns("*.so", "__pycache__")
-    )
+    for name in ("mmdcn", "configs", "tools"):
+        unwanted = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=unwanted)
     for objects in ROOT.glob("build/temp*"):
         shutil.copytree(objects, folder / "build" / objects.name)
-    for name in ("setup.py", "pyproject.toml", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "model-index.yml"):
         shutil.copy(ROOT / name, folder)
     return folder
 
@@ -66,6 +70,54 @@ def test_wheel_is_abi3_and_complete(wheel):
     assert {"mmdcn/__init__.py", "mmdcn/ops/reference.py", "mmdcn/check.py"} <= set(names)
     assert "mmdcn/visualization/sampling_page.html" in names
     assert not [name for name in names if name.startswith(("tests/", "mmdcn/csrc/"))]
+
+
+def test_wheel_has_configs_and_tools_for_those_without_a_checkout(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for folder, pattern in (("configs", "*/*"), ("tools", "*")):
+        files = [path for path in (ROOT / folder).glob(pattern) if path.is_file()]
+        wanted = {f"mmdcn/.mim/{path.relative_to(ROOT)}" for path in files}
+        assert len(wanted) > 10 and wanted <= names
+    assert "mmdcn/.mim/model-index.yml" in names
+
+
+def test_metadata_read_by_themselves(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = email.message_from_bytes(archive.read(name))
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["License-File"] == "LICENSE"
+    assert metadata["Author"] == "The mmdcn developers"
+    assert metadata.get_all("Project-URL") is None
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    description = metadata.get_payload()
+    assert description.startswith("# mmdcn\n")
+    links = re.findall(r"\]\(([^)]*)\)", description)
+    assert [link for link in links if not link.startswith("https://")] == []
+
+
+#: The distributions behind imports of other names.
+DISTRIBUTIONS = {"cv2": "opencv-python", "PIL": "pillow"}
+#: What an environment with torch and the toolbox has of its own.
+TOOLBOX = {"torch", "mmengine", "mmcv", "mmdet"}
+#: What is measured beside ours where it is installed, and said to be missing where it is not.
+PEERS = {"torchvision"}
+
+
+def test_extras_name_what_the_package_and_its_tools_import():
+    tomllib = pytest.importorskip("tomllib", reason="of Python 3.11 and newer")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = settings["optional-dependencies"]
+    offered = {requirement for extra in extras.values() for requirement in extra}
+    imported = set()
+    for path in [*(ROOT / "mmdcn").rglob("*.py"), *(ROOT / "tools").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.partition(".")[0])
+    wanted = imported - set(sys.stdlib_module_names) - {"mmdcn", *TOOLBOX, *PEERS}
+    assert {DISTRIBUTIONS.get(name, name) for name in wanted} <= offered
 
 
 def test_library_has_no_python_symbol(wheel, tmp_path):
@@ -104,8 +156,8 @@ def test_wheel_works_installed(wheel, tmp_path):
         "u.find_spec = lambda name, *a: None if name in ('mmengine', 'mmcv') else find(name, *a);"
         "import runpy; runpy.run_module('mmdcn.check', run_name='__main__')"
     )
-    done = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = Program(["-c", code], tmp_path, {"PYTHONPATH": str(tmp_path / "site")}).finish()
+    assert done.returncode == 0, done.stdout
     assert str(tmp_path / "site") in done.stdout
     assert done.stdout.count(" ok (") == 6 * 4  # operators, and dtypes
     assert "mmdcn's kernels compute on cpu." in done.stdout
@@ -137,9 +189,9 @@ def test_the_benchmark_is_used_by_itself_and_tools_only():
 
 def test_import_without_compiled_library_names_the_fix(source, tmp_path):
     shutil.copytree(source / "mmdcn", tmp_path / "mmdcn")
-    done = run(sys.executable, "-c", "import mmdcn", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    done = Program(["-c", "import mmdcn"], tmp_path, {"PYTHONPATH": str(tmp_path)}).finish()
     assert done.returncode != 0
-    last = done.stderr.strip().splitlines()[-1]
+    last = done.stdout.strip().splitlines()[-1]
     assert last.startswith("ImportError: mmdcn's operators are not compiled")
     assert "pip install ." in last
 
@@ -147,9 +199,9 @@ def test_import_without_compiled_library_names_the_fix(source, tmp_path):
 def test_library_that_does_not_load_names_the_fix(source, tmp_path):
     shutil.copytree(source / "mmdcn", tmp_path / "mmdcn")
     (tmp_path / "mmdcn" / "_cpu.abi3.so").write_bytes(b"not a library")
-    done = run(sys.executable, "-c", "import mmdcn", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    done = Program(["-c", "import mmdcn"], tmp_path, {"PYTHONPATH": str(tmp_path)}).finish()
     assert done.returncode != 0
-    last = done.stderr.strip().splitlines()[-1]
+    last = done.stdout.strip().splitlines()[-1]
     assert last.startswith("ImportError:") and f"under torch {torch.__version__}" in last
     assert "pip install ." in last
 

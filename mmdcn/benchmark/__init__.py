@@ -1,4 +1,4 @@
-"""The measuring behind `tools/benchmark.py` and `tools/gpu_check.py`.
+"""The measuring behind `python -m mmdcn.benchmark` and `tools/gpu_check.py`.
 
 ======================== ==========================================================================
 :mod:`~.cases`           the problems: named sets of shapes, and their tensors
@@ -12,7 +12,7 @@
 :mod:`~.report`          the published page, its picture, and README's table
 :mod:`~.paper`           what the operator takes on a GPU, computed from counted instructions
 :mod:`~.random_weights`  of the detectors
-:mod:`~.cli`             the arguments of `tools/benchmark.py`
+:mod:`~.cli`             the arguments of `python -m mmdcn.benchmark`, or `tools/benchmark.py`
 :mod:`~.gpu`             all that `tools/gpu_check.py` adds: checks and timings on a GPU
 ======================== ==========================================================================
 

@@ -142,6 +142,9 @@ SHAPES: dict[str, tuple[Case, ...]] = {
         replace(_MIDDLE, name="deform_groups 256", deform_groups=256),
         replace(_MIDDLE, name="5×5", kernel=5, padding=2),
         replace(_MIDDLE, name="dilation 2", dilation=2, padding=2),
+        replace(_square(1, 256, 32, 32, groups=32), name="32 groups"),
+        replace(_square(1, 256, 32, 32, groups=256), name="depthwise"),
+        replace(_square(1, 96, 56, 56, groups=96), name="depthwise"),
     ),
     # The 3 × 3 convolutions of R-50 at 800 × 1333.
     "r50": (

@@ -1,4 +1,4 @@
-"""The arguments of `tools/benchmark.py`, which are read before torch is imported."""
+"""The arguments of the benchmark, which are read before torch is imported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="tools/benchmark.py",
+        prog=_program(),
         description="Measure mmdcn against its peers on this machine: medians of calls taken in "
         "turns, as Markdown on standard output and as JSON with every sample.",
     )
@@ -31,6 +31,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.parser = commands.choices[args.command]
     return args
+
+
+def _program() -> str:
+    """The command that a user typed; both names are one program."""
+    is_tool = Path(sys.argv[0]).name == "benchmark.py"
+    return "tools/benchmark.py" if is_tool else "python -m mmdcn.benchmark"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,7 +56,7 @@ def _measure(args: argparse.Namespace, measure: Callable[[dict], None]) -> int:
     """Run a measurement; what is known when it ends, or is interrupted, is printed and written."""
     from . import report, tables
 
-    command = shlex.join(["tools/benchmark.py", *sys.argv[1:]])
+    command = shlex.join([*_program().split(), *sys.argv[1:]])
     result = {"command": command}
     interrupted = False
     try:
@@ -315,7 +321,7 @@ def _run_detectors(args: argparse.Namespace) -> int:
 
 
 def _own_configs() -> list[Path]:
-    paths = [Path(__file__).parents[2] / name for name in _DETECTORS]
+    paths = [Path(__file__).parents[1] / ".mim" / name for name in _DETECTORS]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise BenchmarkError(f"--configs: name configs of detectors, as {missing[0]} is not here")

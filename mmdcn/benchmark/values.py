@@ -70,6 +70,6 @@ def size(value: str) -> tuple[int, int]:
 
 
 def config(value: str) -> Path:
-    if not Path(value).is_file():
+    if "::" not in value and not Path(value).is_file():
         raise argparse.ArgumentTypeError(f"expected config files, got {value!r}, which is none")
     return Path(value)

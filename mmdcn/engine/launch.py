@@ -45,12 +45,12 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 def config_file(text: str) -> str:
-    """A config's file, as the type of an argument.
+    """A config's file, or its name in a package (``mmdcn::…``), as the type of an argument.
 
     Raises:
-        InputError: there is no such file.
+        InputError: there is no such file. Names are looked up later, by :func:`read_config`.
     """
-    if not os.path.isfile(text):
+    if "::" not in text and not os.path.isfile(text):
         raise InputError(f"no config file {text!r}")
     return text
 
@@ -102,6 +102,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 # ----------------------------------------------------------------------------------------- config
 
+# What mmengine raises of a config: RuntimeError where its own parsing of one stops, AssertionError
+# and ValueError of a name in a package that it does not know.
+_UNREADABLE = (
+    *(OSError, SyntaxError, ImportError, KeyError),
+    *(RuntimeError, AssertionError, ValueError),
+)
+
 
 def parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
     """The values of ``--cfg-options``, as mmengine reads them.
@@ -129,7 +136,7 @@ def read_config(path: str, settings: Sequence[str] | None = None) -> Config:
     """Read a config and override settings of it.
 
     Args:
-        path: the file.
+        path: the file, or its name in a package: ``mmdcn::dcnv2/…``, ``mmdet::…``.
         settings: what ``--cfg-options`` was given.
 
     Raises:
@@ -137,16 +144,15 @@ def read_config(path: str, settings: Sequence[str] | None = None) -> Config:
             setting cannot be read, or does not fit the config.
     """
     from mmengine.config import Config
-    from mmengine.config.utils import ConfigParsingError
 
     from mmdcn.engine.preflight import ConfigError
 
-    if not os.path.isfile(path):
+    if "::" not in path and not os.path.isfile(path):
         raise ConfigError(f"no config file {path!r}")
     overrides = parse_settings(settings)
     try:
         cfg = Config.fromfile(path)
-    except (OSError, SyntaxError, ImportError, KeyError, ConfigParsingError) as error:
+    except _UNREADABLE as error:
         raise ConfigError(f"cannot read the config {path}: {_describe(error)}") from error
     try:
         cfg.merge_from_dict(overrides)

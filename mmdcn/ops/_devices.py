@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _library, _products
+from ._after_import import constant_to_the_compiler
 from ._determinism import products_are_refused
 
 _logger = logging.getLogger("mmdcn")
@@ -76,7 +77,7 @@ def substitute(operator: str, *arguments) -> Tensor | None:
     return _offered[operator](*arguments)
 
 
-@torch.compiler.assume_constant_result
+@constant_to_the_compiler
 def server(operator: str, device: torch.device) -> str:
     """What computes the compiled operator of this name on the device: OURS, MMCV or REFERENCE."""
     return service(device).of(operator)

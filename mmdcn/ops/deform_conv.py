@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _devices, reference
+from ._after_import import constant_to_the_compiler
 from ._checks import (
     HALF_DTYPES,
     check_channels,
@@ -177,7 +178,7 @@ def _options(input: Tensor) -> dict[str, bool]:
     return {"allow_tf32": True} if convolutions else {"matmul_tf32": True} if products else {}
 
 
-@torch.compiler.assume_constant_result
+@constant_to_the_compiler
 def _tf32_settings() -> tuple[bool, bool]:
     """Whether torch may multiply float32 in TF32, in convolutions and in products of matrices."""
     return (

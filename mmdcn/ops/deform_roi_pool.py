@@ -11,13 +11,13 @@ from . import reference
 from ._checks import (
     LONGEST_SIDE,
     check_channels,
-    check_number,
     check_sides,
     check_tensors,
     check_types,
     coordinate_dtype,
     flag,
     is_whole,
+    number,
     pair,
 )
 from ._registration import (
@@ -93,7 +93,9 @@ def deform_roi_pool(
     """
     output_size = pair("output_size", output_size, at_least=1)
     position_sensitive = flag("position_sensitive", position_sensitive)
-    _check_numbers(spatial_scale, sampling_ratio, gamma)
+    spatial_scale = number("spatial_scale", spatial_scale)
+    gamma = number("gamma", gamma)
+    _check_numbers(spatial_scale, sampling_ratio)
     sampling_ratio = sampling_ratio if sampling_ratio > 0 else 0
     check_tensors(
         {"input": 4, "rois": 2, "offset": 4},
@@ -131,9 +133,7 @@ def deform_roi_pool(
 # ------------------------------------------------------------------------------------------- checks
 
 
-def _check_numbers(spatial_scale: float, sampling_ratio: int, gamma: float) -> None:
-    check_number("spatial_scale", spatial_scale)
-    check_number("gamma", gamma)
+def _check_numbers(spatial_scale: float, sampling_ratio: int) -> None:
     if spatial_scale <= 0:
         raise ValueError(f"spatial_scale: expected a positive number, got {spatial_scale!r}")
     if not is_whole(sampling_ratio):

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "../../mmdcn/csrc/cuda/deform_conv/chunks.h"
 #include "check.h"
 #include "host_deform_conv.h"
 
@@ -90,6 +91,28 @@ Results<T> run(const ConvProblem<R>& problem, const PixelRange& range, const Inp
   return out;
 }
 
+// Whether chunks cover a batch, each pixel once and in order, with no more pixels than allowed;
+// each is gathered to memory of just its size.
+template <typename T, int R>
+bool covers(Draw& draw, const ConvProblem<R>& problem, const Inputs<T>& in) {
+  const int64_t pixels = problem.shape.batch * problem.pixels, most = draw.between(0, pixels + 2);
+  int64_t next = 0;
+  bool right = true;
+  Chunks(problem.shape.batch, problem.pixels, most).for_each([&](const Chunk& chunk) {
+    const PixelRange range = chunk.range(problem.pixels);
+    right = right && range.first == next && range.count > 0 &&
+            range.count <= std::max<int64_t>(most, 1) && range.first + range.count <= pixels;
+    if (!right) return;
+    next += range.count;
+    std::vector<T> columns(range.count * problem.row);
+    HostDeformConv<HostContext<1, 1>, R, T, T>::template gather<1>(
+        problem, range, data(in.input), data(in.offset), data(in.mask), data(columns));
+  });
+  right = right && next == pixels;
+  if (!right) std::printf("chunks of at most %ld pixels\n", static_cast<long>(most));
+  return right;
+}
+
 struct Check {
   template <typename Several, typename T>
   static bool agrees(unsigned seed) {
@@ -117,7 +140,8 @@ struct Check {
                         differ("sum", one.sum, several.sum, T(1e-2)) ||
                         differ("from_fixed", one.from_fixed, several.from_fixed) ||
                         differ("grad_offset", one.grad_offset, several.grad_offset, T(1e-2)) ||
-                        differ("grad_mask", one.grad_mask, several.grad_mask, T(1e-2));
+                        differ("grad_mask", one.grad_mask, several.grad_mask, T(1e-2)) ||
+                        !covers<T>(draw, problem, in);
     if (failed) std::printf("seed %u, %d dimensions\n", seed, R);
     return !failed;
   }

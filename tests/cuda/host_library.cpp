@@ -3,6 +3,8 @@
 // The registration files and the kernels are compiled from their own source. Only what it takes to
 // have a GPU is replaced: the launches run blocks on the host, there is no device to switch to, and
 // the dispatch key is the CPU's. How much memory a call takes at a time is for the tests to say.
+#include <malloc.h>
+
 #include "../../mmdcn/csrc/cuda/deform_aggregate/kernels.h"
 #include "../../mmdcn/csrc/cuda/deform_conv/kernels.h"
 #include "../../mmdcn/csrc/cuda/deform_roi_pool/kernels.h"
@@ -24,6 +26,16 @@ int64_t copy_bytes() { return copy_bytes_wanted; }
 
 using One = HostContext<1, 1>;
 
+// Fails where columns that torch allocated hold less than the range: what lies behind them may be
+// anybody's.
+template <int R>
+void expect_room(const ConvProblem<R>& problem, const PixelRange& range, const void* columns,
+                 size_t element_size) {
+  if (malloc_usable_size(const_cast<void*>(columns)) < range.count * problem.row * element_size) {
+    throw std::runtime_error("columns have no memory for their pixels");
+  }
+}
+
 template <int R>
 void gather(Precision precision, const ConvProblem<R>& problem, const PixelRange& range,
             const void* input, const void* offset, const void* mask, void* columns, bool wide,
@@ -33,6 +45,7 @@ void gather(Precision precision, const ConvProblem<R>& problem, const PixelRange
     using acc_t = typename decltype(acc)::type;
     const auto run = [&](auto* function, auto column) {
       using column_t = typename decltype(column)::type;
+      expect_room(problem, range, columns, sizeof(column_t));
       function(problem, range, static_cast<const scalar_t*>(input),
                static_cast<const acc_t*>(offset), static_cast<const acc_t*>(mask),
                static_cast<column_t*>(columns));
@@ -56,6 +69,7 @@ void scatter(Precision precision, const ConvProblem<R>& problem, const PixelRang
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
+    expect_room(problem, range, grad_columns, sizeof(scalar_t));
     const auto run = [&](auto* function) {
       function(problem, range, static_cast<const scalar_t*>(grad_columns),
                static_cast<const scalar_t*>(input), static_cast<const acc_t*>(offset),

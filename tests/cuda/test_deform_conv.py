@@ -5,10 +5,11 @@ What the products need of cuDNN and cuBLAS stands in for them: the same calls, b
 
 import contextlib
 import itertools
+import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.cuda.host_deform_conv import MEMORY, host_deform_conv
@@ -70,6 +71,28 @@ def test_matches_reference(set_memory, dtype, problem, memory):
 )
 def test_matches_reference_in_chunks(set_memory, dtype, problem, memory):
     set_memory(*memory)
+    compare(problem, dtype, host_deform_conv)
+
+
+@settings(max_examples=20)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@given(
+    batch=st.integers(1, 40),
+    size=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    images_of_span=st.integers(1, 12),
+    images_of_chunk=st.integers(1, 12) | st.fractions(0, 2),
+)
+# The last span is shorter than the others, and is a single chunk, where these are two.
+@example(batch=9, size=(1, 2), images_of_span=5, images_of_chunk=4)
+def test_every_chunk_has_memory_of_its_size(
+    set_memory, dtype, batch, size, images_of_span, images_of_chunk
+):
+    """However spans and chunks cut a batch: the host's kernels look how much they are given."""
+    problem = Problem(batch, 4, size, 2)
+    pixels = math.prod(size)
+    row = 4 * 9 * dtype.itemsize
+    copied = 4 * pixels * dtype.itemsize
+    set_memory(int(images_of_chunk * pixels * row), images_of_span * copied)
     compare(problem, dtype, host_deform_conv)
 
 

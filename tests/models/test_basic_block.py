@@ -1,6 +1,5 @@
 """ResNet-18 and ResNet-34 with ``dcn=``, and what mmdet has given back."""
 
-import subprocess
 import sys
 
 import pytest
@@ -15,6 +14,7 @@ from mmdet.registry import MODELS
 from mmdcn import layers, plugin
 from mmdcn.models import basic_block
 from tests.kernel_calls import KernelCalls
+from tests.programs import run_python
 
 PACKS = {"DCN": layers.DeformConv2dPack, "DCNv2": layers.ModulatedDeformConv2dPack}
 
@@ -117,10 +117,7 @@ from mmdet.models.backbones.resnet import BasicBlock
 assert mmdcn.plugin.report().basic_block_takes_dcn
 BasicBlock(4, 4, dcn=dict(type="DCN"))
 """
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr
+    run_python("-c", code)
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,10 @@ def test_matches_reference(dtype, problem):
         # Groups of several parts whose gradients are added up.
         AggregateProblem(channels=300, group=1),
         AggregateProblem(channels=144, group=2),
-        # More taps than are located side by side.
+        # Several pixels to a batch of samples, one, and so many taps that one has several batches.
         AggregateProblem(kernel=(5, 7), padding=(2, 3)),
+        AggregateProblem(kernel=(11, 9), padding=(5, 4), channels=9, group=1),
+        AggregateProblem(kernel=(15, 15), padding=(7, 7), spread=9.0, remove_center=True),
         AggregateProblem(kernel=(7, 7), padding=(3, 3), remove_center=True, channels=34),
     ],
     ids=str,

@@ -63,6 +63,31 @@ def test_matches_reference_across_blocks(dtype, problem):
 @pytest.mark.parametrize(
     "problem",
     [
+        # Depthwise: samples inside the window and far outside it, straight from rows, and with
+        # several offset groups.
+        Problem(2, 70, (40, 9), 70, groups=70, spread=1.0),
+        Problem(1, 70, (40, 9), 70, groups=70, spread=25.0, weight_channels_last=True),
+        Problem(2, 70, (12, 11), 70, groups=70, channels_last=True, points_channels_last=True),
+        Problem(1, 60, (12, 11), 60, groups=60, deform_groups=5, has_bias=False, has_mask=False),
+        Problem(1, 24, (9, 70), 24, (5, 3), (2, 1), (2, 1), (1, 2), groups=24, deform_groups=4),
+        # A channel to a group, with two outputs each, and with few channels to an offset group.
+        Problem(1, 33, (12, 11), 66, groups=33),
+        Problem(1, 36, (12, 11), 36, groups=36, deform_groups=12),
+        # Several groups to a block of channels, of which the last has fewer.
+        Problem(1, 72, (20, 21), 72, groups=12, spread=9.0),
+        Problem(2, 105, (12, 11), 63, groups=21, channels_last=True, weight_channels_last=True),
+        Problem(1, 136, (12, 11), 17, groups=17, deform_groups=2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_reference_in_groups(dtype, problem):
+    compare(problem, dtype)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
         # The window rolls down the image; samples lie inside it, and far outside.
         Problem(2, 20, (70, 9), 5, spread=1.0),
         Problem(2, 20, (70, 9), 5, spread=25.0),

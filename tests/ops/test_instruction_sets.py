@@ -2,9 +2,10 @@
 
 import os
 import subprocess
-import sys
 
 import pytest
+
+from tests.programs import REPOSITORY, Program
 
 CHECK = """
 import dataclasses
@@ -16,8 +17,10 @@ for dtype in DTYPES:
     compare(Problem(1, 130, (9, 11), 70, (3, 3), deform_groups=2), dtype)
     compare(Problem(2, 12, (7, 8), 6, groups=2, deform_groups=12), dtype)
     compare(Problem(1, 70, (20, 21), 5, deform_groups=35), dtype)
+    compare(Problem(1, 68, (9, 11), 68, groups=17), dtype)
     for layout in (False, True):
         compare(Problem(1, 37, (70, 9), 5, channels_last=layout, spread=15.0), dtype)
+        compare(Problem(1, 37, (40, 9), 37, groups=37, channels_last=layout, spread=15.0), dtype)
     compare(
         Problem(1, 15, (9, 8), 6, deform_groups=3, points_channels_last=True,
                 weight_channels_last=True), dtype)
@@ -31,25 +34,19 @@ for dtype in DTYPES:
 
 
 def check(capability: str) -> subprocess.CompletedProcess:
-    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "MMDCN_CPU_CAPABILITY": capability}
-    return subprocess.run(
-        [sys.executable, "-c", CHECK],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {"MMDCN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "2"}
+    return Program(["-c", CHECK], REPOSITORY, os.environ | environment).finish()
 
 
 @pytest.mark.parametrize("capability", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set(capability):
     done = check(capability)
-    if "this machine has no" in done.stderr:
+    if "this machine has no" in done.stdout:
         pytest.skip(f"no {capability} on this machine")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout
 
 
 def test_unknown_instruction_set_is_refused():
     done = check("avx1024")
     assert done.returncode != 0
-    assert "expected portable, avx2, avx512 or avx512_bf16, got avx1024" in done.stderr
+    assert "expected portable, avx2, avx512 or avx512_bf16, got avx1024" in done.stdout

@@ -147,7 +147,7 @@ def test_the_tools_of_mmdet_refuse_it_too(project, trained):
     torch.save({"state_dict": Call(os.system, f"touch {executed}")}, hostile)
     tool = Path(mmdet.__file__).parent / ".mim" / "tools" / "test.py"
     command = [tool, project.config, hostile, "--work-dir", "refused"]
-    result = run_tool(*command, cwd=project.root, fresh=True)
+    result = run_tool(*command, cwd=project.root)
     assert result.returncode == 1
     assert "UnsafeCheckpointError: checkpoint" in result.stdout.splitlines()[-1]
     assert not executed.exists()

@@ -14,6 +14,10 @@ constexpr int kBlockRows = 12;
 constexpr int kBlockRows = 6;
 #endif
 
+// Rows of a register block where only one register of C is left: six sums would wait for each
+// other.
+constexpr int kNarrowRows = 12;
+
 template <typename A>
 constexpr int64_t kPanelWidth = 2 * kLanes<A>;
 
@@ -185,8 +189,9 @@ inline void multiply(int64_t rows, int64_t columns, const Depth& depth, const L*
   for (int64_t first = 0, q = 0; first < columns; first += kPanelWidth<A>, ++q) {
     const L* panel = b.data + q * b.panel_stride;
     const bool wide = columns - first > kLanes<A>;
-    for (int64_t i = 0; i < rows; i += kBlockRows) {
-      const int64_t some = rows - i < kBlockRows ? rows - i : kBlockRows;
+    const int64_t block_rows = wide ? kBlockRows : kNarrowRows;
+    for (int64_t i = 0; i < rows; i += block_rows) {
+      const int64_t some = rows - i < block_rows ? rows - i : block_rows;
       const L* a_block = order == Order::kRows ? a + i * a_stride : a + i;
       A* c_block = c + i * c_row + first;
       if (wide && some == kBlockRows) {
@@ -196,8 +201,8 @@ inline void multiply(int64_t rows, int64_t columns, const Depth& depth, const L*
         multiply_rows<kBlockRows - 1, 2, order, into>(some, depth, a_block, a_stride, panel,
                                                       b.row_stride, c_block, c_row);
       } else {
-        multiply_rows<kBlockRows, 1, order, into>(some, depth, a_block, a_stride, panel,
-                                                  b.row_stride, c_block, c_row);
+        multiply_rows<kNarrowRows, 1, order, into>(some, depth, a_block, a_stride, panel,
+                                                   b.row_stride, c_block, c_row);
       }
     }
   }

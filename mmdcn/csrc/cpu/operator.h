@@ -34,10 +34,19 @@ inline int64_t block_width(int64_t channels) {
   return std::clamp<int64_t>((quarter + 15) / 16 * 16, 16, 64);
 }
 
-// Splits the channels of each group into blocks of at most `width`.
+// Splits the channels of each group into blocks of at most `width`, or where `whole_groups` and
+// groups are narrower, divides the groups into blocks of some whole groups each.
 inline std::vector<ChannelBlock> channel_blocks(int64_t groups, int64_t group_channels,
-                                                int64_t width) {
+                                                int64_t width, bool whole_groups = false) {
   std::vector<ChannelBlock> blocks;
+  if (whole_groups && 2 * group_channels <= width) {
+    const int64_t most = width / group_channels;
+    for (int64_t group = 0; group < groups; group += most) {
+      const int64_t end = std::min(group + most, groups);
+      blocks.push_back({group, group * group_channels, end * group_channels});
+    }
+    return blocks;
+  }
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t end = (group + 1) * group_channels;
     for (int64_t c = group * group_channels; c < end; c += width) {

@@ -1,203 +1,245 @@
 // The CPU kernels of deform_aggregate. Compiled once for each instruction set, with
 // MMDCN_CPU_CAPABILITY naming the namespace.
 //
-// For each output pixel and group, the samples of some taps are located in a vectorised loop; then
-// the rows of channels of their corners are added up.
+// The samples of some output pixels and one group are located together; then, pixel by pixel, the
+// rows of channels of their corners are added up, or the gradients of these rows are.
 #include "kernel.h"
 
+#include <algorithm>
+
 #include "../arena.h"
-#include "../channel_rows.h"
+#include "../row_gradients.h"
+#include "../row_sums.h"
+#include "locator.h"
 
 namespace mmdcn {
 namespace MMDCN_CPU_CAPABILITY {
 namespace {
 
-// Taps that are located in one loop; their corners fit into WeightedRows.
-constexpr int kTapChunk = 16;
-static_assert(4 * kTapChunk <= kMostRows, "too many corners");
-
-// p_k of all taps, along y and x.
+// The corners of a batch's samples.
 template <typename A>
-struct Taps {
-  A *y, *x;
-
-  Taps(const DeformAggregateShape& shape, Arena& arena)
-      : y(arena.take<A>(shape.taps())), x(arena.take<A>(shape.taps())) {}
-
-  void fill(const DeformAggregateShape& shape) const {
-    for (int64_t tap = 0; tap < shape.taps(); ++tap) {
-      const int64_t full = shape.full_tap(tap);
-      y[tap] = static_cast<A>(shape.y.relative(full % shape.y.kernel));
-      x[tap] = static_cast<A>(shape.x.relative(full / shape.y.kernel));
-    }
-  }
+struct BatchCorners {
+  CornerAddresses<kMostSamples> at;
+  A weight[4][kMostSamples];
 };
 
-// Scratch memory of one thread.
-template <typename A>
-struct Scratch {
-  Taps<A> taps;
-  A* row;  // a group's channels of one output pixel, or of its gradient
+// The first element of an image of the input's sizes.
+template <typename S>
+inline S* image_of(const DeformAggregateShape& shape, S* images, int64_t number) {
+  return images + number * shape.y.size * shape.x.size * shape.channels;
+}
 
-  Scratch(const DeformAggregateShape& shape, Arena& arena)
-      : taps(shape, arena), row(arena.take<A>(shape.group_channels())) {}
+template <typename S>
+inline RowWindow<S> rows_of(const DeformAggregateShape& shape, S* image) {
+  return whole_image(image, shape.y.size, shape.x.size, shape.channels);
+}
+
+// The forward pass of one thread.
+template <typename T, typename A = accumulator_t<T>>
+class ForwardPass {
+ public:
+  ForwardPass(const DeformAggregateShape& shape, const AggregateTensors<T>& tensors, Arena& arena)
+      : shape_(shape),
+        tensors_(tensors),
+        locator_(shape, arena),
+        corners_(arena.take<BatchCorners<A>>(1)),
+        zeros_(arena.take<T>(shape.group_channels())),
+        sums_(arena.take<A>(shape.taps() > kMostSamples ? shape.channels : 0)) {}
+
+  void run(int64_t begin, int64_t end) {
+    std::memset(zeros_, 0, shape_.group_channels() * sizeof(T));
+    for (int64_t pixel = begin; pixel < end;) {
+      const int64_t image = pixel / shape_.pixels();
+      const int64_t last = std::min(end, (image + 1) * shape_.pixels());
+      for_batches(shape_, pixel, last, [&](const Batch& batch) { sum_batch(batch, image); });
+      pixel = last;
+    }
+  }
+
+ private:
+  void sum_batch(const Batch& batch, int64_t image) {
+    const int64_t channels = shape_.group_channels();
+    const A* offset = tensors_.offset + batch.pixel * tensors_.offset_layout.pixel_stride;
+    const A* mask = tensors_.mask + batch.pixel * tensors_.mask_layout.pixel_stride;
+    const RowWindow<const T> rows = rows_of(shape_, image_of(shape_, tensors_.input, image));
+    locator_.start(batch);
+    for (int64_t group = 0; group < shape_.groups; ++group) {
+      const auto& samples = locator_.locate(
+          batch, offset + group * tensors_.offset_layout.group_stride,
+          tensors_.offset_layout.pixel_stride, mask + group * tensors_.mask_layout.group_stride,
+          tensors_.mask_layout.pixel_stride);
+      set_corners<const T>(shape_.y.size, shape_.x.size, rows, group * channels, samples,
+                           batch.count(), zeros_, 0, corners_->at);
+      set_weights(samples, batch.count(), corners_->weight);
+      for (int64_t j = 0; j < batch.pixels; ++j) sum_pixel(batch, j, group * channels);
+    }
+  }
+
+  // Sums the samples of pixel number j of a batch, for the group that begins with `channel`.
+  void sum_pixel(const Batch& batch, int64_t j, int64_t channel) const {
+    const PixelSamples<A> samples = {&corners_->at.corner[0][j * batch.taps],
+                                     &corners_->weight[0][j * batch.taps],
+                                     kMostSamples,
+                                     1,
+                                     1,
+                                     batch.taps};
+    const int64_t channels = shape_.group_channels();
+    T* target = tensors_.output + (batch.pixel + j) * shape_.channels + channel;
+    if (batch.taps == shape_.taps()) {
+      return sum_samples<T, A>(samples, NoTapWeights{}, channels, nullptr, target);
+    }
+    A* sums = sums_ + channel;
+    sum_samples<T, A>(samples, NoTapWeights{}, channels, batch.tap > 0 ? sums : nullptr, sums);
+    if (batch.tap + batch.taps < shape_.taps()) return;
+    for (int64_t c = 0; c < channels; ++c) store(target + c, sums[c]);
+  }
+
+  const DeformAggregateShape& shape_;
+  const AggregateTensors<T>& tensors_;
+  Locator<A> locator_;
+  BatchCorners<A>* const corners_;
+  T* const zeros_;  // stands in for the channels of corners that do not exist
+  A* const sums_;   // of one pixel whose taps come in several batches
 };
 
-// Samples of some taps of one output pixel and group.
-template <typename A>
-struct TapSamples : CornerArrays<A, kTapChunk> {
-  int32_t there[4][kTapChunk];  // whether a corner exists, numbered as in sampling.h
+// The backward pass of one block of channels.
+template <typename T, typename A = accumulator_t<T>>
+class BackwardPass {
+ public:
+  BackwardPass(const DeformAggregateShape& shape, const AggregateTensors<T>& tensors,
+               const ChannelBlock& block, Arena& arena)
+      : shape_(shape),
+        tensors_(tensors),
+        block_(block),
+        channels_(block.channels()),
+        locator_(shape, arena),
+        read_(arena.take<BatchCorners<A>>(1)),
+        added_(arena.take<CornerAddresses<kMostSamples>>(1)),
+        dots_(arena.take<SampleDots<A, kMostSamples>>(1)),
+        gradients_(arena.take<ThreeGradients<A, kMostSamples>>(1)),
+        zeros_(arena.take<T>(channels_)),
+        sinks_(arena.take<A>(4 * channels_)),
+        rows_(arena.take<A>(batch_pixels(shape) * channels_)),
+        row_of_(arena.take<int64_t>(kMostSamples)) {}
 
-  // Locates taps [first, first + count) of output position (out_y, out_x).
-  void locate_taps(const DeformAggregateShape& shape, const Taps<A>& taps, int64_t out_y,
-                   int64_t out_x, const A* offset, int64_t first, int64_t count) {
-    const A scale = static_cast<A>(shape.offset_scale);
-    const A origin_y = static_cast<A>(shape.y.origin(out_y));
-    const A origin_x = static_cast<A>(shape.x.origin(out_x));
-    A y[kTapChunk], x[kTapChunk];
-    for (int64_t k = 0; k < count; ++k) {
-      x[k] = origin_x + scale * (taps.x[first + k] + offset[2 * (first + k)]);
-      y[k] = origin_y + scale * (taps.y[first + k] + offset[2 * (first + k) + 1]);
-    }
-    // The loop below has a constant length; what fills it up contributes nothing.
-    for (int64_t k = count; k < kTapChunk; ++k) x[k] = y[k] = A(-1);
-    const int32_t height = static_cast<int32_t>(shape.y.size);
-    const int32_t width = static_cast<int32_t>(shape.x.size);
-#pragma GCC ivdep
-    for (int k = 0; k < kTapChunk; ++k) {
-      this->locate(k, y[k], x[k], shape.y.size, shape.x.size);
-      for (int q = 0; q < 4; ++q) there[q][k] = this->exists(q, k, height, width);
+  void run(int64_t image) {
+    std::memset(zeros_, 0, channels_ * sizeof(T));
+    std::memset(sinks_, 0, 4 * channels_ * sizeof(A));
+    const int64_t taps = std::min<int64_t>(shape_.taps(), kMostSamples);
+    for (int64_t s = 0; s < kMostSamples; ++s) row_of_[s] = s / taps * channels_;
+    const bool input = tensors_.grad_input != nullptr;
+    const bool sampling = tensors_.grad_offset != nullptr || tensors_.grad_mask != nullptr;
+    for_batches(shape_, image * shape_.pixels(), (image + 1) * shape_.pixels(),
+                [&](const Batch& batch) {
+                  locate(batch, image);
+                  load_gradients(batch);
+                  if (input && sampling) scatter_batch<true, true>(batch);
+                  if (input && !sampling) scatter_batch<true, false>(batch);
+                  if (!input) scatter_batch<false, true>(batch);
+                  if (sampling) store_gradients(batch);
+                });
+  }
+
+ private:
+  void locate(const Batch& batch, int64_t image) {
+    const AggregateLayout &offsets = tensors_.offset_layout, &masks = tensors_.mask_layout;
+    locator_.start(batch);
+    const auto& samples = locator_.locate(
+        batch,
+        tensors_.offset + batch.pixel * offsets.pixel_stride + block_.group * offsets.group_stride,
+        offsets.pixel_stride,
+        tensors_.mask + batch.pixel * masks.pixel_stride + block_.group * masks.group_stride,
+        masks.pixel_stride);
+    const int64_t count = batch.count(), height = shape_.y.size, width = shape_.x.size;
+    set_corners<const T>(height, width, rows_of(shape_, image_of(shape_, tensors_.input, image)),
+                         block_.begin, samples, count, zeros_, 0, read_->at);
+    set_weights(samples, count, read_->weight);
+    samples_ = &samples;
+    if (tensors_.grad_input == nullptr) return;
+    set_corners<A>(height, width, rows_of(shape_, image_of(shape_, tensors_.grad_input, image)),
+                   block_.begin, samples, count, sinks_, channels_, *added_);
+  }
+
+  // Reads the block's gradients of the batch's outputs.
+  void load_gradients(const Batch& batch) const {
+    for (int64_t j = 0; j < batch.pixels; ++j) {
+      const T* source = tensors_.grad_output + (batch.pixel + j) * shape_.channels + block_.begin;
+      for (int64_t c = 0; c < channels_; ++c) rows_[j * channels_ + c] = load(source + c);
     }
   }
 
-  // The number of the pixel that is corner number q of sample number k.
-  int64_t pixel(const DeformAggregateShape& shape, int q, int64_t k) const {
-    return (this->low_y[k] + int64_t(q >> 1)) * shape.x.size + this->low_x[k] + (q & 1);
+  template <bool wants_input, bool wants_dots>
+  void scatter_batch(const Batch& batch) const {
+    RowSamples<T, A> samples = {};
+    samples.corner = read_->at.corner[0];
+    samples.grad_corner = added_->corner[0];
+    samples.weight = read_->weight[0];
+    samples.quantity = kMostSamples;
+    samples.gradient = rows_;
+    samples.row = row_of_;
+    samples.dots = dots_->of[0];
+    scatter<wants_input, Column::kNone, wants_dots>(samples, 0, batch.count(), channels_);
   }
 
-  // Lists the corners of samples [0, count), with their weights times the modulations.
-  void list(const DeformAggregateShape& shape, const A* modulation, int64_t count,
-            WeightedRows<A>& rows) const {
-    rows.count = 0;
-    for (int64_t k = 0; k < count; ++k) {
-      for (int q = 0; q < 4; ++q) {
-        if (!there[q][k]) continue;
-        rows.add(pixel(shape, q, k) * shape.channels, modulation[k] * this->weight(q, k));
+  // Stores the gradients of the batch's offsets and modulations.
+  void store_gradients(const Batch& batch) const {
+    set_sample_gradients(shape_.y.size, shape_.x.size, *samples_, batch.count(), *dots_,
+                         *gradients_);
+    const A scale = static_cast<A>(shape_.offset_scale);
+    for (int64_t j = 0; j < batch.pixels; ++j) {
+      const int64_t s = j * batch.taps;
+      const int64_t first =
+          ((batch.pixel + j) * shape_.groups + block_.group) * shape_.taps() + batch.tap;
+      if (tensors_.grad_offset) {
+        for (int64_t k = 0; k < batch.taps; ++k) {
+          tensors_.grad_offset[2 * (first + k)] = scale * gradients_->of[1][s + k];
+          tensors_.grad_offset[2 * (first + k) + 1] = scale * gradients_->of[0][s + k];
+        }
+      }
+      if (tensors_.grad_mask) {
+        std::copy_n(gradients_->of[2] + s, batch.taps, tensors_.grad_mask + first);
       }
     }
   }
+
+  const DeformAggregateShape& shape_;
+  const AggregateTensors<T>& tensors_;
+  const ChannelBlock& block_;
+  const int64_t channels_;
+  Locator<A> locator_;
+  const Samples<A, kMostSamples>* samples_ = nullptr;  // of the current batch
+  BatchCorners<A>* const read_;
+  CornerAddresses<kMostSamples>* const added_;  // of the corners' gradients
+  SampleDots<A, kMostSamples>* const dots_;
+  ThreeGradients<A, kMostSamples>* const gradients_;
+  T* const zeros_;         // stands in for the channels of corners that do not exist
+  A* const sinks_;         // 4 × channels: stands in for their gradients, never read
+  A* const rows_;          // the gradients of the outputs, pixels × channels
+  int64_t* const row_of_;  // of each sample, the first element in `rows_`
 };
 
-template <typename T, typename A = accumulator_t<T>>
+template <typename T>
 void forward(const DeformAggregateShape& shape, const AggregateTensors<T>& tensors, int64_t begin,
              int64_t end, std::byte* memory) {
   Arena arena(memory);
-  const Scratch<A> scratch(shape, arena);
-  const Taps<A>& taps = scratch.taps;
-  taps.fill(shape);
-  const int64_t channels = shape.group_channels(), count = shape.taps();
-  A* sum = scratch.row;
-  TapSamples<A> samples;
-  WeightedRows<A> rows;
-  for (int64_t pixel = begin; pixel < end; ++pixel) {
-    const int64_t row = pixel / shape.x.out_size, image = row / shape.y.out_size;
-    const int64_t out_y = row - image * shape.y.out_size, out_x = pixel - row * shape.x.out_size;
-    const T* source = tensors.input + image * shape.y.size * shape.x.size * shape.channels;
-    const A* offset = tensors.offset + pixel * tensors.offset_layout.pixel_stride;
-    const A* mask = tensors.mask + pixel * tensors.mask_layout.pixel_stride;
-    T* target = tensors.output + pixel * shape.channels;
-    for (int64_t group = 0; group < shape.groups; ++group) {
-      std::memset(sum, 0, channels * sizeof(A));
-      for (int64_t first = 0; first < count; first += kTapChunk) {
-        const int64_t some = count - first < kTapChunk ? count - first : kTapChunk;
-        samples.locate_taps(shape, taps, out_y, out_x, offset, first, some);
-        samples.list(shape, mask + first, some, rows);
-        add_rows(source, rows, channels, sum);
-      }
-      for (int64_t c = 0; c < channels; ++c) store(target + c, sum[c]);
-      source += channels;
-      target += channels;
-      offset += tensors.offset_layout.group_stride;
-      mask += tensors.mask_layout.group_stride;
-    }
-  }
+  ForwardPass<T>(shape, tensors, arena).run(begin, end);
 }
 
-// Stores the gradients of the offsets and modulations of `count` samples, which begin with sample
-// number `first` in the tensors. `product` has Σ_c grad[c] X(q)[c] for each corner that exists.
-template <typename T, typename A = accumulator_t<T>>
-inline void store_sample_gradients(const DeformAggregateShape& shape,
-                                   const AggregateTensors<T>& tensors, const TapSamples<A>& samples,
-                                   const A* modulations, int64_t count, const A* product,
-                                   int64_t first) {
-  const A scale = static_cast<A>(shape.offset_scale);
-  for (int64_t k = 0; k < count; ++k) {
-    A grad_y = 0, grad_x = 0, grad_modulation = 0;
-    // Without corners the gradients are zero, even if the modulation is not finite.
-    A modulation = 0;
-    for (int q = 0; q < 4; ++q) {
-      if (!samples.there[q][k]) continue;
-      const A gradient = *product++;
-      modulation = modulations[k];
-      grad_y += samples.slope_y(q, k) * gradient;
-      grad_x += samples.slope_x(q, k) * gradient;
-      grad_modulation += samples.weight(q, k) * gradient;
-    }
-    if (tensors.grad_offset) {
-      tensors.grad_offset[2 * (first + k)] = scale * modulation * grad_x;
-      tensors.grad_offset[2 * (first + k) + 1] = scale * modulation * grad_y;
-    }
-    if (tensors.grad_mask) tensors.grad_mask[first + k] = grad_modulation;
-  }
-}
-
-template <typename T, typename A = accumulator_t<T>>
+template <typename T>
 void backward(const DeformAggregateShape& shape, const AggregateTensors<T>& tensors,
               const ChannelBlock& block, int64_t image, std::byte* memory) {
   Arena arena(memory);
-  const Scratch<A> scratch(shape, arena);
-  const Taps<A>& taps = scratch.taps;
-  taps.fill(shape);
-  const int64_t channels = block.end - block.begin, count = shape.taps();
-  const bool wants_sampling = tensors.grad_offset || tensors.grad_mask;
-  A* grad = scratch.row;
-  const int64_t start = image * shape.y.size * shape.x.size * shape.channels + block.begin;
-  const T* source = tensors.input + start;
-  A* grad_source = tensors.grad_input ? tensors.grad_input + start : nullptr;
-  TapSamples<A> samples;
-  WeightedRows<A> rows;
-  A grad_weight[kMostRows] = {};
-  for (int64_t i = 0; i < shape.pixels(); ++i) {
-    const int64_t pixel = image * shape.pixels() + i;
-    const int64_t out_y = i / shape.x.out_size, out_x = i - out_y * shape.x.out_size;
-    const A* offset = tensors.offset + pixel * tensors.offset_layout.pixel_stride +
-                      block.group * tensors.offset_layout.group_stride;
-    const A* mask = tensors.mask + pixel * tensors.mask_layout.pixel_stride +
-                    block.group * tensors.mask_layout.group_stride;
-    const int64_t first_sample = (pixel * shape.groups + block.group) * count;
-    const T* grad_pixel = tensors.grad_output + pixel * shape.channels + block.begin;
-    for (int64_t c = 0; c < channels; ++c) grad[c] = load(grad_pixel + c);
-
-    for (int64_t first = 0; first < count; first += kTapChunk) {
-      const int64_t some = count - first < kTapChunk ? count - first : kTapChunk;
-      samples.locate_taps(shape, taps, out_y, out_x, offset, first, some);
-      samples.list(shape, mask + first, some, rows);
-      if (!wants_sampling) {
-        add_rows_backward<false>(source, rows, channels, grad, grad_source, grad_weight);
-        continue;
-      }
-      add_rows_backward<true>(source, rows, channels, grad, grad_source, grad_weight);
-      store_sample_gradients(shape, tensors, samples, mask + first, some, grad_weight,
-                             first_sample + first);
-    }
-  }
+  BackwardPass<T>(shape, tensors, block, arena).run(image);
 }
 
-template <typename T, typename A = accumulator_t<T>>
+// Of either pass; a block has at most the channels of a group.
+template <typename T>
 int64_t scratch_bytes(const DeformAggregateShape& shape) {
-  Arena arena(nullptr);
-  Scratch<A>(shape, arena);
-  return arena.used();
+  const AggregateTensors<T> tensors = {};
+  Arena forward_arena(nullptr), backward_arena(nullptr);
+  ForwardPass<T>(shape, tensors, forward_arena);
+  BackwardPass<T>(shape, tensors, {0, 0, shape.group_channels()}, backward_arena);
+  return std::max(forward_arena.used(), backward_arena.used());
 }
 
 }  // namespace

@@ -77,13 +77,14 @@ struct BackwardPlan {
 
   BackwardPlan(const DeformConv2dShape& shape, const BackwardKernel<T>& kernel, bool wants_weight,
                bool wants_sampling)
-      : blocks(channel_blocks(shape.groups, shape.group_channels(), block_width(shape.channels))),
+      : blocks(channel_blocks(shape.groups, shape.group_channels(), block_width(shape.channels),
+                              true)),
         block_count(static_cast<int64_t>(blocks.size())) {
     const int64_t group_channels = shape.deform_group_channels();
     for (const ChannelBlock& block : blocks) {
       packed_size = std::max(packed_size, kernel.packed_size(shape, block));
       if (wants_weight) sums_size = std::max(sums_size, kernel.sums_size(shape, block));
-      widest = std::max(widest, block.end - block.begin);
+      widest = std::max(widest, block.channels());
       shared = shared || block.begin % group_channels != 0 || block.end % group_channels != 0;
     }
     shared = shared && wants_sampling;

@@ -52,7 +52,7 @@ class Pass {
   void run_tap(int64_t tap, int64_t block_index, A* partial) const {
     const DeformConv2dShape& shape = call_.shape;
     const ChannelBlock& block = call_.block;
-    work_.multiply_gradients(tap);
+    if (!is_depthwise(shape)) work_.multiply_gradients(tap);
     scatter_.start_tap();
     const int64_t channels = shape.deform_group_channels();
     for (int64_t d = block.begin / channels; d * channels < block.end; ++d) {
@@ -60,7 +60,7 @@ class Pass {
       const int64_t end = std::min((d + 1) * channels, block.end) - block.begin;
       scatter_.prefetch(d, tap);
       locate_samples(shape, *work_.tile, work_.sampling, d, tap, *work_.samples);
-      scatter_.scatter_samples(begin, end);
+      scatter_.scatter_samples(tap, begin, end);
       if (!call_.wants_sampling()) continue;
       A* aside = nullptr;
       if (!owns_deform_group(shape, block, d)) {

@@ -27,7 +27,7 @@ struct BlockCall {
   const ChannelBlock& block;
   BlockWindows<T>& windows;
 
-  int64_t channels() const { return block.end - block.begin; }
+  int64_t channels() const { return block.channels(); }
   bool wants_sampling() const {
     return tensors.grad_offset.data != nullptr || tensors.grad_mask.data != nullptr;
   }
@@ -46,19 +46,19 @@ struct TileAtWork {
   const int64_t grad_stride, column_stride;
   BackwardTile* const tile;
   BackwardSamples<A>* const samples;  // of the current tap and offset group
-  A* const gradients;                 // pixels × Co/groups
-  A* const grad_columns;              // pixels × channels of the block
+  A* const gradients;                 // pixels × output channels of the block
+  A* const grad_columns;              // pixels × channels of the block; none where depthwise
   A* const staged;                    // memory for staged offsets and modulations
   SamplingRows<A> sampling = {};      // the offsets and modulations of the tile
 
   TileAtWork(const BlockCall<T>& call_, int64_t channels, Arena& arena)
       : call(call_),
-        grad_stride(row_stride<A>(padded<A>(call.shape.group_out_channels()))),
-        column_stride(row_stride<A>(channels)),
+        grad_stride(row_stride<A>(widest_gradients(call_.shape, channels))),
+        column_stride(row_stride<A>(widest_columns(call_.shape, channels))),
         tile(arena.take<BackwardTile>(1)),
         samples(arena.take<BackwardSamples<A>>(1)),
         gradients(arena.take<A>(kBackwardTile * grad_stride)),
-        grad_columns(arena.take<A>(kBackwardTile * column_stride)),
+        grad_columns(arena.take<A>(is_depthwise(call.shape) ? 0 : kBackwardTile * column_stride)),
         staged(arena.take<A>(staged_size<kBackwardTile>(call.shape, call.tensors.offset,
                                                         call.tensors.mask,
                                                         most_groups(call.shape, channels)))) {}
@@ -71,11 +71,12 @@ struct TileAtWork {
                              last - first + 1, staged);
   }
 
-  // Reads the gradients of the tile's outputs.
+  // Reads the gradients of the tile's outputs. What fills up rows is zero.
   void load_gradients() const {
     const ImageLayout layout = call.tensors.output_layout;
-    const int64_t out = call.shape.group_out_channels(), stride = grad_stride;
-    const T* image = call.tensors.grad_output + call.block.group * out * layout.channel_stride;
+    const int64_t out = call.shape.group_out_channels() * groups(), stride = grad_stride;
+    const T* image = call.tensors.grad_output +
+                     call.block.group * call.shape.group_out_channels() * layout.channel_stride;
     for (int64_t r = 0; r < tile->runs; ++r) {
       const auto& run = tile->run[r];
       const T* source = image + run.pixel * layout.pixel_stride;
@@ -89,28 +90,54 @@ struct TileAtWork {
       }
     }
     for (int64_t i = 0; i < tile->count; ++i) {
-      fill_zero(gradients + i * stride + out, padded<A>(out) - out);
+      fill_zero(gradients + i * stride + out, widest_gradients(call.shape, call.channels()) - out);
     }
   }
 
-  // grad_columns = gradients · Wᵀ for one tap.
+  // grad_columns = gradients · Wᵀ for one tap. The columns of a group are padded to whole
+  // registers, which the next group's then overwrite.
   void multiply_gradients(int64_t tap) const {
-    const int64_t out = call.shape.group_out_channels();
+    const int64_t out = call.shape.group_out_channels(), channels = group_channels();
     const A* weight = call.tensors.weight + tap * packed_size_of_tap<T>(call.shape, call.block);
-    multiply<Order::kRows, Into::kSet>(tile->count, call.channels(), out, gradients, grad_stride,
-                                       packed(weight, out), grad_columns, column_stride);
+    for (int64_t g = 0; g < groups(); ++g) {
+      multiply<Order::kRows, Into::kSet>(
+          tile->count, channels, out, gradients + g * out, grad_stride,
+          packed(weight + g * packed_size_of_group<T>(call.shape, call.block), out),
+          grad_columns + g * channels, column_stride);
+    }
   }
 
   // grad_weight += columnsᵀ · gradients for one tap.
   template <Order order>
   void add_weight_gradient(int64_t tap, const A* columns, int64_t stride) const {
-    const int64_t out = call.shape.group_out_channels();
-    multiply<order, Into::kAdd>(
-        call.channels(), out, tile->count, columns, stride, row_major<A>(gradients, grad_stride),
-        call.tensors.grad_weight + tap * padded<A>(out), call.shape.taps() * padded<A>(out));
+    const int64_t out = call.shape.group_out_channels(), channels = group_channels();
+    const int64_t row = call.shape.taps() * padded<A>(out);
+    for (int64_t g = 0; g < groups(); ++g) {
+      const int64_t first = g * channels;
+      multiply<order, Into::kAdd>(
+          channels, out, tile->count, columns + first * (order == Order::kRows ? stride : 1),
+          stride, row_major<A>(gradients + g * out, grad_stride),
+          call.tensors.grad_weight + first * row + tap * padded<A>(out), row);
+    }
   }
 
  private:
+  int64_t groups() const { return call.block.groups(call.shape.group_channels()); }
+  // The channels of each group that belong to the block.
+  int64_t group_channels() const { return call.channels() / groups(); }
+
+  // Elements of a row of gradients, and of columns, for a block of so many channels. Products read
+  // and write a whole register beyond the last group's.
+  static int64_t widest_gradients(const DeformConv2dShape& shape, int64_t channels) {
+    const int64_t groups = ChannelBlock{0, 0, channels}.groups(shape.group_channels());
+    const int64_t out = shape.group_out_channels();
+    return (groups - 1) * out + (is_depthwise(shape) ? 1 : padded<A>(out));
+  }
+  static int64_t widest_columns(const DeformConv2dShape& shape, int64_t channels) {
+    const int64_t groups = ChannelBlock{0, 0, channels}.groups(shape.group_channels());
+    return channels / groups * (groups - 1) + padded<A>(channels / groups);
+  }
+
   // The most offset groups that the channels of a block belong to.
   static int64_t most_groups(const DeformConv2dShape& shape, int64_t channels) {
     return std::min(shape.deform_groups, channels / shape.deform_group_channels() + 2);

@@ -6,15 +6,11 @@
 #include <cstddef>
 
 #include "corners.h"
-#include "rows.h"
+#include "forward_shares.h"
 
 namespace mmdcn {
 namespace MMDCN_CPU_CAPABILITY {
 namespace {
-
-using ForwardTile = Tile<kForwardTile>;
-template <typename A>
-using ForwardSamples = Samples<A, kForwardTile>;
 
 // column[c] = Σ_q weight[q] corner[q][c] for a register of channels.
 template <typename S, typename A, typename L>
@@ -221,8 +217,8 @@ inline void prepare_blends(const DeformConv2dShape& shape, const ForwardTile& ti
   const int64_t channels = shape.deform_group_channels();
   for (int64_t d = 0; d < shape.deform_groups; ++d, ++blends) {
     locate_samples(shape, tile, sampling, d, tap, samples);
-    const bool missing =
-        set_corners<S>(shape, rows, d * channels, samples, tile.count, zeros, 0, blends->at);
+    const bool missing = set_corners<S>(shape.height, shape.width, rows, d * channels, samples,
+                                        tile.count, zeros, 0, blends->at);
     set_weights(samples, tile.count, blends->weight);
     // Corners can only be missing in a window, which is of type A.
     if constexpr (std::is_same_v<S, A>) {

@@ -6,7 +6,8 @@
 // output; all of it stays in the second-level cache. Channels are sampled as vectors, from
 // channels-last rows, between the steps of the multiplication for the taps before, which hides most
 // of the time that sampling takes. If offset groups have few channels, these are sampled one by
-// one, for all pixels of the tile.
+// one, for all pixels of the tile. Depthwise convolutions have no product to multiply.
+#include "forward_depthwise.h"
 #include "forward_planes.h"
 #include "forward_rows.h"
 
@@ -33,10 +34,24 @@ ForwardKernel<T> forward_kernel() {
   return kernel;
 }
 
+template <typename T>
+ForwardKernel<T> depthwise_kernel() {
+  ForwardKernel<T> kernel = {};
+  kernel.out_blocks = &one_block;
+  kernel.pack_slices = &one_slice;
+  kernel.packed_bytes = &depthwise_bytes<T>;
+  kernel.pack_weight = &pack_depthwise_weight<T>;
+  kernel.shares = &row_shares<T>;
+  kernel.scratch_bytes = &depthwise_scratch_bytes<T>;
+  kernel.run = &run_depthwise<T>;
+  return kernel;
+}
+
 }  // namespace
 
 template <typename T>
 ForwardKernel<T> deform_conv2d_forward(const DeformConv2dShape& shape) {
+  if (is_depthwise(shape)) return depthwise_kernel<T>();
   return shape.deform_group_channels() <= kPlanarChannels ? forward_kernel<Sampling::kPlanes, T>()
                                                           : forward_kernel<Sampling::kRows, T>();
 }

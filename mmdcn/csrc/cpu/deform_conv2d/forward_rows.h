@@ -7,31 +7,12 @@
 
 #include "../arena.h"
 #include "blending.h"
-#include "forward_tiles.h"
+#include "forward_shares.h"
 #include "forward_weights.h"
-#include "windows.h"
 
 namespace mmdcn {
 namespace MMDCN_CPU_CAPABILITY {
 namespace {
-
-// Tiles are divided into shares of so many pixels for the threads: whole register blocks, but less
-// than a tile, so that the threads finish together. The result of a pixel does not depend on the
-// share it is in, as all pixels of a tile are sampled from the same window.
-constexpr int64_t kSharePixels = 12;
-constexpr int64_t kShares = kForwardTile / kSharePixels;
-static_assert(kShares * kSharePixels == kForwardTile && kSharePixels % kBlockRows == 0, "uneven");
-
-// The plan is the same for both layouts, and so is the number of tiles.
-template <typename A>
-inline WindowPlan plan_forward(const DeformConv2dShape& shape) {
-  return plan_windows<A>(shape, shape.channels, kForwardTile);
-}
-
-template <typename T, typename A = accumulator_t<T>>
-int64_t row_shares(const DeformConv2dShape& shape) {
-  return shape.batch * tiles_of_image(shape, plan_forward<A>(shape), kForwardTile) * kShares;
-}
 
 // Taps that are sampled and multiplied together. The deeper a product is, the less often its sums
 // are loaded and stored, but the columns must stay in the second-level cache.
@@ -155,16 +136,6 @@ class RowPipeline {
     return std::min(together_, shape_.taps() - chunk * together_);
   }
 
-  // The range that the window should have for a tile. It ends with the rows that the tile may read,
-  // so that the first tile does not wait for the window to be filled.
-  WindowRange range_of(const ForwardTile& tile) const {
-    WindowRange range = range_around(shape_, tile, plan_, plan_.rows, plan_.columns);
-    const int64_t reached =
-        shape_.y.base(tile.y[tile.count - 1], shape_.kernel_height - 1) + 2 + kMargin;
-    range.end = std::clamp(reached, range.begin, range.end);
-    return range;
-  }
-
   // The rows of planes that are needed soonest after a chunk has been blended: those that the tile
   // before is stored to, or those that enter the window for the next tile. Channels-last images
   // need none, as they are read and written in sequence, which the processor prefetches by itself.
@@ -178,7 +149,7 @@ class RowPipeline {
     if (chunk + 1 < chunks_ || number == last_tile_ || (number + 1) % per_image_ == 0) return {};
     ForwardTile& next = scratch_.tiles[2];
     set_tile(shape_, plan_, (number + 1) % per_image_, next);
-    const WindowRange range = range_of(next);
+    const WindowRange range = forward_range(shape_, plan_, next);
     const int64_t rows = range.end - window_.end;
     if (range.left != window_.left || rows <= 0 || range.begin > window_.end) return {};
     return PrefetchRows::of(image_of(number).input + window_.end * shape_.width + range.left,
@@ -194,7 +165,7 @@ class RowPipeline {
       if (number == first_tile_ || number % per_image_ == 0) {
         window_ = empty_window(scratch_.window, shape_.channels, plan_.rows, plan_.columns);
       }
-      roll_input(shape_, range_of(tile), image.input, shape_.channels, window_);
+      roll_input(shape_, forward_range(shape_, plan_, tile), image.input, shape_.channels, window_);
     }
     crop(tile, (begin_ - number * kShares) * kSharePixels,
          (end_ - number * kShares) * kSharePixels);
@@ -211,7 +182,8 @@ class RowPipeline {
       if (!direct_) return prepare_from(window_, image, number, chunk, steps, stream);
     }
     if constexpr (std::is_same_v<S, T>) {
-      prepare_from(whole_image(shape_, image.input), image, number, chunk, steps, stream);
+      prepare_from(whole_image(image.input, shape_.height, shape_.width, shape_.channels), image,
+                   number, chunk, steps, stream);
     }
   }
 

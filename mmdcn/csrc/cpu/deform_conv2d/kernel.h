@@ -7,6 +7,7 @@
 
 #include "../../deform_conv2d_shape.h"
 #include "../channel_block.h"
+#include "../row_corners.h"
 #include "../simd.h"
 
 namespace mmdcn {
@@ -44,6 +45,13 @@ struct SamplingTensor {
   }
 };
 
+// Whether each channel is a group by itself, with one output channel, and is sampled from rows.
+// Then there is no matrix product: samples are multiplied by the weights of their channels.
+MMDCN_HOST_DEVICE bool is_depthwise(const DeformConv2dShape& shape) {
+  return shape.group_channels() == 1 && shape.group_out_channels() == 1 &&
+         shape.deform_group_channels() > kPlanarChannels;
+}
+
 // The gradients of one image's offsets, or modulations, likewise.
 template <typename A>
 struct SamplingGradients {
@@ -80,31 +88,6 @@ struct Tile {
 struct WindowPlan {
   int64_t strip_width, strips;  // of the output
   int64_t rows, columns;        // of the input; 0 where no window is needed
-};
-
-// A window on the rows of one image, as channels-last pixels, that rolls down the image: row y is
-// in slot number y mod capacity. A channels-last image is a window by itself, which does not roll.
-template <typename S>
-struct RowWindow {
-  S* data;
-  int64_t pixel_stride, row_stride, capacity;
-  int64_t begin, end;   // rows in the window
-  int64_t left, right;  // columns in the window
-  int64_t origin;       // the largest multiple of capacity up to begin
-
-  MMDCN_HOST_DEVICE bool has(int64_t y, int64_t x) const {
-    return y >= begin && y < end && x >= left && x < right;
-  }
-  // Row y, which must be in the window, from column `left` on.
-  MMDCN_HOST_DEVICE S* row(int64_t y) const {
-    const int64_t slot = y - origin;
-    return data + (slot < capacity ? slot : slot - capacity) * row_stride;
-  }
-  MMDCN_HOST_DEVICE void set_rows(int64_t first, int64_t last) {
-    begin = first;
-    end = last;
-    origin = first - first % capacity;
-  }
 };
 
 // Tensors of the forward pass.
@@ -156,12 +139,16 @@ struct BackwardTensors {
   ImageLayout input_layout;
   SamplingTensor<acc_t> offset;  // (deform_groups, taps, 2, Ho, Wo)
   SamplingTensor<acc_t> mask;    // (deform_groups, taps, Ho, Wo)
-  const acc_t* weight;  // the block's, packed: for each tap, Co/groups × channels in panels
-  T* grad_input;        // (C, H, W) in the input's layout, added to
+  // The block's, packed: for each tap, and each group, Co/groups × channels in panels. Where
+  // is_depthwise(): (taps, channels of the block).
+  const acc_t* weight;
+  T* grad_input;                         // (C, H, W) in the input's layout, added to
   SamplingGradients<acc_t> grad_offset;  // (deform_groups, taps, 2, Ho, Wo)
   SamplingGradients<acc_t> grad_mask;    // (deform_groups, taps, Ho, Wo)
-  acc_t* grad_weight;  // the block's: (channels, taps, padded Co/groups), added to
-  acc_t* partial;      // (tiles, partial_tile), see partial_index; null if no group is shared
+  // The block's, added to: (channels, taps, padded Co/groups), or where is_depthwise(), (taps,
+  // channels).
+  acc_t* grad_weight;
+  acc_t* partial;  // (tiles, partial_tile), see partial_index; null if no group is shared
   int64_t partial_tile;
 };
 

@@ -3,6 +3,7 @@
 // the pixels of the tile are kept apart from those that cannot be.
 #pragma once
 
+#include "../row_gradients.h"
 #include "backward_tile.h"
 #include "corners.h"
 
@@ -16,7 +17,8 @@ class PlaneScatter {
   static constexpr Sampling kSampling = Sampling::kPlanes;
 
   // `dots` is the memory of SampleGradients.
-  PlaneScatter(const TileAtWork<T>& work, int64_t channels, A* dots, Arena& arena)
+  PlaneScatter(const TileAtWork<T>& work, int64_t channels, SampleDots<A, kBackwardTile>* dots,
+               Arena& arena)
       : work_(work),
         call_(work.call),
         tensors_(call_.tensors),
@@ -40,7 +42,7 @@ class PlaneScatter {
 
   // Reads and scatters the samples of one tap and offset group, for channels [begin, end) of the
   // block.
-  void scatter_samples(int64_t begin, int64_t end) const {
+  void scatter_samples(int64_t /* tap */, int64_t begin, int64_t end) const {
     const BackwardSamples<A>& samples = *work_.samples;
     const int64_t count = work_.tile->count;
     const BlockWindows<T>& windows = call_.windows;
@@ -60,7 +62,7 @@ class PlaneScatter {
                          corners_->weight);
     }
     const auto& added = grad_pixel != layout.pixel_stride ? corners_->added : corners_->read;
-    if (call_.wants_sampling()) fill_zero(dots_, 4 * kBackwardTile);
+    if (call_.wants_sampling()) fill_zero(dots_->of[0], 4 * kBackwardTile);
     for (int64_t c = begin; c < end; ++c) {
       const T* source = call_.planes() + c * layout.channel_stride;
       const A* grad = grad_columns_ + c * kBackwardTile;
@@ -100,7 +102,7 @@ class PlaneScatter {
   void add_dots(const A* grad) const {
     const int64_t count = work_.tile->count;
     for (int q = 0; q < 4; ++q) {
-      A* dots = dots_ + q * kBackwardTile;
+      A* dots = dots_->of[q];
       for (int64_t i = 0; i < count; ++i) dots[i] += corners_->value[q][i] * grad[i];
     }
   }
@@ -117,7 +119,7 @@ class PlaneScatter {
   const TileAtWork<T>& work_;
   const BlockCall<T>& call_;
   const BackwardTensors<T>& tensors_;
-  A* const dots_;
+  SampleDots<A, kBackwardTile>* const dots_;
   PlanarCorners* const corners_;
   A* const grad_columns_;  // channels × pixels
   A* const columns_;       // channels × pixels

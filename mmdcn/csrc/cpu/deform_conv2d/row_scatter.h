@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "../row_gradients.h"
 #include "backward_tile.h"
 #include "corners.h"
 #include "windows.h"
@@ -12,62 +13,14 @@ namespace mmdcn {
 namespace MMDCN_CPU_CAPABILITY {
 namespace {
 
-// The addresses and weights of one sample, for the channels of one block and offset group. Pointers
-// to what is not wanted are not set.
-template <typename S, typename A>
-struct RowSample {
-  const S* corner[4];
-  A* grad_corner[4];
-  A weight[4];  // G(q, p) Δm
-  const A* grad_column;
-  A* column;
-};
-
-// Adds to the gradient of the input, samples the column again, and computes
-// Σ_c grad_column[c] X(q)[c] for each corner q in `dots`, whose lanes the caller adds up.
-template <bool wants_input, bool wants_column, bool wants_dots, typename S, typename A>
-inline void scatter(const RowSample<S, A>& sample, int64_t count, register_t<A> (&dots)[4]) {
-  const A* grad_column = sample.grad_column;
-  A* column = sample.column;
-  register_t<A> sums[4] = {};
-  int64_t c = 0;
-  for (; c + kLanes<A> <= count; c += kLanes<A>) {
-    const register_t<A> gradient = load_register(grad_column + c);
-    register_t<A> blended = {};
-#pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) {
-      if constexpr (wants_column || wants_dots) {
-        const register_t<A> value = load_register(sample.corner[q] + c);
-        if constexpr (wants_column) blended += sample.weight[q] * value;
-        if constexpr (wants_dots) sums[q] += value * gradient;
-      }
-      if constexpr (wants_input) {
-        A* target = sample.grad_corner[q] + c;
-        store_register(target, load_register(target) + sample.weight[q] * gradient);
-      }
-    }
-    if constexpr (wants_column) store_register(column + c, blended);
-  }
-  for (; c < count; ++c) {
-    A blended = 0;
-    for (int q = 0; q < 4; ++q) {
-      const A value = load(sample.corner[q] + c);
-      blended += sample.weight[q] * value;
-      sums[q][0] += value * grad_column[c];
-      if constexpr (wants_input) sample.grad_corner[q][c] += sample.weight[q] * grad_column[c];
-    }
-    if constexpr (wants_column) column[c] = blended;
-  }
-  for (int q = 0; q < 4; ++q) dots[q] = sums[q];
-}
-
 template <typename T, typename A = accumulator_t<T>>
 class RowScatter {
  public:
   static constexpr Sampling kSampling = Sampling::kRows;
 
   // `dots` is the memory of SampleGradients.
-  RowScatter(const TileAtWork<T>& work, int64_t channels, A* dots, Arena& arena)
+  RowScatter(const TileAtWork<T>& work, int64_t channels, SampleDots<A, kBackwardTile>* dots,
+             Arena& arena)
       : work_(work),
         call_(work.call),
         shape_(call_.shape),
@@ -75,18 +28,23 @@ class RowScatter {
         windows_(call_.windows),
         plane_(shape_.height * shape_.width),
         dots_(dots),
-        columns_(arena.take<A>(kBackwardTile * work.column_stride)),
+        columns_(arena.take<A>(is_depthwise(shape_) ? 0 : kBackwardTile * work.column_stride)),
         read_(arena.take<Addresses>(1)),
         added_(arena.take<Addresses>(1)),
         weights_(arena.take<Weights>(1)),
         zeros_(arena.take<A>(channels)),
         sinks_(arena.take<A>(4 * channels)),
         strays_(arena.take<A>(4 * channels)),
-        grad_strays_(arena.take<A>(4 * channels)) {}
+        grad_strays_(arena.take<A>(4 * channels)),
+        unwanted_(arena.take<A>(is_depthwise(shape_) ? channels : 0)),
+        rows_(arena.take<int64_t>(kBackwardTile)) {}
 
   void start() const {
     fill_zero(zeros_, call_.channels());
     fill_zero(sinks_, 4 * call_.channels());
+    if (is_depthwise(shape_)) fill_zero(unwanted_, call_.channels());
+    const int64_t stride = is_depthwise(shape_) ? work_.grad_stride : work_.column_stride;
+    for (int64_t i = 0; i < kBackwardTile; ++i) rows_[i] = i * stride;
   }
 
   // PlaneScatter has work here.
@@ -95,23 +53,21 @@ class RowScatter {
 
   // Reads and scatters the samples of one tap and offset group, for channels [begin, end) of the
   // block.
-  void scatter_samples(int64_t begin, int64_t end) const {
-    const bool column = tensors_.grad_weight;
-    if (tensors_.grad_input && call_.wants_sampling()) {
-      column ? scatter_with<true, true, true>(begin, end)
-             : scatter_with<true, false, true>(begin, end);
-    } else if (tensors_.grad_input) {
-      column ? scatter_with<true, true, false>(begin, end)
-             : scatter_with<true, false, false>(begin, end);
-    } else if (call_.wants_sampling()) {
-      column ? scatter_with<false, true, true>(begin, end)
-             : scatter_with<false, false, true>(begin, end);
+  void scatter_samples(int64_t tap, int64_t begin, int64_t end) const {
+    const Share share = {tap * call_.channels(), begin, end};
+    if (is_depthwise(shape_)) {
+      // Rarely less than all is wanted, and little time would be saved.
+      tensors_.grad_input ? scatter_with<true, Column::kDepthwise, true>(share)
+                          : scatter_with<false, Column::kDepthwise, true>(share);
+    } else if (tensors_.grad_weight) {
+      scatter_as<Column::kStored>(share);
     } else {
-      scatter_with<false, true, false>(begin, end);
+      scatter_as<Column::kNone>(share);
     }
   }
 
   void add_weight_gradient(int64_t tap) const {
+    if (is_depthwise(shape_)) return;  // Its gradient has been added by scatter().
     work_.template add_weight_gradient<Order::kColumns>(tap, columns_, work_.column_stride);
   }
 
@@ -120,19 +76,34 @@ class RowScatter {
   struct Weights {
     A of[4][kBackwardTile];  // G(q, p) Δm
   };
+  // What is scattered together: channels [begin, end) of the block, for one tap, whose row in a
+  // depthwise weight begins at `tap_row`.
+  struct Share {
+    int64_t tap_row, begin, end;
+  };
+
+  template <Column kind>
+  void scatter_as(const Share& share) const {
+    if (tensors_.grad_input && call_.wants_sampling()) {
+      scatter_with<true, kind, true>(share);
+    } else if (tensors_.grad_input) {
+      scatter_with<true, kind, false>(share);
+    } else if (call_.wants_sampling()) {
+      scatter_with<false, kind, true>(share);
+    } else if constexpr (kind == Column::kStored) {
+      scatter_with<false, kind, false>(share);
+    }
+  }
 
   // Scatters sample number i, for `count` channels of the block from number `channel` on. Corners
   // outside the windows are read from the planes, and added to those of the gradient.
-  template <bool wants_input, bool wants_column, bool wants_dots>
-  __attribute__((noinline)) void stray(int64_t i, int64_t channel, int64_t count,
-                                       RowSample<A, A>& sample, register_t<A> (&dots)[4]) const {
+  template <bool wants_input, Column kind, bool wants_dots>
+  __attribute__((noinline)) void stray(const RowSamples<A, A>& samples, int64_t i, int64_t channel,
+                                       int64_t count) const {
     Corners<A, 2> corners;
-    if (!corners_of(shape_, *work_.samples, i, corners)) {
-      if (wants_column) fill_zero(sample.column, count);
-      return;
-    }
+    const bool there = corners_of(shape_, *work_.samples, i, corners);
     bool far[4] = {};
-    for (int q = 0; q < 4; ++q) {
+    for (int q = 0; there && q < 4; ++q) {
       const int64_t y = work_.samples->low_y[i] + (q >> 1);
       const int64_t x = work_.samples->low_x[i] + (q & 1);
       const bool exists = corners.position[q] >= 0;
@@ -140,88 +111,83 @@ class RowScatter {
         A* values = strays_ + q * count;
         const T* source = call_.planes() + channel * plane_ + corners.position[q];
         for (int64_t c = 0; c < count; ++c) values[c] = load(source + c * plane_);
-        sample.corner[q] = values;
+        read_->corner[q][i] = reinterpret_cast<uintptr_t>(values);
       }
       if (wants_input && exists && !windows_.grad_input.has(y, x)) {
-        sample.grad_corner[q] = grad_strays_ + q * count;
-        fill_zero(sample.grad_corner[q], count);
+        A* values = grad_strays_ + q * count;
+        fill_zero(values, count);
+        added_->corner[q][i] = reinterpret_cast<uintptr_t>(values);
         far[q] = true;
       }
     }
-    scatter<wants_input, wants_column, wants_dots>(sample, count, dots);
+    scatter<wants_input, kind, wants_dots>(samples, i, i + 1, count);
     for (int q = 0; q < 4; ++q) {
       if (!far[q]) continue;
+      const A* values = grad_strays_ + q * count;
       T* target = call_.grad_planes() + channel * plane_ + corners.position[q];
       for (int64_t c = 0; c < count; ++c) {
-        store(target + c * plane_, load(target + c * plane_) + sample.grad_corner[q][c]);
+        store(target + c * plane_, load(target + c * plane_) + values[c]);
       }
     }
   }
 
-  // Sets the corners and weights of sample number i. Returns whether a corner is missing.
-  template <bool wants_input, typename V>
-  __attribute__((always_inline)) bool set_sample(int64_t i, RowSample<V, A>& sample) const {
-    bool missing = read_->missing[i];
-    for (int q = 0; q < 4; ++q) {
-      sample.corner[q] = reinterpret_cast<const V*>(read_->corner[q][i]);
-      sample.weight[q] = weights_->of[q][i];
-      if (!wants_input) continue;
-      sample.grad_corner[q] = reinterpret_cast<A*>(added_->corner[q][i]);
-    }
-    if (wants_input) missing = missing || added_->missing[i];
-    return missing;
-  }
-
-  // Scatters the samples of a tile, for channels [begin, end) of the block, which are one offset
-  // group's. `row_channel` is the index of the block's first channel in a pixel of `rows`.
-  template <bool wants_input, bool wants_column, bool wants_dots, typename S>
+  // Scatters the samples of a tile. `row_channel` is the index of the block's first channel in a
+  // pixel of `rows`.
+  template <bool wants_input, Column kind, bool wants_dots, typename S>
   void scatter_rows(const RowWindow<S>& rows, const RowWindow<A>& grad_rows, int64_t row_channel,
-                    int64_t begin, int64_t end) const {
+                    const Share& share) const {
     using V = std::remove_const_t<S>;
-    const BackwardSamples<A>& samples = *work_.samples;
-    const int64_t stride = work_.column_stride, count = end - begin;
-    const int64_t pixels = work_.tile->count;
-    set_corners<S>(shape_, rows, row_channel + begin, samples, pixels,
-                   reinterpret_cast<const V*>(zeros_), 0, *read_);
+    const BackwardSamples<A>& located = *work_.samples;
+    const int64_t begin = share.begin, count = share.end - begin, pixels = work_.tile->count;
+    bool missing = set_corners<S>(shape_.height, shape_.width, rows, row_channel + begin, located,
+                                  pixels, reinterpret_cast<const V*>(zeros_), 0, *read_);
     if (wants_input) {
-      set_corners<A>(shape_, grad_rows, begin, samples, pixels, sinks_, count, *added_);
+      missing |= set_corners<A>(shape_.height, shape_.width, grad_rows, begin, located, pixels,
+                                sinks_, count, *added_);
     }
-    set_weights(samples, pixels, weights_->of);
-    constexpr int64_t lanes = kLanes<A>;
-    register_t<A> dots[4][lanes] = {};
-    for (int64_t first = 0; first < pixels; first += lanes) {
-      const int64_t some = std::min(lanes, pixels - first);
-      for (int64_t k = 0; k < some; ++k) {
-        const int64_t i = first + k;
-        RowSample<V, A> sample;
-        sample.grad_column = work_.grad_columns + i * stride + begin;
-        sample.column = columns_ + i * stride + begin;
-        const bool missing = set_sample<wants_input>(i, sample);
-        register_t<A> sums[4] = {};
-        // Corners can only be missing in windows, which are of type A.
-        if (std::is_same_v<V, A> && missing) {
-          if constexpr (std::is_same_v<V, A>) {
-            stray<wants_input, wants_column, wants_dots>(i, begin, count, sample, sums);
-          }
-        } else {
-          scatter<wants_input, wants_column, wants_dots>(sample, count, sums);
-        }
-        if constexpr (wants_dots) {
-          for (int q = 0; q < 4; ++q) dots[q][k] = sums[q];
-        }
+    set_weights(located, pixels, weights_->of);
+    const RowSamples<V, A> samples = samples_of<V, kind>(share);
+    // Corners can only be missing in windows, which are of type A.
+    if constexpr (std::is_same_v<V, A>) {
+      for (int64_t i = 0, first = 0; missing && i <= pixels; ++i) {
+        const bool last = i == pixels;
+        if (!last && !read_->missing[i] && !(wants_input && added_->missing[i])) continue;
+        if (first < i) scatter<wants_input, kind, wants_dots>(samples, first, i, count);
+        if (!last) stray<wants_input, kind, wants_dots>(samples, i, begin, count);
+        first = i + 1;
       }
-      if constexpr (wants_dots) {
-        for (int q = 0; q < 4; ++q) {
-          store_register(dots_ + q * kBackwardTile + first, sums_of<A>(dots[q]));
-        }
-      }
+      if (missing) return;
     }
+    scatter<wants_input, kind, wants_dots>(samples, 0, pixels, count);
   }
 
-  template <bool wants_input, bool wants_column, bool wants_dots>
-  void scatter_with(int64_t begin, int64_t end) const {
+  // The samples of a tile, for the channels of `share`, which are one offset group's.
+  template <typename V, Column kind>
+  RowSamples<V, A> samples_of(const Share& share) const {
+    RowSamples<V, A> samples = {};
+    samples.corner = read_->corner[0];
+    samples.grad_corner = added_->corner[0];
+    samples.weight = weights_->of[0];
+    samples.quantity = kBackwardTile;
+    samples.row = rows_;
+    samples.dots = dots_->of[0];
+    if constexpr (kind == Column::kDepthwise) {
+      samples.gradient = work_.gradients + share.begin;
+      samples.tap_weight = tensors_.weight + share.tap_row + share.begin;
+      samples.grad_tap_weight =
+          tensors_.grad_weight ? tensors_.grad_weight + share.tap_row + share.begin : unwanted_;
+    } else {
+      samples.gradient = work_.grad_columns + share.begin;
+      samples.column = columns_ + share.begin;
+    }
+    return samples;
+  }
+
+  template <bool wants_input, Column kind, bool wants_dots>
+  void scatter_with(const Share& share) const {
     if (tensors_.input_layout.channels_last()) {
-      const RowWindow<const T> rows = whole_image(shape_, tensors_.input);
+      const RowWindow<const T> rows =
+          whole_image(tensors_.input, shape_.height, shape_.width, shape_.channels);
       if constexpr (std::is_same_v<T, A>) {
         // The gradient has the layout of the input, and is added to in place.
         RowWindow<A> grad_rows = {};
@@ -230,14 +196,13 @@ class RowScatter {
                        rows.capacity,       rows.begin,        rows.end,
                        rows.left,           rows.right,        rows.origin};
         }
-        return scatter_rows<wants_input, wants_column, wants_dots>(rows, grad_rows,
-                                                                   call_.block.begin, begin, end);
+        return scatter_rows<wants_input, kind, wants_dots>(rows, grad_rows, call_.block.begin,
+                                                           share);
       }
-      return scatter_rows<wants_input, wants_column, wants_dots>(rows, windows_.grad_input,
-                                                                 call_.block.begin, begin, end);
+      return scatter_rows<wants_input, kind, wants_dots>(rows, windows_.grad_input,
+                                                         call_.block.begin, share);
     }
-    scatter_rows<wants_input, wants_column, wants_dots>(windows_.input, windows_.grad_input, 0,
-                                                        begin, end);
+    scatter_rows<wants_input, kind, wants_dots>(windows_.input, windows_.grad_input, 0, share);
   }
 
   const TileAtWork<T>& work_;
@@ -246,7 +211,7 @@ class RowScatter {
   const BackwardTensors<T>& tensors_;
   BlockWindows<T>& windows_;
   const int64_t plane_;  // elements of a channel
-  A* const dots_;
+  SampleDots<A, kBackwardTile>* const dots_;
   A* const columns_;        // pixels × channels of the block
   Addresses* const read_;   // of the corners
   Addresses* const added_;  // of the corners' gradients
@@ -255,6 +220,8 @@ class RowScatter {
   A* const sinks_;        // 4 × channels: stands in for their gradients, never read
   A* const strays_;       // 4 × channels: corners outside the window
   A* const grad_strays_;  // 4 × channels: their gradients
+  A* const unwanted_;     // stands in for the gradient of a depthwise weight, never read
+  int64_t* const rows_;   // of each pixel, the first element of its gradients
 };
 
 }  // namespace

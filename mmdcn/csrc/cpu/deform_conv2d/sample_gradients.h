@@ -4,36 +4,25 @@
 
 #include <algorithm>
 
+#include "../row_gradients.h"
 #include "backward_tile.h"
 
 namespace mmdcn {
 namespace MMDCN_CPU_CAPABILITY {
 namespace {
 
-// The gradients of y, x and the modulation, from the dot product at each corner.
-template <typename A>
-inline void sample_gradients(const A (&dots)[4], A fraction_y, A fraction_x, A modulation,
-                             A (&gradient)[3]) {
-  const A low_y = weight_along(fraction_y, 0), low_x = weight_along(fraction_x, 0);
-  const A upper = low_x * dots[0] + fraction_x * dots[1];
-  const A lower = low_x * dots[2] + fraction_x * dots[3];
-  gradient[0] = modulation * (lower - upper);
-  gradient[1] = modulation * (low_y * (dots[1] - dots[0]) + fraction_y * (dots[3] - dots[2]));
-  gradient[2] = low_y * upper + fraction_y * lower;
-}
-
 template <typename T, typename A = accumulator_t<T>>
 class SampleGradients {
  public:
-  A* const dots;  // 4 × pixels: Σ_c grad_column[c] X(q)[c] for each corner q
+  SampleDots<A, kBackwardTile>* const dots;
 
   SampleGradients(const TileAtWork<T>& work, int64_t channels, Arena& arena)
-      : dots(arena.take<A>(4 * kBackwardTile)),
+      : dots(arena.take<SampleDots<A, kBackwardTile>>(1)),
         work_(work),
         shape_(work.call.shape),
         tensors_(work.call.tensors),
         block_(work.call.block),
-        gradients_(arena.take<A>(3 * kBackwardTile)) {
+        gradients_(arena.take<Gradients>(1)) {
     const int64_t owned = channels / shape_.deform_group_channels() * shape_.taps() * kBackwardTile;
     staged_offset_ = arena.take<A>(tensors_.grad_offset.in_planes() ? 0 : 2 * owned);
     staged_mask_ = arena.take<A>(tensors_.grad_mask.in_planes() ? 0 : owned);
@@ -43,10 +32,11 @@ class SampleGradients {
   // if that is not null, or to the tensors: directly if these lie in planes, otherwise to the
   // staged rows.
   void store(int64_t d, int64_t tap, A* aside) const {
-    set_gradients();
+    set_sample_gradients(shape_.height, shape_.width, *work_.samples, work_.tile->count, *dots,
+                         *gradients_);
     if (aside) {
       for (int k = 0; k < 3; ++k) {
-        const A* source = gradients_ + k * kBackwardTile;
+        const A* source = gradients_->of[k];
         std::copy(source, source + work_.tile->count, aside + k * kBackwardTile);
       }
       return;
@@ -65,38 +55,14 @@ class SampleGradients {
   }
 
  private:
-  void set_gradients() const {
-    const BackwardSamples<A>& samples = *work_.samples;
-    const int32_t height = static_cast<int32_t>(shape_.height);
-    const int32_t width = static_cast<int32_t>(shape_.width);
-    const A* const dots_of = dots;
-    A* const gradients = gradients_;
-    const int64_t count = work_.tile->count;
-    for (int64_t i = 0; i < count; ++i) {
-      // The dots of a corner that does not exist are those of whatever stands in for it.
-      const int32_t top = samples.row_exists(0, i, height);
-      const int32_t low = samples.row_exists(1, i, height);
-      const int32_t first = samples.column_exists(0, i, width);
-      const int32_t last = samples.column_exists(1, i, width);
-      const A dot[4] = {(top & first) != 0 ? dots_of[i] : A(0),
-                        (top & last) != 0 ? dots_of[kBackwardTile + i] : A(0),
-                        (low & first) != 0 ? dots_of[2 * kBackwardTile + i] : A(0),
-                        (low & last) != 0 ? dots_of[3 * kBackwardTile + i] : A(0)};
-      A gradient[3];
-      sample_gradients(dot, samples.fraction_y[i], samples.fraction_x[i], samples.modulation[i],
-                       gradient);
-      gradients[i] = gradient[0];
-      gradients[kBackwardTile + i] = gradient[1];
-      gradients[2 * kBackwardTile + i] = gradient[2];
-    }
-  }
+  using Gradients = ThreeGradients<A, kBackwardTile>;
 
   // Stores one channel of a tensor of gradients, from row number `from` of gradients_. The staged
   // rows begin with channel number `first_staged`.
   void store_row(const SamplingGradients<A>& target, int64_t channel, int64_t from, A* staged,
                  int64_t first_staged) const {
     if (target.data == nullptr) return;
-    const A* source = gradients_ + from * kBackwardTile;
+    const A* source = gradients_->of[from];
     if (!target.in_planes()) {
       std::copy(source, source + work_.tile->count,
                 staged + (channel - first_staged) * kBackwardTile);
@@ -124,9 +90,9 @@ class SampleGradients {
   const DeformConv2dShape& shape_;
   const BackwardTensors<T>& tensors_;
   const ChannelBlock& block_;
-  A* const gradients_;  // 3 × pixels: of y, x and the modulation
-  A* staged_offset_;    // channels × pixels, for a tensor whose channels are contiguous
-  A* staged_mask_;      // likewise
+  Gradients* const gradients_;
+  A* staged_offset_;  // channels × pixels, for a tensor whose channels are contiguous
+  A* staged_mask_;    // likewise
 };
 
 }  // namespace

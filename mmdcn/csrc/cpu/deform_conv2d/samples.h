@@ -3,18 +3,13 @@
 
 #include <cstdint>
 
+#include "../row_corners.h"
 #include "../transpose.h"
 #include "kernel.h"
 #include "rows.h"
 
 namespace mmdcn {
 namespace {
-
-// The samples of a tile for one tap and one offset group, one array for each quantity.
-template <typename A, int kMost>
-struct Samples : CornerArrays<A, kMost> {
-  A modulation[kMost];  // 0 of a sample that contributes nothing
-};
 
 // The offsets and modulations of some offset groups, a row of pixels for each channel: either the
 // pixels of the image or, staged, those of the tile.

@@ -75,20 +75,6 @@ inline int64_t window_size(int64_t channels, int64_t capacity, int64_t columns) 
   return (channels + kLanes<A> - 1) / kLanes<A> * kLanes<A> * capacity * columns;
 }
 
-// A channels-last image as a window that has all of it.
-template <typename T>
-inline RowWindow<const T> whole_image(const DeformConv2dShape& shape, const T* image) {
-  return {image,
-          shape.channels,
-          shape.width * shape.channels,
-          shape.height,
-          0,
-          shape.height,
-          0,
-          shape.width,
-          0};
-}
-
 // Moves a window on an image, of `channels` channels in planes, to a range: rows that enter it are
 // transposed from the planes.
 template <typename T, typename A>

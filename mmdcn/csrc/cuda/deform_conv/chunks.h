@@ -21,7 +21,9 @@ struct Chunk {
 };
 
 // How a batch is cut into chunks of at most `most` pixels and as equal as can be: what is left over
-// for a small last one would keep the device as long as a whole one.
+// for a small last one would keep the device as long as a whole one. A smaller batch can have
+// larger chunks, so that memory is for one chunk: torch keeps it for the next, if this one fits
+// there.
 class Chunks {
   int64_t batch_, pixels_;
   int64_t images_;  // of a chunk
@@ -34,9 +36,6 @@ class Chunks {
     images_ = divide_up(batch, divide_up(batch, images_));
     piece_ = divide_up(pixels, divide_up(pixels, most));
   }
-
-  // Pixels of the largest chunk.
-  int64_t largest() const { return images_ * piece_; }
 
   // Calls run(chunk) for each chunk, in the order of the pixels.
   template <typename Run>

@@ -68,21 +68,17 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& offset, const 
 
   const Tensor weights = channels_last(weight);
   const int64_t image_bytes = copied_bytes(input, is_usable(input)) + copied_bytes(offset, mask);
-  std::optional<Tensor> columns;
   for_each_span(shape.batch, images_at_a_time(shape.batch, image_bytes), [&](const Images& span) {
     const ConvProblem<R> problem = context.problem(span);
     const Tensor features = channels_last(span.of(input)), result = span.of(output);
     const Tensor offsets = as_contiguous(span.of(offset));
     const std::optional<Tensor> masks = as_contiguous(span.of(mask));
-    const Chunks chunks = context.chunks(problem, input.element_size());
-    if (!columns.has_value()) {
-      columns = new_tensor(input, {chunks.largest(), problem.row}, input.scalar_type());
-    }
-    chunks.for_each([&](const Chunk& chunk) {
+    context.chunks(problem, input.element_size()).for_each([&](const Chunk& chunk) {
       const PixelRange range = chunk.range(problem.pixels);
+      const Tensor columns = new_tensor(input, {range.count, problem.row}, input.scalar_type());
       gather(context.precision, problem, range, features.const_data_ptr(), offsets.const_data_ptr(),
-             pointer(masks), columns->mutable_data_ptr(), false, context.stream);
-      multiply_output(context.calls, product_shape(problem), *columns, chunk.images, chunk.pixels,
+             pointer(masks), columns.mutable_data_ptr(), false, context.stream);
+      multiply_output(context.calls, product_shape(problem), columns, chunk.images, chunk.pixels,
                       weights, result, to_channels_last, range.first);
     });
   });
