@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 __arguments_first__ = True  # see mmdcn/startup.py
+from mmdcn import files
 from mmdcn.engine import launch
 from mmdcn.errors import InputError
 
@@ -61,6 +62,9 @@ def parse_args() -> argparse.Namespace:
     )
     launch.add_config_options(parser)
     args = parser.parse_args()
+    if args.out.suffix != ".onnx" or args.out.is_dir():
+        parser.error(f"argument -o/--out: expected a file name ending in .onnx, got {args.out}")
+    files.check_folder(args.out.parent, "-o/--out")
     if args.raw and args.with_preprocessing:
         parser.error("argument --with-preprocessing: not with --raw")
     return args

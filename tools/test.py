@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 __arguments_first__ = True  # see mmdcn/startup.py
-from mmdcn.engine import launch
+from mmdcn import files
+from mmdcn.engine import environment, launch
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -46,6 +47,17 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.out is not None and not args.out.endswith((".pkl", ".pickle")):
         parser.error(f"argument --out: expected a name ending in .pkl or .pickle, got {args.out}")
+    if not 0 <= args.wait_time < float("inf"):
+        parser.error(f"argument --wait-time: expected at least 0 seconds, got {args.wait_time}")
+    if args.show:
+        environment.check_display("--show-dir writes the pictures to files")
+    # One that is not absolute is inside a folder that is made anew.
+    if args.show_dir is not None and Path(args.show_dir).is_absolute():
+        files.check_folder(Path(args.show_dir), "--show-dir")
+    if args.work_dir is not None:
+        files.check_folder(Path(args.work_dir), "--work-dir")
+    if args.out is not None:
+        files.check_folder(Path(args.out).parent, "--out")
     if is_exported(args.checkpoint):
         if args.tta:
             parser.error("argument --tta: not with an exported file")
@@ -131,8 +143,6 @@ def main(args: argparse.Namespace) -> None:
     if args.show or args.show_dir:
         show_predictions(cfg, args)
     warned = preflight.check(cfg, stages=("test",))
-    if args.out is not None and (problem := preflight.unwritable(Path(args.out).parent)):
-        raise preflight.ConfigError(f"--out {args.out}: {problem}")
     if is_exported(args.checkpoint):
         take_exported_file(cfg, args.checkpoint)
     if args.tta:

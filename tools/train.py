@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 __arguments_first__ = True  # see mmdcn/startup.py
+from mmdcn import files
 from mmdcn.engine import launch
 
 if TYPE_CHECKING:
@@ -33,11 +35,15 @@ def parse_args() -> argparse.Namespace:
         "--resume",
         nargs="?",
         const="auto",
+        type=launch.resumed_checkpoint,
         metavar="CHECKPOINT",
         help="continue from a checkpoint; without a path, from the last one in the work folder",
     )
     launch.add_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.work_dir is not None:
+        files.check_folder(Path(args.work_dir), "--work-dir")
+    return args
 
 
 def scale_learning_rate(cfg: Config) -> None:

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 from mmdcn.errors import InputError
+from mmdcn.files import unwritable
 
 from .building import (
     CannotBuild,
@@ -36,9 +36,17 @@ from .determinism import determinism_problems
 from .evaluators import evaluator_problems
 from .model import class_counts, missing_types, pretrained
 from .nodes import Problems, each, is_first_process, is_local, missing_file, said, some
-from .weights import checkpoint_problems
+from .weights import checkpoint_problems, names_classes
 
-__all__ = ["ConfigError", "check", "is_first_process", "register_toolbox", "unwritable"]
+__all__ = [
+    "ConfigError",
+    "check",
+    "check_weights",
+    "class_names",
+    "is_first_process",
+    "names_classes",
+    "register_toolbox",
+]
 
 # What `preflight=dict(...)` in a config switches off, where something differs on purpose.
 _SWITCHES = ("annotations", "checkpoint", "class_counts", "model")
@@ -109,6 +117,15 @@ def check_weights(cfg: Config, checkpoint: str) -> None:
         raise ConfigError("; ".join(problems))
 
 
+def class_names(cfg: Config) -> list[str] | None:
+    """The names of the classes of a config's test set, where they are known without reading it."""
+    register_toolbox()
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
+        loader = cfg.get("test_dataloader") or {}
+        data = next(data_of(loader.get("dataset"), "test_dataloader.dataset"), None)
+        return None if data is None else data.classes
+
+
 def register_toolbox() -> None:
     """Fill the toolbox's registries, in which names in a config resolve."""
     from mmdet.utils import register_all_modules
@@ -170,23 +187,6 @@ def _problems(cfg: Config, stages: tuple[str, ...]) -> Problems:
         yield from _disagreements(
             cfg.model, known, [e for s in stages for e in _evaluators(cfg, s)]
         )
-
-
-def unwritable(path: str | Path) -> str | None:
-    """Why a folder cannot be made or written, None where it can.
-
-    Example:
-        >>> unwritable("/dev/null/results")
-        "cannot write to '/dev/null/results', as '/dev/null' is not a folder"
-    """
-    place = Path(path).absolute()
-    while not os.path.lexists(place):
-        place = place.parent
-    if not place.is_dir():
-        return f"cannot write to {str(path)!r}, as {str(place)!r} is not a folder"
-    if not os.access(place, os.W_OK | os.X_OK):
-        return f"cannot write to {str(path)!r}: no permission in {str(place)!r}"
-    return None
 
 
 def _all_data(cfg: Config, stages: tuple[str, ...]) -> list[Data]:

@@ -123,8 +123,7 @@ def _read(path: str) -> Any:
 
 def _class_names(path: str, place: str, checkpoint: dict, classes: Sequence[str]) -> Problems:
     """Where a checkpoint says that it was trained on other classes."""
-    meta = checkpoint.get("meta") or {}
-    trained_on = (meta.get("dataset_meta") or {}).get("classes", meta.get("CLASSES"))
+    trained_on = _trained_on(checkpoint)
     if not isinstance(trained_on, (list, tuple)) or set(trained_on) == set(classes):
         return
     yield (
@@ -133,6 +132,16 @@ def _class_names(path: str, place: str, checkpoint: dict, classes: Sequence[str]
         f"data has {len(classes)}, {some(list(classes), 4)}: set "
         "preflight=dict(class_counts=False) if they differ on purpose",
     )
+
+
+def _trained_on(checkpoint: Any) -> Any:
+    meta = (checkpoint.get("meta") if isinstance(checkpoint, dict) else None) or {}
+    return (meta.get("dataset_meta") or {}).get("classes", meta.get("CLASSES"))
+
+
+def names_classes(path: str) -> bool:
+    """Whether a checkpoint, a file or an address, says on which classes it was trained."""
+    return _trained_on(_read(path)) is not None
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,15 @@ def test_an_unknown_type(config, place, name, hint):
     assert hint in message
 
 
+@pytest.mark.parametrize("place", ["dcn", "conv_cfg"])
+@pytest.mark.parametrize("name", ["DCN1d", "mmdcn.DCNv2_3d", "DeformConv3dPack"])
+def test_a_convolution_of_other_dimensions(config, place, name):
+    config.model.backbone[place] = dict(type=name)
+    message = message_of(config)
+    assert f"'DCNv2', got {name!r}, which is {3 if '3d' in name else 1}-D" in message
+    assert f"(model.backbone.{place}.type)" in message
+
+
 def test_types_of_another_project_are_left_to_it(config):
     config.model.backbone = dict(type="elsewhere.Net", norm_cfg=dict(type="TheirNorm"))
     assert "TheirNorm" not in message_of(config)
