@@ -79,7 +79,9 @@ def sentence(error: BaseException) -> str:
         return key if isinstance(key, str) and " " in key else f"it lacks {key!r}"
     if str(error).strip():
         return first_line(error)
-    line = traceback.extract_tb(error.__traceback__)[-1].line
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    if line.startswith("assert "):
+        return f"expected {line.removeprefix('assert ')}"
     return f"{type(error).__name__} at {line!r}"
 
 

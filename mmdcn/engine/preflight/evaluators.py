@@ -56,8 +56,8 @@ def _other_data(data_sets: Sequence[Data], path: str, place: str, format_only: b
             yield (
                 place,
                 f"{data.where} takes {taken} of {total} images (indices), and all others of "
-                f"{path!r} would count as missed: set {place}=None, so that predictions are "
-                "compared with what the data set loads, or give a file of those images alone",
+                f"{path!r} would count as missed: leave out indices, and give both a file of those "
+                "images alone",
             )
     if partial or all(os.path.samefile(data.ann_file, path) for data in data_sets):
         return

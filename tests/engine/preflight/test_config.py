@@ -283,7 +283,7 @@ def test_an_evaluator_of_all_images_and_data_of_some(config):
         config.test_dataloader.dataset.indices = indices
         message = message_of(config, ("test",))
         assert f"takes {taken} of 2 images (indices)" in message
-        assert "set test_evaluator.ann_file=None" in message
+        assert "give both a file of those images alone" in message
     config.test_evaluator.ann_file = None
     preflight.check(config, ("test",))
     # What is trained on is compared with nothing.
