@@ -2,6 +2,7 @@
 # make test       the whole suite, on the CPU
 # make benchmark  the operator and whole detectors against their peers: docs/benchmarks/cpu.md
 # make test-torch TORCH=2.10.0   operators and layers, from the wheel, under another torch
+# make fuzz SECONDS=600   random problems, malformed calls and damaged checkpoints, a third each
 # make zoo        every deformable config of mmdet against mmcv's kernels: docs/zoo.md
 # make lint       ruff and clang-format
 # make docs       the documentation as a site: build/docs/index.html
@@ -27,8 +28,8 @@ CXX_SOURCES := $(shell find mmdcn tests -name '*.cpp' -o -name '*.h' -o -name '*
 
 MEASURED := work_dirs/benchmark
 
-.PHONY: demo test test-slow test-torch benchmark zoo lint format docs wheel release-check check \
-    environment clean
+.PHONY: demo test test-slow test-torch benchmark fuzz zoo lint format docs wheel release-check \
+    check environment clean
 
 environment: $(INSTALLED)
 
@@ -76,6 +77,11 @@ benchmark: $(INSTALLED)
 	@$(RUN) tools/benchmark.py report --out docs/benchmarks/cpu --readme README.md \
 	    $(addprefix $(MEASURED)/,design.json variants.json bfloat16.json float16.json family.json \
 	    detectors.json)
+
+SECONDS ?= 60
+fuzz: $(INSTALLED)
+	@for kind in operators malformed checkpoints; do OMP_NUM_THREADS=1 \
+	    $(RUN) tools/fuzz.py $$kind --seconds $$(($(SECONDS) / 3)) $(ARGS) || exit 1; done
 
 zoo: $(INSTALLED)
 	@$(RUN) tools/check_zoo.py --out docs/zoo.md $(ARGS)

@@ -6,6 +6,7 @@ import contextlib
 import glob
 import io
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,16 +65,36 @@ def check_names_differ(images: Sequence[Path]) -> None:
             )
 
 
+def unwritable(path: str | Path) -> str | None:
+    """Why a folder cannot be made or written, None where it can.
+
+    Example:
+        >>> unwritable("/dev/null/results")
+        "cannot write to '/dev/null/results', as '/dev/null' is not a folder"
+    """
+    place = Path(path).absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        return f"cannot write to {str(path)!r}, as {str(place)!r} is not a folder"
+    if not os.access(place, os.W_OK | os.X_OK):
+        return f"cannot write to {str(path)!r}: no permission in {str(place)!r}"
+    # Some file systems refuse what permissions allow: /proc, or those that are mounted to be read.
+    try:
+        with tempfile.TemporaryDirectory(prefix=".mmdcn_", dir=place):
+            return None
+    except OSError as error:
+        return f"cannot write to {str(path)!r}: {error.strerror} in {str(place)!r}"
+
+
 def check_folder(folder: Path, argument: str) -> None:
     """Check that files can be written to a folder, which need not exist yet.
 
     Raises:
         InputError: it is a file, or is in a place that cannot be written to.
     """
-    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        what = "cannot be written to" if place.is_dir() else "is a file"
-        raise InputError(f"argument {argument}: expected a folder to write to, and {place} {what}")
+    if problem := unwritable(folder):
+        raise InputError(f"argument {argument}: {problem}")
 
 
 @contextlib.contextmanager

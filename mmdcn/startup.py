@@ -11,7 +11,12 @@ modules of the package that are run so are taken to have said it.
 """
 
 import importlib
+import os
+import signal
 import sys
+
+# What a shell says of a program that an interruption ended: 128, and the signal's number.
+INTERRUPTED = 128 + signal.SIGINT
 
 _postponed = False
 
@@ -23,7 +28,16 @@ def postponed() -> bool:
     _postponed = not _postponed and (
         getattr(main, "__arguments_first__", False) or _is_looking_for_a_module_of_ours()
     )
+    if _postponed and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end_interrupted)
     return _postponed
+
+
+def end_interrupted(*_: object) -> None:
+    """End a program that is interrupted before it has begun, as :mod:`mmdcn.engine.launch` does."""
+    if os.environ.get("RANK", "0") == "0":
+        print("interrupted", file=sys.stderr)
+    sys.exit(INTERRUPTED)
 
 
 def _is_looking_for_a_module_of_ours() -> bool:

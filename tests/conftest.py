@@ -31,6 +31,7 @@ LONGEST = [
     "cuda/test_deform_conv.py",
     "tools/test_export_onnx.py",
     "tools/test_train_and_test.py",
+    "deploy/test_detector.py",
     "test_demo.py",
     "pytorch/test_compile.py",
     "engine/test_export.py",

@@ -1,12 +1,14 @@
-"""Programs in processes of their own, which begin with the toolbox already imported.
+"""Programs in processes of their own, which begin with torch already imported.
 
-Importing it takes several seconds, most of what a small program takes: it is done once, in a server
-that is forked for each program. All else is as in a process that a shell starts.
+Importing torch, and what else the toolbox imports of others, takes several seconds, most of what a
+small program takes: it is done once, in a server that is forked for each program. All else is as
+in a process that a shell starts, the imports of the toolbox and of mmdcn as well.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.process
@@ -16,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +27,10 @@ import torch
 
 REPOSITORY = Path(__file__).parents[1]
 PRELOADED = [
+    *("torch", "torch.distributed.optim", "torch.utils.flop_counter", "torch.export"),
+    *("matplotlib.pyplot", "scipy.optimize", "scipy.stats", "cv2", "shapely.geometry"),
+    *("pycocotools.mask", "rich.progress", "terminaltables", "hypothesis", "numpy.testing"),
     "tests.unformatted_configs",
-    *("mmdcn.visualization", "mmdcn.engine.preflight", "mmdcn.engine.export"),
-    *("mmdet.apis", "mmdet.models", "mmdet.datasets", "mmdet.engine", "mmdet.evaluation"),
 ]
 
 
@@ -34,7 +38,7 @@ class Program:
     """A running Python program.
 
     Args:
-        command: its file and its arguments.
+        command: its file and its arguments; or ``-c`` and a text, or ``-m`` and a module.
         cwd: where it runs.
         environment: its environment variables.
     """
@@ -70,6 +74,13 @@ class Program:
         return subprocess.CompletedProcess(self.command, self.process.exitcode, self.output)
 
 
+def run_python(*command: object, cwd: Path = REPOSITORY, **environment: str) -> str:
+    """What a program prints, which must end well: ``run_python("-c", text)``."""
+    done = Program(command, cwd, os.environ | {"OMP_NUM_THREADS": "1"} | environment).finish()
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
 @functools.cache
 def _server() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
@@ -94,6 +105,7 @@ def _environment(**variables: str):
 
 def _run(command: list[str], cwd: str, environment: dict[str, str], output: str) -> None:
     """Be the program: this is the first thing that its process does."""
+    gc.freeze()  # what the server has imported, which stays
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -101,11 +113,20 @@ def _run(command: list[str], cwd: str, environment: dict[str, str], output: str)
     os.environ.update(environment)
     os.chdir(cwd)
     path = environment.get("PYTHONPATH", "")
-    sys.path[:0] = [os.path.dirname(command[0]), *path.split(os.pathsep)]
+    folder = "" if command[0] in ("-c", "-m") else os.path.dirname(command[0])
+    sys.path[:0] = [folder, *path.split(os.pathsep)]
     # Shells ignore interruptions on behalf of what they run in the background, tests included.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # A program that a shell starts is no worker of another.
     multiprocessing.process._parent_process = None
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    sys.argv = command
-    runpy.run_path(command[0], run_name="__main__")
+    if command[0] == "-c":
+        sys.argv = ["-c", *command[2:]]
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(command[1], "<string>", "exec"), vars(main))
+    elif command[0] == "-m":
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")

@@ -39,3 +39,23 @@ def test_errors_are_told_on_one_line():
     assert errors.first_line(error).strip() == "one"
     assert errors.named_first_line(error).strip() == "ValueError: one"
     assert errors.first_line(KeyError()) == "KeyError"
+
+
+def test_a_folder_that_can_be_made_is_not_made(tmp_path):
+    assert files.unwritable(tmp_path / "a" / "b") is None
+    files.check_folder(tmp_path, "--out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_that_cannot_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(errors.InputError, match=r"^argument --out: cannot .*file' is not a folder"):
+        files.check_folder(tmp_path / "file" / "more", "--out")
+
+    # As in /proc, where permissions say yes.
+    def refuse(*_args, **_kwargs):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr("os.mkdir", refuse)
+    said = files.unwritable(tmp_path / "new")
+    assert said == f"cannot write to '{tmp_path}/new': No such file or directory in '{tmp_path}'"

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.programs import Program
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -114,7 +116,8 @@ def test_extras_name_what_the_package_and_its_tools_import():
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.partition(".")[0])
-    wanted = imported - set(sys.stdlib_module_names) - {"mmdcn", *TOOLBOX, *PEERS}
+    ours = {"mmdcn", "tests"}  # Fuzzing belongs to a checkout, as its trials do.
+    wanted = imported - set(sys.stdlib_module_names) - {*ours, *TOOLBOX, *PEERS}
     assert {DISTRIBUTIONS.get(name, name) for name in wanted} <= offered
 
 
@@ -154,8 +157,8 @@ def test_wheel_works_installed(wheel, tmp_path):
         "u.find_spec = lambda name, *a: None if name in ('mmengine', 'mmcv') else find(name, *a);"
         "import runpy; runpy.run_module('mmdcn.check', run_name='__main__')"
     )
-    done = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = Program(["-c", code], tmp_path, {"PYTHONPATH": str(tmp_path / "site")}).finish()
+    assert done.returncode == 0, done.stdout
     assert str(tmp_path / "site") in done.stdout
     assert done.stdout.count(" ok (") == 6 * 4  # operators, and dtypes
     assert "mmdcn's kernels compute on cpu." in done.stdout
@@ -187,9 +190,9 @@ def test_the_benchmark_is_used_by_itself_and_tools_only():
 
 def test_import_without_compiled_library_names_the_fix(source, tmp_path):
     shutil.copytree(source / "mmdcn", tmp_path / "mmdcn")
-    done = run(sys.executable, "-c", "import mmdcn", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    done = Program(["-c", "import mmdcn"], tmp_path, {"PYTHONPATH": str(tmp_path)}).finish()
     assert done.returncode != 0
-    last = done.stderr.strip().splitlines()[-1]
+    last = done.stdout.strip().splitlines()[-1]
     assert last.startswith("ImportError: mmdcn's operators are not compiled")
     assert "pip install ." in last
 
@@ -197,9 +200,9 @@ def test_import_without_compiled_library_names_the_fix(source, tmp_path):
 def test_library_that_does_not_load_names_the_fix(source, tmp_path):
     shutil.copytree(source / "mmdcn", tmp_path / "mmdcn")
     (tmp_path / "mmdcn" / "_cpu.abi3.so").write_bytes(b"not a library")
-    done = run(sys.executable, "-c", "import mmdcn", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    done = Program(["-c", "import mmdcn"], tmp_path, {"PYTHONPATH": str(tmp_path)}).finish()
     assert done.returncode != 0
-    last = done.stderr.strip().splitlines()[-1]
+    last = done.stdout.strip().splitlines()[-1]
     assert last.startswith("ImportError:") and f"under torch {torch.__version__}" in last
     assert "pip install ." in last
 

@@ -1,6 +1,7 @@
 """Which programs get mmdcn at once, and which after their arguments are read."""
 
 import importlib
+import signal
 import sys
 import types
 
@@ -13,6 +14,9 @@ from mmdcn import startup
 @pytest.fixture(autouse=True)
 def imported_at_once(monkeypatch):
     monkeypatch.setattr(startup, "_postponed", False)
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
@@ -55,3 +59,20 @@ def test_loading_is_importing_once(monkeypatch):
     monkeypatch.setattr(startup, "_postponed", True)
     startup.load()
     assert reloaded == [mmdcn]
+
+
+def test_an_interruption_before_the_program_has_begun(monkeypatch, capsys):
+    main = types.ModuleType("__main__")
+    main.__arguments_first__ = True
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    startup.postponed()
+    with pytest.raises(SystemExit) as stop:
+        signal.raise_signal(signal.SIGINT)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    # Interruptions that a shell ignores for what runs in the background stay so.
+    monkeypatch.setattr(startup, "_postponed", False)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    startup.postponed()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

@@ -1,8 +1,6 @@
 """The timing of calls, on a clock that the tests turn."""
 
 import platform
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 
 from mmdcn import timing
 from mmdcn.timing import Budget, Call
+from tests.programs import run_python
 
 CPU = torch.device("cpu")
 
@@ -106,4 +105,4 @@ def test_freed_memory_is_kept():
         timing.keep_freed_memory()
         assert pages_of_one_more() < 100
     """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_python("-c", code)

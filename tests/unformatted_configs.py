@@ -4,11 +4,16 @@ mmengine writes a config's text several times in each run, and in each checkpoin
 takes a second each time, which is most of what the smallest training takes.
 """
 
-from mmengine.config import config
+import sys
+
+from yapf.yapflib import yapf_api
 
 
 def _as_it_is(text: str, *_, **__) -> tuple[str, bool]:
     return text, False
 
 
-config.FormatCode = _as_it_is
+# Where mmengine will take it from, or has taken it to.
+yapf_api.FormatCode = _as_it_is
+if "mmengine.config.config" in sys.modules:
+    sys.modules["mmengine.config.config"].FormatCode = _as_it_is

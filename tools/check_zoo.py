@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 __arguments_first__ = True  # see mmdcn/startup.py
+from mmdcn import files
 from mmdcn.engine import launch
 
 
@@ -21,12 +22,14 @@ def parse_args() -> argparse.Namespace:
         help="what was checked already: an interrupted sweep goes on from there",
     )
     parser.add_argument("--only", default="*/**/*.py", metavar="GLOB", help="of mmdet's configs")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.out is not None:
+        files.check_folder(args.out.parent, "--out")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
     from mmdcn import zoo
-    from mmdcn.files import write
 
     warnings.simplefilter("ignore")
     results, passed_over = [], {}
@@ -38,7 +41,7 @@ def main(args: argparse.Namespace) -> None:
     failed = [found.name for found, checked in results if checked.problem is not None]
     print(f"{len(results) - len(failed)} of {len(results)}")
     if args.out is not None:
-        write(args.out, zoo.table(results, passed_over))
+        files.write(args.out, zoo.table(results, passed_over))
     if failed:
         sys.exit(1)
 

@@ -1,7 +1,7 @@
-"""Export of a detector's network to ONNX, and its comparison with PyTorch in onnxruntime.
+"""Export of a detector to ONNX, and its comparison with PyTorch in onnxruntime.
 
-The file holds backbone, neck and heads, up to the heads' raw outputs, in standard operators of
-ONNX. Batch and image size stay open.
+The file takes a batch of images and gives boxes, scores and labels, and masks where there are any,
+in standard operators of ONNX. Batch and image size stay open. docs/deploying.md says how to run it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 __arguments_first__ = True  # see mmdcn/startup.py
+from mmdcn import files
 from mmdcn.engine import launch
 from mmdcn.errors import InputError
 
@@ -29,6 +30,16 @@ def parse_args() -> argparse.Namespace:
         "checkpoint", type=launch.checkpoint_file, help="checkpoint file or address"
     )
     parser.add_argument("-o", "--out", type=Path, required=True, help="the ONNX file to write")
+    parser.add_argument(
+        "--with-preprocessing",
+        action="store_true",
+        help="the file takes images in uint8, as OpenCV reads them, and normalises and pads them",
+    )
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="write the network alone, up to its heads' raw outputs; a two-stage one takes boxes",
+    )
     parser.add_argument(
         "--images",
         nargs="+",
@@ -50,14 +61,20 @@ def parse_args() -> argparse.Namespace:
         help="of samples for each speed (default: %(default)s)",
     )
     launch.add_config_options(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.out.suffix != ".onnx" or args.out.is_dir():
+        parser.error(f"argument -o/--out: expected a file name ending in .onnx, got {args.out}")
+    files.check_folder(args.out.parent, "-o/--out")
+    if args.raw and args.with_preprocessing:
+        parser.error("argument --with-preprocessing: not with --raw")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
     from mmdcn.engine import export
 
     cfg = launch.read_config(args.config, args.cfg_options)
-    network = export.build(cfg, args.checkpoint)
+    network = export.build(cfg, args.checkpoint, args.raw, args.with_preprocessing)
     with tempfile.TemporaryDirectory() as folder:
         paths = args.images or export.find_images(cfg, Path(folder))
         images = list(export.load_images(cfg, network, paths))
@@ -72,12 +89,13 @@ def main(args: argparse.Namespace) -> None:
         verify=not args.no_verify,
     )
 
-    print(
-        f"wrote {args.out}: {', '.join(network.input_names)} -> {len(network.output_names)} outputs"
+    outputs = (
+        f"{len(network.output_names)} outputs" if args.raw else ", ".join(network.output_names)
     )
+    print(f"wrote {args.out}: {', '.join(network.input_names)} -> {outputs}")
     if verified is None:
         return
-    print(f"largest error: {verified.largest_error:.1e} of the largest element ({verified.output})")
+    print(verified.comparison)
     size = "×".join(map(str, verified.shape))
     for name, milliseconds in verified.milliseconds.items():
         print(f"{name}: {milliseconds:.0f} ms for images of {size}")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 __arguments_first__ = True  # see mmdcn/startup.py
 from mmdcn import files
-from mmdcn.engine import launch
+from mmdcn.engine import environment, launch
 
 
 def parse_args() -> argparse.Namespace:
@@ -56,6 +56,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"argument --batch-size: expected at least 1, got {args.batch_size}")
     if not 0 <= args.pred_score_thr <= 1:
         parser.error(f"argument --pred-score-thr: expected 0 to 1, got {args.pred_score_thr}")
+    if args.show:
+        environment.check_display("the pictures are in OUT_DIR/vis without it")
     args.images = files.find_images(args.inputs)
     if not (args.no_save_vis and args.no_save_pred):
         files.check_names_differ(args.images)
@@ -68,6 +70,7 @@ def main(args: argparse.Namespace) -> int:
 
     if args.device is not None:
         launch.check_device(args.device)
+    inference.check_readable(args.images)
     cfg = launch.read_config(args.config, args.cfg_options)
     inferencer = inference.build(cfg, args.checkpoint, args.device, args.palette)
     writes = {"vis": not args.no_save_vis, "preds": not args.no_save_pred}

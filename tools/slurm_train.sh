@@ -14,6 +14,14 @@ fi
 tools=$(cd "$(dirname "$0")" && pwd)
 partition=$1 job_name=$2 config=$3 work_dir=$4
 shift 4
+if [ ! -f "$config" ] && [ "${config#*::}" = "$config" ]; then
+    echo "error: no config file '$config'" >&2
+    exit 1
+fi
+if ! command -v srun >/dev/null; then
+    echo "error: there is no srun here: this is for the login node of a Slurm cluster" >&2
+    exit 1
+fi
 gpus_per_node=${GPUS_PER_NODE:-8}
 read -ra srun_args <<<"${SRUN_ARGS:-}"
 

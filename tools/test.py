@@ -1,4 +1,7 @@
-"""Evaluation of a trained detector: metrics of the config's test set, predictions, pictures."""
+"""Evaluation of a trained detector: metrics of the config's test set, predictions, pictures.
+
+A file of tools/export_onnx.py is evaluated like a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 __arguments_first__ = True  # see mmdcn/startup.py
-from mmdcn.engine import launch
+from mmdcn import files
+from mmdcn.engine import environment, launch
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -18,7 +22,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=launch.config_file, help="config file")
     parser.add_argument(
-        "checkpoint", type=launch.checkpoint_file, help="checkpoint file or address"
+        "checkpoint",
+        type=launch.checkpoint_file,
+        help="checkpoint file or address, or an exported file: .onnx, or OpenVINO's .xml",
     )
     parser.add_argument(
         "--work-dir", help="folder for logs and metrics (default: work_dirs/<name of the config>)"
@@ -41,7 +47,45 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.out is not None and not args.out.endswith((".pkl", ".pickle")):
         parser.error(f"argument --out: expected a name ending in .pkl or .pickle, got {args.out}")
+    if not 0 <= args.wait_time < float("inf"):
+        parser.error(f"argument --wait-time: expected at least 0 seconds, got {args.wait_time}")
+    if args.show:
+        environment.check_display("--show-dir writes the pictures to files")
+    # One that is not absolute is inside a folder that is made anew.
+    if args.show_dir is not None and Path(args.show_dir).is_absolute():
+        files.check_folder(Path(args.show_dir), "--show-dir")
+    if args.work_dir is not None:
+        files.check_folder(Path(args.work_dir), "--work-dir")
+    if args.out is not None:
+        files.check_folder(Path(args.out).parent, "--out")
+    if is_exported(args.checkpoint):
+        if args.tta:
+            parser.error("argument --tta: not with an exported file")
+        if args.launcher != "none":
+            parser.error("argument --launcher: an exported file is run by one process")
     return args
+
+
+def is_exported(checkpoint: str) -> bool:
+    """Whether what is evaluated is a file that was exported."""
+    return checkpoint.endswith((".onnx", ".xml"))
+
+
+def take_exported_file(cfg: Config, path: str) -> None:
+    """Put a file in the place of the config's model.
+
+    Raises:
+        ConfigError: it is no file of a whole detector, or of one of other classes than the data's.
+    """
+    from mmengine.config import ConfigDict
+
+    from mmdcn.deploy import evaluation
+    from mmdcn.engine.preflight.dataset import data_of
+
+    data = next(data_of(cfg.test_dataloader.dataset, "test_dataloader.dataset"))
+    evaluation.check_classes(evaluation.File(path), data.classes)
+    preprocessor = cfg.model.get("data_preprocessor") or dict(type="DetDataPreprocessor")
+    cfg.model = ConfigDict(type="ExportedDetector", file=path, data_preprocessor=preprocessor)
 
 
 def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
@@ -95,15 +139,15 @@ def main(args: argparse.Namespace) -> None:
 
     setup_cache_size_limit_of_dynamo()
     cfg = launch.load_config(args)
-    cfg.load_from = args.checkpoint
+    cfg.load_from = None if is_exported(args.checkpoint) else args.checkpoint
     if args.show or args.show_dir:
         show_predictions(cfg, args)
-    preflight.check(cfg, stages=("test",))
-    if args.out is not None and (problem := preflight.unwritable(Path(args.out).parent)):
-        raise preflight.ConfigError(f"--out {args.out}: {problem}")
+    warned = preflight.check(cfg, stages=("test",))
+    if is_exported(args.checkpoint):
+        take_exported_file(cfg, args.checkpoint)
     if args.tta:
         augment_at_test_time(cfg)
-    runner = launch.build_runner(cfg)
+    runner = launch.build_runner(cfg, warned)
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
     runner.test()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 __arguments_first__ = True  # see mmdcn/startup.py
+from mmdcn import files
 from mmdcn.engine import launch
 
 if TYPE_CHECKING:
@@ -33,11 +35,15 @@ def parse_args() -> argparse.Namespace:
         "--resume",
         nargs="?",
         const="auto",
+        type=launch.resumed_checkpoint,
         metavar="CHECKPOINT",
         help="continue from a checkpoint; without a path, from the last one in the work folder",
     )
     launch.add_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.work_dir is not None:
+        files.check_folder(Path(args.work_dir), "--work-dir")
+    return args
 
 
 def scale_learning_rate(cfg: Config) -> None:
@@ -69,8 +75,8 @@ def main(args: argparse.Namespace) -> None:
         scale_learning_rate(cfg)
     if args.resume is not None:
         resume(cfg, args.resume)
-    preflight.check(cfg, stages=("train", "val"))
-    launch.build_runner(cfg).train()
+    warned = preflight.check(cfg, stages=("train", "val"))
+    launch.build_runner(cfg, warned).train()
 
 
 if __name__ == "__main__":

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 from pathlib import Path
 
 __arguments_first__ = True  # see mmdcn/startup.py
+from mmdcn import files
 from mmdcn.engine import launch
+from mmdcn.errors import InputError
 
 
 def point(text: str) -> tuple[float, float]:
-    x, y = map(float, text.split(","))
+    try:
+        x, y = map(float, text.split(","))
+    except ValueError:
+        x = y = math.nan
+    if not (math.isfinite(x) and math.isfinite(y)):
+        raise argparse.ArgumentTypeError(f"expected X,Y in pixels, such as 20,30.5, got {text!r}")
     return x, y
+
+
+def image_file(text: str) -> str:
+    if not Path(text).is_file():
+        raise InputError(f"image: expected an image file, got {text!r}")
+    return text
 
 
 def parse_args() -> argparse.Namespace:
@@ -20,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "checkpoint", type=launch.checkpoint_file, help="checkpoint file or address"
     )
-    parser.add_argument("image", help="image file")
+    parser.add_argument("image", type=image_file, help="image file")
     parser.add_argument(
         "--points",
         nargs="+",
@@ -52,14 +67,20 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.layers is not None and len(args.layers) > 3:
         parser.error(f"argument --layers: expected one to three, got {len(args.layers)}")
+    if args.max_objects < 1:
+        parser.error(f"argument --max-objects: expected at least 1, got {args.max_objects}")
+    if math.isnan(args.min_score):
+        parser.error("argument --min-score: expected a number, got nan")
     if args.out is None:
         args.out = Path(f"sampling_{Path(args.image).stem}.png")
     if args.out.suffix != ".png":
         parser.error(f"argument --out: expected a name ending in .png, got {args.out}")
+    files.check_folder(args.out.parent, "--out")
     return args
 
 
 def main(args: argparse.Namespace) -> None:
+    import cv2
     from mmdet.apis import init_detector
 
     from mmdcn.engine.preflight import ConfigError, check_weights
@@ -73,6 +94,8 @@ def main(args: argparse.Namespace) -> None:
     )
 
     launch.check_device(args.device)
+    if not cv2.haveImageReader(args.image):
+        raise ConfigError(f"image: expected an image file, got {args.image!r}")
     cfg = launch.load_config(args)
     check_weights(cfg, args.checkpoint)
     model = init_detector(cfg, args.checkpoint, device=args.device, cfg_options={})
@@ -80,7 +103,8 @@ def main(args: argparse.Namespace) -> None:
         sampled = sample_image(model, args.image)
         layers = choose_layers(sampled, args.layers)
     except ValueError as error:
-        raise ConfigError(error) from error
+        # An argument of the function is one of the tool.
+        raise ConfigError(re.sub("^layers:", "--layers:", str(error))) from error
     points = args.points
     if points is None:
         points = object_centers(sampled.instances, args.min_score, args.max_objects)

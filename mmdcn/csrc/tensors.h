@@ -108,6 +108,10 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return copied("to make a contiguous copy of a tensor", tensor, tensor.scalar_type(),
                 [&] { return torch::stable::contiguous(tensor); });
 }
+inline Tensor as_channels_last(const Tensor& tensor) {
+  return copied("to make a channels-last copy of a tensor", tensor, tensor.scalar_type(),
+                [&] { return torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast); });
+}
 inline std::optional<Tensor> as_contiguous(const std::optional<Tensor>& tensor) {
   if (!tensor.has_value()) return std::nullopt;
   return as_contiguous(*tensor);

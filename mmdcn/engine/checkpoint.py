@@ -31,7 +31,7 @@ from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
-from mmdcn.engine import saving
+from mmdcn.engine import config_text, saving
 from mmdcn.errors import InputError, named_first_line
 
 __all__ = ["UnsafeCheckpointError", "install", "installed", "load", "uninstall"]
@@ -214,9 +214,29 @@ def load(f: Any, map_location: Any = None, mmap: bool = False) -> Any:
             what mmengine writes, and classes allowed through ``torch.serialization``.
     """
     with _plain_data_only(getattr(f, "name", f) if hasattr(f, "read") else f):
-        mmap = mmap and zipfile.is_zipfile(f)
+        is_zipped = zipfile.is_zipfile(f)
+        if is_zipped:
+            _check_sizes(f)
+        mmap = mmap and is_zipped
         checkpoint = torch.load(f, map_location=map_location, weights_only=True, mmap=mmap)
     return _without_config(checkpoint)
+
+
+def _check_sizes(f: Any) -> None:
+    """Check that a zip file is not larger inside than outside, as no file of ``torch.save`` is.
+
+    A small one could fill the memory otherwise.
+    """
+    start = f.tell() if hasattr(f, "read") else 0
+    with zipfile.ZipFile(f) as archive:
+        inside = sum(max(entry.file_size, entry.compress_size) for entry in archive.infolist())
+        outside = archive.fp.seek(0, 2)
+    if hasattr(f, "read"):
+        f.seek(start)
+    if inside > outside:
+        raise pickle.UnpicklingError(
+            f"{outside} bytes would become {inside}, and torch.save does not compress"
+        )
 
 
 def _without_config(checkpoint: Any) -> Any:
@@ -254,11 +274,13 @@ _originals: dict[str, Any] = {}
 def install() -> None:
     """Make every checkpoint loader of mmengine load plain data only. Repeating it is harmless.
 
-    Checkpoints are then saved and found as :mod:`mmdcn.engine.saving` says, too.
+    Checkpoints are then saved and found as :mod:`mmdcn.engine.saving` says, and the configs in them
+    are read by :mod:`mmdcn.engine.config_text`, too.
     """
     if installed():
         return
     saving.install()
+    config_text.install()
     for name, replacement in _REPLACED.items():
         if hasattr(toolbox, name):
             _originals[name] = getattr(toolbox, name)
@@ -268,6 +290,7 @@ def install() -> None:
 def uninstall() -> None:
     """Give mmengine its own loaders back."""
     saving.uninstall()
+    config_text.uninstall()
     while _originals:
         setattr(toolbox, *_originals.popitem())
 

@@ -1,8 +1,8 @@
-"""A detector's network as an ONNX file of standard operators, compared with PyTorch.
+"""A detector as an ONNX file of standard operators, compared with PyTorch.
 
-The network is what learns: backbone, neck and heads, up to the heads' raw outputs. What comes
-before (resizing, normalisation, padding) and after (decoding of boxes, NMS) is the toolbox's, and
-not in the file.
+The file holds a whole detector, from images to detections
+(:class:`mmdcn.deploy.detector.EndToEnd`), or its network alone, up to the heads' raw outputs
+(:class:`mmdcn.engine.network.Network`).
 """
 
 from __future__ import annotations
@@ -19,15 +19,24 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdcn import files, machine, timing
-from mmdcn.engine.network import ExportError, Network, build, find_images, load_images
+from mmdcn.deploy.comparison import LargestError, Matches
+from mmdcn.engine.network import (
+    Exportable,
+    ExportError,
+    Network,
+    build,
+    find_images,
+    load_images,
+)
 from mmdcn.engine.preflight import ConfigError
 from mmdcn.errors import first_line
 
 __all__ = ["ExportError", "Network", "Verified", "build", "export", "find_images", "load_images"]
 
-# Distance of onnxruntime's outputs from PyTorch's, relative to the largest element of each output
-# (or to 1, where that is smaller), up to which they are the same.
-TOLERANCE = 1e-4
+# Height and width of the images that are traced. A pyramid's level of stride 128 has 4 × 5 pixels.
+_TRACED_SIZE = (416, 608)
+# What a bound on a size is worth mentioning below.
+_LARGEST_SIZE = 1 << 20
 
 
 # ----------------------------------------------------------------------------------------- export
@@ -38,21 +47,18 @@ class Verified:
     """How the file compares with PyTorch.
 
     Attributes:
-        largest_error: over all outputs and images, relative to the largest element of the output
-            in PyTorch, or to 1 where that is smaller.
-        output: the name of the output that has it.
+        comparison: of outputs, or of detections.
         milliseconds: median time for one image, by the name of what computed it.
         shape: the shape of that image.
     """
 
-    largest_error: float
-    output: str
+    comparison: LargestError | Matches
     milliseconds: dict[str, float]
     shape: tuple[int, ...]
 
 
 def export(
-    network: Network,
+    network: Exportable,
     images: Sequence[tuple[Tensor, ...]],
     path: Path,
     seconds: float = 5.0,
@@ -61,8 +67,8 @@ def export(
 ) -> Verified | None:
     """Write the network to an ONNX file, and compare it with PyTorch on images.
 
-    Batch, height, width and the number of boxes stay open. The file appears under its name only
-    once it has been verified.
+    Batch, height and width stay open, and the number of boxes that a network is given. The file
+    appears under its name only once it has been verified.
 
     Args:
         network: what to write.
@@ -107,24 +113,30 @@ def export(
         raise ConfigError(f"cannot write {path}: {error}") from error
 
 
-def _write(network: Network, example: tuple[Tensor, ...], path: Path) -> None:
-    # A size of 1 would be taken for one that never changes.
-    example = (example[0].repeat(2, 1, 1, 1), *(_boxes_of_both(boxes) for boxes in example[1:]))
+def _write(network: Exportable, example: tuple[Tensor, ...], path: Path) -> None:
+    from mmdcn.deploy.translations import TRANSLATIONS
+
+    # A size of 1, of the batch or of a pyramid's last level, would be taken for one that never
+    # changes, and two sizes that are equal for one.
+    example = network.twice(example)
+    traced = (example[0].new_zeros(2, 3, *_TRACED_SIZE), *example[1:])
     dynamic = torch.export.Dim.DYNAMIC
     shapes = ({0: dynamic, 2: dynamic, 3: dynamic}, {0: dynamic})[: len(example)]
     with torch.no_grad():
         try:
-            program = torch.export.export(network, example, dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(network, traced, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             where = _module_of(error, network)
             raise ExportError(f"{where} cannot be exported: {_reason(error)}") from error
-        network(*example)  # This call names the outputs.
+        _check_open(program)
+        network(*example)  # This call names a network's outputs.
         try:
             onnx_program = torch.onnx.export(
                 program,
                 dynamo=True,
                 input_names=network.input_names,
                 output_names=network.output_names,
+                custom_translation_table=TRANSLATIONS,
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
@@ -132,7 +144,23 @@ def _write(network: Network, example: tuple[Tensor, ...], path: Path) -> None:
                 f"{_node_of(error)} has no counterpart among ONNX's standard operators: "
                 f"{first_line(_innermost(error))}"
             ) from error
+    onnx_program.model.metadata_props.update(network.metadata)
     onnx_program.save(path, external_data=False)
+
+
+def _check_open(program: torch.export.ExportedProgram) -> None:
+    """Raise ExportError where the traced code holds for sizes up to some bound only."""
+    for node in program.graph.find_nodes(op="placeholder"):
+        shape = getattr(node.meta.get("val"), "shape", ())
+        for dimension, size in enumerate(shape):
+            if not isinstance(size, torch.SymInt):
+                continue
+            values = program.range_constraints.get(size.node.expr)
+            if values is not None and values.upper < _LARGEST_SIZE:
+                raise ExportError(
+                    f"the network cannot be exported: its code holds up to {values.upper} for "
+                    f"{node.name}.shape[{dimension}], which must stay open"
+                )
 
 
 class _Names(TorchDispatchMode):
@@ -147,17 +175,11 @@ class _Names(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def _is_deformable(network: Network, example: tuple[Tensor, ...]) -> bool:
+def _is_deformable(network: Exportable, example: tuple[Tensor, ...]) -> bool:
     """Whether the network calls the operator that becomes ``DeformConv``."""
     with torch.no_grad(), _Names() as names:
         network(*example)
     return "mmdcn::deform_conv2d" in names.called
-
-
-def _boxes_of_both(boxes: Tensor) -> Tensor:
-    again = boxes.clone()
-    again[:, 0] = 1
-    return torch.cat([boxes, again])
 
 
 def _refuse_other_operators(model) -> None:
@@ -207,7 +229,7 @@ def _node_of(error: BaseException) -> str:
     return where
 
 
-def _module_of(error: BaseException, network: Network) -> str:
+def _module_of(error: BaseException, network: Exportable) -> str:
     """The innermost module in whose ``forward`` the export stopped."""
     names = {module: name for name, module in network.detector.named_modules()}
     where = "the network"
@@ -221,7 +243,7 @@ def _module_of(error: BaseException, network: Network) -> str:
 
 
 def _verify(
-    network: Network, images: Sequence[tuple[Tensor, ...]], path: str, seconds: float
+    network: Exportable, images: Sequence[tuple[Tensor, ...]], path: str, seconds: float
 ) -> Verified:
     import onnxruntime
 
@@ -238,30 +260,19 @@ def _verify(
     def in_onnxruntime(inputs: Sequence[Tensor]) -> list:
         return session.run(None, dict(zip(network.input_names, (t.numpy() for t in inputs))))
 
-    first, *others = images[0]
-    both = (torch.cat([first, first.flip(3)]), *map(_boxes_of_both, others))
-    largest = (0.0, network.output_names[0])
-    for inputs in (*images, both):
-        results = zip(network.output_names, in_pytorch(inputs), in_onnxruntime(inputs))
-        for name, expected, actual in results:
-            actual = torch.from_numpy(actual)
-            if actual.shape != expected.shape:
-                raise ExportError(
-                    f"{name}: expected shape {tuple(expected.shape)} as in PyTorch, got "
-                    f"{tuple(actual.shape)} in onnxruntime, for images of {tuple(inputs[0].shape)}"
-                )
-            error = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1.0))
-            # `>` would not do, as the error may be NaN.
-            if not error <= TOLERANCE:
-                raise ExportError(
-                    f"{name}: expected onnxruntime's result within {TOLERANCE} of PyTorch's, got "
-                    f"an error of {error:.2g} for images of {tuple(inputs[0].shape)}"
-                )
-            largest = max(largest, (error, name))
+    comparison = network.comparison()
+    for inputs in (*images, network.twice(images[0])):
+        actual = [torch.from_numpy(output) for output in in_onnxruntime(inputs)]
+        try:
+            comparison.add(network.output_names, in_pytorch(inputs), actual)
+        except ExportError as error:
+            shape = tuple(inputs[0].shape)
+            raise ExportError(f"{error}, for images of {shape}") from error
+    comparison.check()
     calls = {
         "PyTorch": timing.Call(lambda: in_pytorch(images[0])),
         "onnxruntime": timing.Call(lambda: in_onnxruntime(images[0])),
     }
     samples = timing.interleave(calls, torch.device("cpu"), timing.Budget(seconds, fewest=3))
     medians = {name: timing.median(taken) for name, taken in samples.items()}
-    return Verified(*largest, medians, tuple(first.shape))
+    return Verified(comparison, medians, tuple(images[0][0].shape))

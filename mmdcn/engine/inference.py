@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mmdcn.engine import preflight
 from mmdcn.engine.preflight import ConfigError
 
-__all__ = ["Predicted", "build", "predict"]
+__all__ = ["Predicted", "build", "check_readable", "predict"]
 
 
 @dataclass
@@ -53,7 +53,29 @@ def build(cfg: Config, checkpoint: str, device: str | None, palette: str = "none
     warnings.filterwarnings("ignore", message="(`Visualizer` backend|Failed to add .*VisBackend)")
     # Boxes end at the image's border, where they are drawn as far as they are seen.
     warnings.filterwarnings("ignore", message="Warning: The (bbox|polygon) is out of bounds")
-    return DetInferencer(cfg, checkpoint, device, palette=palette, show_progress=False)
+    inferencer = DetInferencer(cfg, checkpoint, device, palette=palette, show_progress=False)
+    _name_classes(inferencer, cfg, checkpoint)
+    return inferencer
+
+
+def _name_classes(inferencer: DetInferencer, cfg: Config, checkpoint: str) -> None:
+    """Name the classes as the config does where the checkpoint does not: mmdet takes COCO's."""
+    classes = preflight.class_names(cfg)
+    if classes is None or preflight.names_classes(checkpoint):
+        return
+    inferencer.model.dataset_meta["classes"] = tuple(classes)
+    inferencer.visualizer.dataset_meta = inferencer.model.dataset_meta
+
+
+def check_readable(images: Sequence[Path]) -> None:
+    """Check that at least one of some files is an image, before a model is loaded.
+
+    Raises:
+        ConfigError: none is.
+    """
+    if not any(cv2.haveImageReader(str(path)) for path in images):
+        more = f", nor any of {len(images) - 1} others" if len(images) > 1 else ""
+        raise ConfigError(f"cannot read the image {images[0]}{more}")
 
 
 def predict(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmdcn import startup
+from mmdcn.engine import environment
 from mmdcn.errors import InputError, LibraryError, first_line
 
 if TYPE_CHECKING:
@@ -33,11 +35,14 @@ __all__ = [
     "load_config",
     "parse_settings",
     "read_config",
+    "resumed_checkpoint",
     "run",
 ]
 
 # What a shell says of a program that an interruption ended: 128, and the signal's number.
-INTERRUPTED = 128 + signal.SIGINT
+INTERRUPTED = startup.INTERRUPTED
+
+_CONFIG_SUFFIXES = (".py", ".json", ".yaml", ".yml")
 
 
 # -------------------------------------------------------------------------------------- arguments
@@ -47,10 +52,17 @@ def config_file(text: str) -> str:
     """A config's file, or its name in a package (``mmdcn::…``), as the type of an argument.
 
     Raises:
-        InputError: there is no such file. Names are looked up later, by :func:`read_config`.
+        InputError: there is no such file, or it is not of a config's kind. Names are looked up
+            later, by :func:`read_config`.
     """
-    if "::" not in text and not os.path.isfile(text):
+    if "::" in text:
+        return text
+    if os.path.isdir(text):
+        raise InputError(f"expected a config file, got the folder {text!r}")
+    if not os.path.isfile(text):
         raise InputError(f"no config file {text!r}")
+    if not text.endswith(_CONFIG_SUFFIXES):
+        raise InputError(f"expected a config file ({', '.join(_CONFIG_SUFFIXES)}), got {text!r}")
     return text
 
 
@@ -63,6 +75,15 @@ def checkpoint_file(text: str) -> str:
     if "://" not in text and not os.path.isfile(text):
         raise InputError(f"no checkpoint {text!r}")
     return text
+
+
+def resumed_checkpoint(text: str) -> str:
+    """The value of ``--resume``: ``auto``, or a checkpoint.
+
+    Raises:
+        InputError: see :func:`checkpoint_file`.
+    """
+    return text if text == "auto" else checkpoint_file(text)
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -144,6 +165,7 @@ def read_config(path: str, settings: Sequence[str] | None = None) -> Config:
     """
     from mmengine.config import Config
 
+    from mmdcn.engine import config_keys
     from mmdcn.engine.preflight import ConfigError
 
     if "::" not in path and not os.path.isfile(path):
@@ -153,6 +175,8 @@ def read_config(path: str, settings: Sequence[str] | None = None) -> Config:
         cfg = Config.fromfile(path)
     except _UNREADABLE as error:
         raise ConfigError(f"cannot read the config {path}: {_describe(error)}") from error
+    if _is_first_process():
+        config_keys.warn_of_unknown(cfg, overrides)
     try:
         cfg.merge_from_dict(overrides)
     except (KeyError, TypeError) as error:
@@ -193,11 +217,15 @@ def on_cpu() -> bool:
     return get_device() == "cpu"
 
 
-def build_runner(cfg: Config) -> Runner:
+def build_runner(cfg: Config, warned: Sequence[str] = ()) -> Runner:
     """Build the config's runner.
 
     A distributed run without an accelerator communicates through gloo: mmengine would set a CUDA
     device and wrap the model for one.
+
+    Args:
+        cfg: the config.
+        warned: what was warned of before there was a log file, which gets it too.
 
     Raises:
         ConfigError: the launcher needs an accelerator and there is none.
@@ -214,7 +242,13 @@ def build_runner(cfg: Config) -> Runner:
                 "tools/dist_train.sh or tools/dist_test.sh"
             )
         _init_gloo(cfg)
-    return Runner.from_cfg(cfg) if "runner_type" not in cfg else RUNNERS.build(cfg)
+    runner = Runner.from_cfg(cfg) if "runner_type" not in cfg else RUNNERS.build(cfg)
+    for handler in runner.logger.handlers:
+        if isinstance(handler, logging.FileHandler):
+            for message in warned:
+                record = dict(name=runner.logger.name, levelno=logging.WARNING, msg=message)
+                handler.handle(logging.makeLogRecord({**record, "levelname": "WARNING"}))
+    return runner
 
 
 def _init_gloo(cfg: Config) -> None:
@@ -267,11 +301,12 @@ def begin(
         needs_toolbox: whether anything is imported then.
         log_to_stderr: what is logged meanwhile goes to the standard error.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, startup.end_interrupted):
         signal.signal(signal.SIGINT, _on_interruption)
     args = parse_args()
     if getattr(args, "arguments_only", False):
         sys.exit(0)
+    environment.check_launcher(getattr(args, "launcher", "none"))
     if needs_toolbox:
         with contextlib.redirect_stdout(sys.stderr) if log_to_stderr else contextlib.nullcontext():
             try:

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from mmcv.ops import RoIAlign
 from mmcv.transforms import Compose
-from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
+from mmdet.models.detectors import TwoStageDetector
 from mmdet.models.roi_heads import StandardRoIHead
-from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from mmdet.registry import MODELS
 from mmdet.structures.bbox import bbox2roi
 from mmdet.utils import get_test_pipeline_cfg, register_all_modules
@@ -29,16 +28,17 @@ from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 
 from mmdcn.datasets import warped_shapes
+from mmdcn.deploy.comparison import LargestError
+from mmdcn.deploy.detector import EndToEnd, dense_head_of
+from mmdcn.deploy.refusals import ExportError
+from mmdcn.deploy.roi_heads import replace_extractors
 from mmdcn.engine.preflight import ConfigError, check_weights
+from mmdcn.engine.preflight.dataset import data_of
 from mmdcn.files import images_in
 
-__all__ = ["ExportError", "Network", "build", "find_images", "load_images"]
+__all__ = ["ExportError", "Exportable", "Network", "build", "find_images", "load_images"]
 
 IMAGES_BY_DEFAULT = 3
-
-
-class ExportError(ConfigError):
-    """The network cannot be written in standard operators, or what was written is wrong."""
 
 
 # ------------------------------------------------------------------------------------ the network
@@ -64,21 +64,17 @@ class Network(nn.Module):
         super().__init__()
         self.detector = detector.eval()
         self.has_boxes = isinstance(detector, TwoStageDetector) and detector.with_roi_head
-        if isinstance(detector, TwoStageDetector) and detector.with_rpn:
-            self._dense = "rpn_head"
-        elif isinstance(detector, SingleStageDetector):
-            self._dense = "bbox_head"
-        else:
-            raise ExportError(
-                "model: expected a one-stage detector, or a two-stage one with an rpn_head, got "
-                f"{type(detector).__name__}"
-            )
+        self._dense = dense_head_of(detector)
         if self.has_boxes:
-            _check_roi_head(detector.roi_head)
-            for name, extractor in list(detector.roi_head.named_children()):
-                if isinstance(extractor, SingleRoIExtractor):
-                    setattr(detector.roi_head, name, _Extractor(extractor))
+            if not isinstance(detector.roi_head, StandardRoIHead):
+                raise ExportError(
+                    "model.roi_head: expected mmdet's StandardRoIHead, got "
+                    f"{type(detector.roi_head).__name__}"
+                )
+            replace_extractors(detector.roi_head)
         self.output_names: list[str] = []
+
+    metadata: Mapping[str, str] = MappingProxyType({})
 
     @property
     def input_names(self) -> list[str]:
@@ -102,11 +98,33 @@ class Network(nn.Module):
         self.output_names = list(named)
         return tuple(named.values())
 
-    def proposals(self, images: Tensor, samples: list) -> Tensor:
-        """The boxes that the detector's own first stage proposes, as the network wants them."""
+    def inputs_of(self, data: dict) -> tuple[Tensor, ...]:
+        """Its inputs for what a test pipeline gives, collated.
+
+        Boxes are those that the detector's own first stage proposes.
+        """
+        data = self.detector.data_preprocessor(data, training=False)
+        images = data["inputs"]
+        if not self.has_boxes:
+            return (images,)
         features = self.detector.extract_feat(images)
-        proposed = self.detector.rpn_head.predict(features, samples, rescale=False)
-        return bbox2roi([result.bboxes for result in proposed])
+        proposed = self.detector.rpn_head.predict(features, data["data_samples"], rescale=False)
+        return images, bbox2roi([result.bboxes for result in proposed])
+
+    def twice(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """A batch of an image and its mirror image, each with all boxes."""
+        images, *boxes = inputs
+        return (torch.cat([images, images.flip(3)]), *map(_boxes_of_both, boxes))
+
+    def comparison(self) -> LargestError:
+        """What compares results in another runtime with this module's."""
+        return LargestError()
+
+
+def _boxes_of_both(boxes: Tensor) -> Tensor:
+    again = boxes.clone()
+    again[:, 0] = 1
+    return torch.cat([boxes, again])
 
 
 def _named(prefix: str, value: Any) -> Iterator[tuple[str, Tensor]]:
@@ -118,68 +136,24 @@ def _named(prefix: str, value: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _named(f"{prefix}.{key}", item)
 
 
-def _check_roi_head(roi_head: nn.Module) -> None:
-    if not isinstance(roi_head, StandardRoIHead):
-        raise ExportError(
-            f"model.roi_head: expected mmdet's StandardRoIHead, got {type(roi_head).__name__}"
-        )
-    for name, module in roi_head.named_modules():
-        if isinstance(module, SingleRoIExtractor):
-            for layer in module.roi_layers:
-                if not isinstance(layer, RoIAlign) or layer.pool_mode != "avg":
-                    what = type(layer).__name__ if list(layer.children()) else layer
-                    raise ExportError(
-                        f"model.roi_head.{name}: {what} has no counterpart among ONNX's standard "
-                        "operators; RoIAlign with pool_mode='avg' has"
-                    )
+#: What can be exported: a detector's network, or the whole of it.
+Exportable = Network | EndToEnd
 
 
-class _Extractor(nn.Module):
-    """A RoI extractor without control flow: each level pools every box, and one is chosen.
+def build(
+    cfg: Config, checkpoint: str | Path, raw: bool = False, with_preprocessing: bool = False
+) -> Exportable:
+    """The detector of a config, with the weights of a checkpoint, on the CPU, to be exported.
 
-    Outside an export it is what it wraps.
-    """
-
-    def __init__(self, extractor: SingleRoIExtractor) -> None:
-        super().__init__()
-        self.extractor = extractor
-        self.num_inputs = extractor.num_inputs
-
-    def forward(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
-        if not torch.compiler.is_exporting():
-            return self.extractor(features, boxes)
-        levels = self.extractor.map_roi_levels(boxes, len(features)).view(-1, 1, 1, 1)
-        pooled = features[0].new_zeros(())
-        for level, (layer, x) in enumerate(zip(self.extractor.roi_layers, features)):
-            pooled = torch.where(levels == level, _roi_align(layer, x, boxes), pooled)
-        return pooled
-
-
-def _roi_align(layer: RoIAlign, x: Tensor, boxes: Tensor) -> Tensor:
-    """ONNX's operator of this name, which computes what mmcv's does."""
-    height, width = layer.output_size
-    return torch.onnx.ops.symbolic(
-        "RoiAlign",
-        (x, boxes[:, 1:], boxes[:, 0].long()),
-        dict(
-            mode="avg",
-            output_height=height,
-            output_width=width,
-            sampling_ratio=layer.sampling_ratio,
-            spatial_scale=float(layer.spatial_scale),
-            coordinate_transformation_mode="half_pixel" if layer.aligned else "output_half_pixel",
-        ),
-        dtype=x.dtype,
-        shape=(boxes.shape[0], x.shape[1], height, width),
-    )
-
-
-def build(cfg: Config, checkpoint: str | Path) -> Network:
-    """The network of a config, with the weights of a checkpoint, on the CPU.
+    Args:
+        cfg: the detector's config.
+        checkpoint: file or address.
+        raw: whether the outputs are the heads' raw ones.
+        with_preprocessing: whether images are normalised and padded within; not with `raw`.
 
     Raises:
         ConfigError: there is no such checkpoint, or it is another model's.
-        ExportError: see :class:`Network`.
+        ExportError: see :class:`Network` and :class:`~mmdcn.deploy.detector.EndToEnd`.
         UnsafeCheckpointError: the checkpoint holds more than plain data.
     """
     if "://" not in str(checkpoint) and not os.path.isfile(checkpoint):
@@ -188,8 +162,20 @@ def build(cfg: Config, checkpoint: str | Path) -> Network:
     register_all_modules(init_default_scope=False)
     init_default_scope(cfg.get("default_scope") or "mmdet")
     detector = revert_sync_batchnorm(MODELS.build(cfg.model))
-    load_checkpoint(detector, str(checkpoint), map_location="cpu")
-    return Network(detector)
+    loaded = load_checkpoint(detector, str(checkpoint), map_location="cpu")
+    if raw:
+        return Network(detector)
+    return EndToEnd(detector, with_preprocessing, _class_names(cfg, loaded))
+
+
+def _class_names(cfg: Config, checkpoint: Mapping) -> list[str] | None:
+    """The names that a checkpoint was trained with, or else those of the config's test set."""
+    meta = checkpoint.get("meta") or {}
+    names = (meta.get("dataset_meta") or {}).get("classes", meta.get("CLASSES"))
+    if names is None:
+        dataset = (cfg.get("test_dataloader") or {}).get("dataset")
+        names = next((data.classes for data in data_of(dataset, "test_dataloader.dataset")), None)
+    return None if names is None else list(names)
 
 
 # ----------------------------------------------------------------------------------------- images
@@ -215,7 +201,7 @@ def find_images(cfg: Config, folder: Path) -> list[Path]:
 
 
 def load_images(
-    cfg: Config, network: Network, paths: Sequence[Path]
+    cfg: Config, network: Exportable, paths: Sequence[Path]
 ) -> Iterator[tuple[Tensor, ...]]:
     """What the network is given for each image, alone in its batch.
 
@@ -232,10 +218,5 @@ def load_images(
             data = pseudo_collate([pipeline(dict(img_path=str(path), img_id=0))])
         except (AssertionError, AttributeError, ValueError) as error:
             raise ConfigError(f"cannot read the image {path}: {error}") from error
-        data = network.detector.data_preprocessor(data, training=False)
-        images = data["inputs"]
         with torch.no_grad():
-            if not network.has_boxes:
-                yield (images,)
-            else:
-                yield images, network.proposals(images, data["data_samples"])
+            yield network.inputs_of(data)

@@ -15,12 +15,13 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmdcn.engine.sampled_calls import named_calls
+from mmdcn.layers._checks import NamedArguments
 from mmdcn.ops._observers import SampledCall
 
 __all__ = ["OffsetStatisticsHook"]
 
 
-class OffsetStatisticsHook(Hook):
+class OffsetStatisticsHook(NamedArguments, Hook):
     """A hook that logs how far deformable layers move their samples, and warns of runaway offsets.
 
     For each layer, or module that computes its own offsets: the mean and the largest offset of a
@@ -39,6 +40,7 @@ class OffsetStatisticsHook(Hook):
         max_outside: the share of samples outside, from 0 to 1, beyond which it warns.
 
     Raises:
+        TypeError: there is no such argument.
         ValueError: an argument is out of range.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -13,10 +14,12 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from mmdcn.layers._checks import NamedArguments
+
 __all__ = ["SamplingVisualizationHook"]
 
 
-class SamplingVisualizationHook(Hook):
+class SamplingVisualizationHook(NamedArguments, Hook):
     """A hook that at intervals draws where deformable layers sampled the batch's first image.
 
     The picture goes to the runner's visualizer under the name ``sampling_points``, hence to all of
@@ -35,8 +38,10 @@ class SamplingVisualizationHook(Hook):
             image's centre where it has none.
 
     Raises:
-        ValueError: an argument is out of range; at the first picture, where the model calls no
-            deformable operator of which anything can be drawn, or none of a name in `layers`.
+        TypeError: there is no such argument.
+        ValueError: an argument is out of range; when training begins, where the model has no module
+            of a name in `layers`; at the first picture, where it calls no deformable operator of
+            which anything can be drawn, or none of a name in `layers`.
     """
 
     priority = "VERY_LOW"
@@ -48,6 +53,10 @@ class SamplingVisualizationHook(Hook):
         num_layers: int = 1,
         max_points: int = 4,
     ) -> None:
+        if layers is not None and (
+            isinstance(layers, str) or not all(isinstance(name, str) for name in layers)
+        ):
+            raise ValueError(f"layers: expected a list of one to three names, got {layers!r}")
         given = {"interval": interval, "max_points": max_points}
         given["num_layers"] = num_layers if layers is None else len(layers)
         for name, value in given.items():
@@ -60,6 +69,19 @@ class SamplingVisualizationHook(Hook):
         self.num_layers = num_layers
         self.max_points = max_points
         self._recording: ExitStack | None = None
+
+    def before_train(self, runner: Runner) -> None:
+        """Check that the model has the layers, before an iteration is spent."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        names = [name for name, _ in model.named_modules()]
+        for layer in self.layers or ():
+            if layer.partition("#")[0] not in names:
+                close = difflib.get_close_matches(layer, names, n=3)
+                hint = f", such as {', '.join(map(repr, close))}" if close else ""
+                raise ValueError(
+                    f"SamplingVisualizationHook: layers: expected names of the model's modules"
+                    f"{hint}, got {layer!r}"
+                )
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Begin to record, if a picture is due after this iteration."""

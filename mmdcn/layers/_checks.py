@@ -2,9 +2,23 @@
 
 import difflib
 import inspect
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.utils import _ntuple
+
+from mmdcn.ops._registration import autocast_is_enabled
+
+# What arguments are called in the code of the papers' authors, and elsewhere.
+_OTHER_NAMES = {
+    "group": ("deform_groups",),
+    "num_groups": ("deform_groups",),
+    "offset_groups": ("deform_groups",),
+    "channels": ("in_channels", "out_channels"),
+    "pad": ("padding",),
+}
 
 
 class NamedArguments:
@@ -29,21 +43,33 @@ class NamedArguments:
 
 def _check_names(cls: type, args: tuple, kwargs: dict[str, Any]) -> None:
     taken, required, positional = _arguments(cls)
-    unknown = next((name for name in kwargs if name not in taken), None)
-    if unknown is not None:
-        close = difflib.get_close_matches(unknown, taken, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise TypeError(
-            f"{cls.__name__}: unknown argument {unknown!r}{hint}; it takes {', '.join(taken)}"
-        )
+    check_names(cls.__name__, kwargs, taken)
     if len(args) > len(positional):
         raise TypeError(
             f"{cls.__name__}: expected at most {len(positional)} arguments without a name "
             f"({', '.join(positional)}), got {len(args)}"
         )
-    missing = [name for name in required if name not in {*positional[: len(args)], *kwargs}]
+    check_names(cls.__name__, [*positional[: len(args)], *kwargs], taken, required)
+
+
+def check_names(
+    where: str, given: Iterable[str], taken: Sequence[str], required: Sequence[str] = ()
+) -> None:
+    """Require that all arguments that are given are taken, and all required ones given.
+
+    Raises:
+        TypeError: they are not.
+    """
+    given = list(given)
+    unknown = next((name for name in given if name not in taken), None)
+    if unknown is not None:
+        close = [name for name in _OTHER_NAMES.get(unknown, ()) if name in taken]
+        close = close or difflib.get_close_matches(unknown, taken, n=1)
+        hint = f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+        raise TypeError(f"{where}: unknown argument {unknown!r}{hint}; it takes {', '.join(taken)}")
+    missing = [name for name in required if name not in given]
     if missing:
-        raise TypeError(f"{cls.__name__}: expected {', '.join(missing)}, got none")
+        raise TypeError(f"{where}: expected {', '.join(missing)}, got none")
 
 
 def _arguments(cls: type) -> tuple[list[str], list[str], list[str]]:
@@ -111,3 +137,43 @@ def check_numbers(
 def check_pair(name: str, value: int | tuple[int, int], minimum: int) -> tuple[int, int]:
     """The value as a number for the height and one for the width."""
     return check_numbers(name, value, minimum, 2)
+
+
+def check_input(layer: nn.Module, x: Tensor, rank: int, dtype: torch.dtype | None) -> None:
+    """Require a batch that a layer can take: torch's errors tell of the layer's own convolution.
+
+    Args:
+        layer: it has `in_channels`.
+        x: what it was given.
+        rank: the number of spatial dimensions.
+        dtype: of the layer's weights, which the input has to have too, but under autocast; None
+            where it is not known.
+
+    Raises:
+        TypeError: `x` is no tensor of floating point, or of another dtype than the layer.
+        ValueError: it has another number of dimensions or channels.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return  # The layer has been called with such an input, or would be told the same by torch.
+    name, channels = type(layer).__name__, layer.in_channels
+    sizes = ("L",) if rank == 1 else ("D", "H", "W")[-rank:]
+    shape = f"(N, {', '.join((str(channels), *sizes))})"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected the input to be a tensor {shape}, got {type(x)}")
+    if x.dim() != rank + 2:
+        hint = ": add the batch by x[None]" if x.dim() == rank + 1 else ""
+        raise ValueError(
+            f"{name}: expected an input of shape {shape}, got one of shape {tuple(x.shape)}{hint}"
+        )
+    if x.shape[1] != channels:
+        raise ValueError(
+            f"{name}: expected an input of shape {shape}, got {x.shape[1]} channels in the shape "
+            f"{tuple(x.shape)}"
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected an input of floating point, got {x.dtype}: x.float()")
+    if dtype not in (None, x.dtype) and not autocast_is_enabled(x.device.type):
+        raise TypeError(
+            f"{name}: expected an input of {dtype}, as the layer's weights are, got {x.dtype}: "
+            f"convert it by x.to({dtype}), or the layer by layer.to({x.dtype})"
+        )

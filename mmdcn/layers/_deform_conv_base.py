@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmdcn.layers._bounded_offsets import bounded, check_max_offset
 from mmdcn.layers._checkpoint_keys import read_other_keys
-from mmdcn.layers._checks import NamedArguments, check_channels, check_numbers
+from mmdcn.layers._checks import NamedArguments, check_channels, check_input, check_numbers
 from mmdcn.ops._registration import autocast_is_enabled
 
 
@@ -85,10 +85,10 @@ def predict(branch: nn.Module, x: Tensor) -> Tensor:
     if not autocast_is_enabled(x.device.type):
         return branch(x)
     with torch.autocast(x.device.type, enabled=False):
-        return branch(x.to(_weight_dtype(branch, x.dtype)))
+        return branch(x.to(weight_dtype(branch) or x.dtype))
 
 
-def _weight_dtype(branch: nn.Module, default: torch.dtype) -> torch.dtype:
+def weight_dtype(branch: nn.Module) -> torch.dtype | None:
     """The dtype of a module's weights, which need not be parameters.
 
     In a replica of ``nn.DataParallel`` they are mere tensors, and so they are in a module whose
@@ -100,7 +100,7 @@ def _weight_dtype(branch: nn.Module, default: torch.dtype) -> torch.dtype:
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor):
             return weight.dtype
-    return default
+    return None
 
 
 class OffsetBranch:
@@ -178,6 +178,7 @@ class DeformConvPack(OffsetBranch):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo), in 1-D and 3-D accordingly."""
+        check_input(self, x, self.rank, self.weight.dtype)
         offset = bounded(predict(self.conv_offset, x), self.max_offset)
         return self._deform_conv(x, offset, None)
 
@@ -277,6 +278,7 @@ class ModulatedDeformConvPack(OffsetBranch):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo), in 1-D and 3-D accordingly."""
+        check_input(self, x, self.rank, self.weight.dtype)
         # All offsets come first, then the modulation of every tap.
         samples = self.deform_groups * math.prod(self.kernel_size)
         offset, mask = predict(self.conv_offset, x).split([self.rank * samples, samples], dim=1)

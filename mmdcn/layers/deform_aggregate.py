@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdcn.layers._bounded_offsets import bounded, check_max_offset
-from mmdcn.layers._checks import NamedArguments, check_channels, check_pair
-from mmdcn.layers._deform_conv_base import predict
+from mmdcn.layers._checks import NamedArguments, check_channels, check_input, check_pair
+from mmdcn.layers._deform_conv_base import predict, weight_dtype
 from mmdcn.ops import dcnv3, dcnv4
 
 
@@ -253,6 +253,7 @@ class DCNv3(_DeformAggregateBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo)."""
+        check_input(self, x, 2, weight_dtype(self.offset))
         value = self.input_proj(x.permute(0, 2, 3, 1))
         seen = predict(self.dw_conv, x)
         mask = predict(self.mask, seen).unflatten(-1, (self.deform_groups, self.taps))
@@ -328,6 +329,7 @@ class DCNv4(_DeformAggregateBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` of shape (N, C, H, W) to (N, Co, Ho, Wo)."""
+        check_input(self, x, 2, weight_dtype(self.offset_mask))
         last = x.permute(0, 2, 3, 1)
         value = last if self.without_pointwise else self.value_proj(last)
         if hasattr(self, "offset_mask_dw"):

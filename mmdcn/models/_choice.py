@@ -1,6 +1,7 @@
 """The convolutions that a conversion is to turn, chosen by `select` and checked one by one."""
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
@@ -32,7 +33,14 @@ def chosen(model: nn.Module, select: Select) -> dict[str, nn.Module]:
     named = dict(model.named_modules(remove_duplicate=False))
     if model._modules:
         del named[""]
+    if isinstance(select, type | nn.Module):
+        raise TypeError(
+            "select: expected a pattern, a sequence of patterns or a function, got "
+            f"{'the class ' + select.__name__ if isinstance(select, type) else 'a module'}: "
+            "choose by lambda name, module: type(module) is nn.Conv2d"
+        )
     if callable(select):
+        _check_function(select)
         names = [name for name, module in named.items() if select(name, module)]
         if not names:
             raise ValueError(f"select: expected a choice among {_convolutions(named)}, got none")
@@ -47,6 +55,20 @@ def chosen(model: nn.Module, select: Select) -> dict[str, nn.Module]:
         _check_convertible(name, named[name], named)
     first_names = {named[name]: name for name in reversed(names)}
     return {name: module for module, name in first_names.items()}
+
+
+def _check_function(select: Callable[[str, nn.Module], bool]) -> None:
+    try:
+        signature = inspect.signature(select)
+    except ValueError:
+        return  # written in C
+    try:
+        signature.bind("name", "module")
+    except TypeError:
+        raise TypeError(
+            "select: expected a function of a name and its module, such as lambda name, module: "
+            f"type(module) is nn.Conv2d, got one of {signature}"
+        ) from None
 
 
 def _matching(named: dict[str, nn.Module], patterns: Sequence[str]) -> Iterator[str]:
@@ -98,6 +120,13 @@ def _check_convertible(name: str, module: nn.Module, named: dict[str, nn.Module]
         refuse("plain 2-D convolutions", f"a {kind}{hint}")
     if module.padding_mode != "zeros":
         refuse("padding_mode='zeros'", f"with padding_mode={module.padding_mode!r}")
+    if module.weight.is_complex():
+        refuse("real weights", f"whose are {module.weight.dtype}")
+    if "forward" in vars(module):
+        refuse(
+            "convolutions with the forward of their class",
+            "whose own forward was set on it: a new layer would lose it",
+        )
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     if any(getattr(module, kind_of_hook) for kind_of_hook in hooks):
         refuse("convolutions without hooks", "which has some: a new layer would lose them")

@@ -1,12 +1,18 @@
-"""``dcn=`` for ResNet-18 and ResNet-34, whose block has no place for it in mmdet.
+"""``dcn=`` of mmdet's ResNets: for ResNet-18 and ResNet-34, and where no stage takes it.
+
+The block of these two has no place for it in mmdet.
 
 mmdet's ``Bottleneck`` makes its 3×3 convolution, ``conv2``, deformable. Of the two in a
 ``BasicBlock`` it is ``conv2`` as well, the one whose stride is 1: the layer downsamples by the
 plain ``conv1``, and the offsets are learned from features that have the output's size.
+
+Every ResNet takes ``dcn=`` and stays plain where ``stage_with_dcn=`` is left out: one warning says
+so when it is built.
 """
 
 import functools
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
@@ -15,25 +21,32 @@ from types import ModuleType
 from typing import Any
 
 from mmcv.cnn import build_conv_layer
+from torch import nn
 
 _RESNET = "mmdet.models.backbones.resnet"
+# The backbones whose constructors do all that ResNet's does; others call one of these.
+_BACKBONES = {_RESNET: "ResNet", "mmdet.models.backbones.regnet": "RegNet"}
+
+_logger = logging.getLogger("mmdcn")
 
 
 def install() -> None:
     """Let mmdet's ``BasicBlock`` take ``dcn``: now where mmdet is imported, or else once it is."""
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
-    if _RESNET in sys.modules:
-        _extend(sys.modules[_RESNET])
+    for name in _BACKBONES:
+        if name in sys.modules:
+            _extend(sys.modules[name])
 
 
 def uninstall() -> None:
     """Give ``BasicBlock`` back as mmdet has it."""
     if _FINDER in sys.meta_path:
         sys.meta_path.remove(_FINDER)
-    block = _basic_block()
-    if block is not None and _is_extended(block):
-        block.__init__ = block.__init__.__wrapped__
+    backbones = [getattr(sys.modules.get(m), name, None) for m, name in _BACKBONES.items()]
+    for extended in (_basic_block(), *backbones):
+        if extended is not None and _is_extended(extended):
+            extended.__init__ = extended.__init__.__wrapped__
 
 
 def installed() -> bool:
@@ -46,15 +59,32 @@ def _basic_block() -> type | None:
     return getattr(sys.modules.get(_RESNET), "BasicBlock", None)
 
 
-def _is_extended(block: type) -> bool:
-    return getattr(block.__init__, "__module__", None) == __name__
+def _is_extended(kind: type) -> bool:
+    return getattr(kind.__init__, "__module__", None) == __name__
 
 
-def _extend(resnet: ModuleType) -> None:
-    # Replaced is the constructor, as mmdet asks `block is BasicBlock`, and others derive from it.
-    block = resnet.BasicBlock
-    if not _is_extended(block):
-        block.__init__ = _taking_dcn(block.__init__)
+def _extend(module: ModuleType) -> None:
+    # Replaced are constructors, as mmdet asks `block is BasicBlock`, and others derive from these.
+    backbone = getattr(module, _BACKBONES[module.__name__])
+    if not _is_extended(backbone):
+        backbone.__init__ = _warning_of_no_stage(backbone.__init__)
+    if module.__name__ == _RESNET and not _is_extended(module.BasicBlock):
+        module.BasicBlock.__init__ = _taking_dcn(module.BasicBlock.__init__)
+
+
+def _warning_of_no_stage(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if self.dcn is not None and not any(self.stage_with_dcn):
+            _logger.warning(
+                f"{type(self).__name__}: dcn={dict(self.dcn)} is in no stage, and the model is "
+                "plain: set stage_with_dcn=(False, True, True, True) beside dcn, which makes the "
+                "last three stages deformable."
+            )
+
+    __init__.__module__ = __name__
+    return __init__
 
 
 def _taking_dcn(init: Callable[..., None]) -> Callable[..., None]:
@@ -84,12 +114,12 @@ def _taking_dcn(init: Callable[..., None]) -> Callable[..., None]:
 
 
 class _WhenImported(MetaPathFinder):
-    """Finds mmdet's ResNet as Python does, and extends it as soon as its code has run."""
+    """Finds mmdet's ResNets as Python does, and extends it as soon as its code has run."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != _RESNET:
+        if name not in _BACKBONES:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is None or spec.loader is None:

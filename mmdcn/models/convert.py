@@ -1,5 +1,6 @@
 """Plain convolutions of any model, turned into deformable ones that start with the same output."""
 
+import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn.modules.utils import _pair
 
 from mmdcn.layers import DeformConv2dPack, ModulatedDeformConv2dPack
+from mmdcn.layers._checks import check_names
 from mmdcn.models._choice import Select, chosen
 from mmdcn.models._plain_places import InitWeights, Place, Train
 
@@ -81,11 +83,13 @@ def convert_to_deformable(
         `model`, or its deformable layer where it is a convolution.
 
     Raises:
-        TypeError: `model` is no module, or `dcn`, `select` or ``dcn['type']`` of a wrong type, or
+        TypeError: `model` is no module, or `dcn`, `select`, `train_offsets` or ``dcn['type']`` of a
+            wrong type, or
             `dcn` has an argument that the layer does not take.
         ValueError: `model` is wrapped for parallel training; `select` chooses nothing (or one of
             several patterns does), or something that is not a plain 2-D convolution padded with
-            zeros on both sides alike, or one that carries hooks or a parametrized weight; `dcn`
+            zeros on both sides alike, or one that carries hooks, a ``forward`` of its own, a
+            parametrized or a complex weight; `dcn`
             names no layer that can be used, or sets what the convolution says. The model is then
             as it was.
 
@@ -98,8 +102,8 @@ def convert_to_deformable(
 
 
 def build_deformable(
-    model_type: str | type,
-    convert: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    model_type: str | type | None = None,
+    convert: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     **model: Any,
 ) -> nn.Module:
     """Build a model and convert it: what ``type='mmdcn.Deformable'`` stands for in configs.
@@ -118,7 +122,7 @@ def build_deformable(
     Args:
         model_type: what `type` was before; it is looked up where `type` would be.
         convert: arguments of :func:`convert_to_deformable`, `dcn`, `select` and `train_offsets`;
-            or several of these, to be applied in turn.
+            or several of these, to be applied in turn. Both have to be given.
         model: all other arguments of the model.
 
     Returns:
@@ -139,11 +143,33 @@ def build_deformable(
             "mmengine and mmcv, which build models by name, are not installed; "
             "convert_to_deformable converts a model without them"
         )
+    for name, value in (("model_type", model_type), ("convert", convert)):
+        if value is None:
+            close = difflib.get_close_matches(name, model, n=1)
+            hint = f" (is {close[0]!r} meant to be it?)" if close else ""
+            raise TypeError(f"mmdcn.Deformable: expected {name}, got none{hint}")
+    conversions = _conversions(convert)
     registry = _building_registry()
     built = registry.build(dict(type=model_type, **model))
-    for arguments in [convert] if isinstance(convert, Mapping) else convert:
+    for arguments in conversions:
         built = _convert(built, **{"train_offsets": True, **arguments}, registry=registry)
     return built
+
+
+def _conversions(convert: Any) -> list[Mapping[str, Any]]:
+    conversions = [convert] if isinstance(convert, Mapping) else convert
+    if not isinstance(conversions, list | tuple) or not all(
+        isinstance(arguments, Mapping) for arguments in conversions
+    ):
+        raise TypeError(
+            "convert: expected dict(dcn=..., select=...), or several of these in a list, got "
+            f"{convert!r}"
+        )
+    if not conversions:
+        raise ValueError("convert: expected at least one dict(dcn=..., select=...), got none")
+    for arguments in conversions:
+        check_names("convert", arguments, ["dcn", "select", "train_offsets"], ["dcn", "select"])
+    return list(conversions)
 
 
 def _building_registry() -> "Registry":
@@ -166,6 +192,8 @@ def _convert(
     registry: "Registry | None",
 ) -> nn.Module:
     _check_model(model)
+    if not isinstance(train_offsets, bool):
+        raise TypeError(f"train_offsets: expected True or False, got {train_offsets!r}")
     if not isinstance(dcn, Mapping):
         raise TypeError(f"dcn: expected a layer such as dict(type='DCNv2'), got {dcn!r}")
     dcn = dict(dcn)

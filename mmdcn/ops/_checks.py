@@ -3,8 +3,8 @@
 They raise TypeError or ValueError that names the argument, what was expected and what came.
 """
 
-import math
 import operator
+import sys
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 FEATURE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 LARGEST_NUMBER = 2**31 - 1  # of what a convolution's geometry is given by
+_LARGEST_FLOAT = sys.float_info.max
 LONGEST_SIDE = 2**30  # because the kernels count rows and columns in 32 bits
 
 
@@ -36,13 +37,16 @@ def coordinate_dtype(features: torch.dtype) -> torch.dtype:
 def check_tensors(
     dimensions: dict[str, int], optional: tuple[str, ...] = (), **arguments: Tensor | None
 ) -> None:
-    """Check that each argument is a tensor of its number of dimensions, or None if `optional`."""
+    """Check that each is a dense tensor of its number of dimensions, or None if `optional`."""
     for name, argument in arguments.items():
         if argument is None and name in optional:
             continue
         if not isinstance(argument, Tensor):
             expected = "a tensor or None" if name in optional else "a tensor"
             raise TypeError(f"{name}: expected {expected}, got {type(argument).__name__}")
+        if argument.layout is not torch.strided or argument.is_nested:
+            kind = "a nested tensor" if argument.is_nested else f"layout {argument.layout}"
+            raise TypeError(f"{name}: expected a dense tensor, of layout torch.strided, got {kind}")
         expected = dimensions[name]
         if argument.dim() != expected:
             plural = "" if expected == 1 else "s"
@@ -125,13 +129,14 @@ def output_size(
 # ------------------------------------------------------------------------------------------ numbers
 
 
-def check_number(name: str, value: float) -> None:
-    """Check that the value is a finite number."""
+def number(name: str, value: float) -> float:
+    """The value, a float where it was an int, after a check that it is a finite number."""
     numbers = (int, float, torch.SymInt, torch.SymFloat)
     if not isinstance(value, numbers) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not -math.inf < value < math.inf:
+    if not -_LARGEST_FLOAT <= value <= _LARGEST_FLOAT:
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    return float(value) if type(value) is int else value
 
 
 def as_int(value: int) -> int:

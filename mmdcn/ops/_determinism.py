@@ -5,6 +5,8 @@ import warnings
 
 import torch
 
+from ._after_import import constant_to_the_compiler
+
 # The settings under which cuBLAS adds in the same order in every run.
 _WORKSPACES = (":4096:8", ":16:8")
 
@@ -17,7 +19,7 @@ def products_are_refused() -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
+@constant_to_the_compiler
 def alert_products(public: str) -> None:
     """Report that the products of a convolution on CUDA may differ from run to run.
 

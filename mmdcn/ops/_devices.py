@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _library, _memory, _products
+from ._after_import import constant_to_the_compiler
 from ._determinism import products_are_refused
 
 _logger = logging.getLogger("mmdcn")
@@ -78,7 +79,7 @@ def substitute(operator: str, *arguments) -> Tensor | None:
     return _offered[operator](*arguments)
 
 
-@torch.compiler.assume_constant_result
+@constant_to_the_compiler
 def server(operator: str, device: torch.device) -> str:
     """What computes the compiled operator of this name on the device: OURS, MMCV or REFERENCE."""
     return service(device).of(operator)

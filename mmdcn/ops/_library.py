@@ -6,6 +6,8 @@ import torch
 
 from mmdcn.errors import LibraryError
 
+from ._after_import import constant_to_the_compiler
+
 FOLDER = Path(__file__).resolve().parent.parent
 CPU_LIBRARY = FOLDER / "_cpu.abi3.so"
 CUDA_LIBRARY = FOLDER / "_cuda.abi3.so"
@@ -43,7 +45,7 @@ def load() -> None:
             CUDA_PROBLEM = str(error)
 
 
-@torch.compiler.assume_constant_result
+@constant_to_the_compiler
 def cuda_is_loaded() -> bool:
     """Whether the operators have kernels for CUDA tensors in this process."""
     return torch._C._dispatch_has_kernel_for_dispatch_key("mmdcn::deform_conv2d", "CUDA")

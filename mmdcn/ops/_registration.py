@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
 from . import _determinism, _devices, _library, _memory, _products
+from ._after_import import after_import
 from ._checks import HALF_DTYPES, check_types, coordinate_dtype
+from ._flops import register_flops
 
 _library.load()
 
@@ -67,8 +68,6 @@ class Operator:
         """Whether a product of matrices is part of it."""
         return "weight" in self.arguments
 
-    # mmcv's functions break every graph; the reference's, for sizes that vary, take too long.
-    @torch.compiler.disable(reason="mmdcn's kernels do not compute on this device")
     def elsewhere(self, server: str, *arguments) -> Tensor:
         """The operator on a device that our kernels do not serve.
 
@@ -90,6 +89,15 @@ class Operator:
         wide = coordinate_dtype(input.dtype)
         widened = (a.to(wide) if isinstance(a, Tensor) else a for a in arguments)
         return self.reference(*widened).to(input.dtype)
+
+
+def _keep_compilers_out() -> None:
+    """mmcv's functions break every graph; the reference's, for sizes that vary, take too long."""
+    reason = "mmdcn's kernels do not compute on this device"
+    Operator.elsewhere = torch.compiler.disable(Operator.elsewhere, reason=reason)
+
+
+after_import("torch._dynamo", _keep_compilers_out)
 
 
 def register(
@@ -138,7 +146,7 @@ def register(
     _register_fakes(operator)
     _register_autograd(operator.forward, _first_order(operator))
     _register_autograd(operator.backward, _second_order(operator))
-    _register_flops(operator)
+    register_flops(operator)
     OPERATORS[name] = operator
     return operator
 
@@ -420,26 +428,3 @@ def _second_order(operator: Operator) -> _Derivative:
 
     arguments = operator.backward_arguments
     return _Derivative(arguments, arguments, backward)
-
-
-# ------------------------------------------------------------------------------------ FLOP formulas
-
-
-def _register_flops(operator: Operator) -> None:
-    """Two operations for each multiplication with its addition, as torch counts them."""
-    packet = getattr(torch.ops.mmdcn, operator.name)
-    backward_packet = getattr(torch.ops.mmdcn, f"{operator.name}_backward")
-
-    @register_flop_formula(packet)
-    def forward(*arguments, out_shape, **_) -> int:
-        named = dict(zip(operator.arguments, arguments))
-        return 2 * operator.multiply_adds(**named, output=out_shape)
-
-    @register_flop_formula(backward_packet)
-    def backward(*arguments, **_) -> int:
-        named = dict(zip(operator.backward_arguments, arguments))
-        wanted = {n for n, want in zip(operator.gradients, named.pop("output_mask")) if want}
-        passes = (operator.own_pass in wanted) + bool(wanted - {operator.own_pass})
-        shape = named.pop("grad_output")
-        missing = {name: None for name in operator.arguments if name not in named}
-        return 2 * passes * operator.multiply_adds(**named, **missing, output=shape)

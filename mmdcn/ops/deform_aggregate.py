@@ -12,13 +12,13 @@ from . import reference
 from ._checks import (
     as_int,
     check_channels,
-    check_number,
     check_sides,
     check_tensors,
     check_types,
     coordinate_dtype,
     flag,
     is_whole,
+    number,
     output_size,
     pair,
 )
@@ -161,7 +161,7 @@ def _geometry(kernel_size, stride, padding, dilation, offset_scale, remove_cente
     stride = pair("stride", stride, at_least=1)
     padding = pair("padding", padding, at_least=0)
     dilation = pair("dilation", dilation, at_least=1)
-    check_number("offset_scale", offset_scale)
+    offset_scale = number("offset_scale", offset_scale)
     remove_center = flag("remove_center", remove_center)
     if remove_center and (kernel_size[0] % 2 == 0 or kernel_size[1] % 2 == 0):
         raise ValueError(

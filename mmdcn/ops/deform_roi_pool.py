@@ -12,13 +12,13 @@ from ._checks import (
     LONGEST_SIDE,
     as_int,
     check_channels,
-    check_number,
     check_sides,
     check_tensors,
     check_types,
     coordinate_dtype,
     flag,
     is_whole,
+    number,
     pair,
 )
 from ._registration import (
@@ -95,8 +95,10 @@ def deform_roi_pool(
     """
     output_size = pair("output_size", output_size, at_least=1)
     position_sensitive = flag("position_sensitive", position_sensitive)
+    spatial_scale = number("spatial_scale", spatial_scale)
+    gamma = number("gamma", gamma)
     sampling_ratio = as_int(sampling_ratio)
-    _check_numbers(spatial_scale, sampling_ratio, gamma)
+    _check_numbers(spatial_scale, sampling_ratio)
     sampling_ratio = sampling_ratio if sampling_ratio > 0 else 0
     check_tensors(_DIMENSIONS, optional=("offset",), input=input, rois=rois, offset=offset)
     rois, offset = autocast_coordinates(input, rois, offset)
@@ -128,9 +130,7 @@ def deform_roi_pool(
 # ------------------------------------------------------------------------------------------- checks
 
 
-def _check_numbers(spatial_scale: float, sampling_ratio: int, gamma: float) -> None:
-    check_number("spatial_scale", spatial_scale)
-    check_number("gamma", gamma)
+def _check_numbers(spatial_scale: float, sampling_ratio: int) -> None:
     if spatial_scale <= 0:
         raise ValueError(f"spatial_scale: expected a positive number, got {spatial_scale!r}")
     if not is_whole(sampling_ratio):
@@ -190,7 +190,8 @@ def _check_compiled(
 ) -> None:
     """Check the compiled operator's arguments."""
     output_size = pair("output_size", output_size, at_least=1)
-    _check_numbers(spatial_scale, sampling_ratio, gamma)
+    number("gamma", gamma)
+    _check_numbers(number("spatial_scale", spatial_scale), sampling_ratio)
     check_tensors(_DIMENSIONS, optional=("offset",), input=input, rois=rois, offset=offset)
     _check_shapes(input, rois, offset, output_size, position_sensitive)
 

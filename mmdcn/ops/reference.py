@@ -175,12 +175,16 @@ def deform_roi_pool(
     def bin_points(start: Tensor, end: Tensor, number: int, delta: Tensor) -> Tensor:
         """The points of bins along one dimension, from the bins' offsets (groups, number, …)."""
         length = (end - start) / number
-        # If no number is given, there are as many points as pixels. A length of NaN gives 0.
-        adaptive = min(math.ceil(length), 2**24) if length > 0 else 0
+        # If no number is given, there are as many points as pixels. A length that is NaN gives 0,
+        # and so may one that is infinite, as no point of it would be finite.
+        adaptive = min(math.ceil(length), 2**24) if 0 < length < math.inf else 0
         points = sampling_ratio if sampling_ratio > 0 else adaptive
         bin = torch.arange(number, dtype=rois.dtype, device=rois.device).unsqueeze(1)
         point = torch.arange(points, dtype=rois.dtype, device=rois.device) + 0.5
-        first = start + gamma * (end - start) * delta + bin * length
+        # Where the length is infinite, no point is finite, wherever offsets move it; multiplied by
+        # it, a gradient of zero would be NaN.
+        extent = torch.where(length.isfinite(), end - start, 0.0)
+        first = start + gamma * extent * delta + bin * length
         return first + point * length / max(points, 1)
 
     if len(rois) == 0:  # The empty result hangs together with what it is differentiated for.

@@ -91,8 +91,8 @@ Results<T> run(const ConvProblem<R>& problem, const PixelRange& range, const Inp
   return out;
 }
 
-// Whether chunks cover a batch, each pixel once and in order, with no more pixels than allowed; each
-// is gathered to memory of just its size.
+// Whether chunks cover a batch, each pixel once and in order, with no more pixels than allowed;
+// each is gathered to memory of just its size.
 template <typename T, int R>
 bool covers(Draw& draw, const ConvProblem<R>& problem, const Inputs<T>& in) {
   const int64_t pixels = problem.shape.batch * problem.pixels, most = draw.between(0, pixels + 2);

@@ -3,11 +3,8 @@
 import contextlib
 import io
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,8 +23,8 @@ from mmdcn.datasets.warped_shapes import (
     draw_scene,
     generate,
 )
+from tests.programs import REPOSITORY, Program
 
-ROOT = Path(__file__).parents[2]
 SMALL = Parameters(train_images=4, val_images=3, image_size=96, strengths=(0.0, 2.0))
 
 
@@ -265,17 +262,14 @@ def test_parameters_out_of_range_are_named(name, value):
 
 
 def _tool(*args):
-    return {
-        "args": [sys.executable, ROOT / "tools/make_warped_shapes.py", *map(str, args)],
-        "env": os.environ | {"PYTHONPATH": str(ROOT)},
-    }
+    return Program([REPOSITORY / "tools/make_warped_shapes.py", *args], REPOSITORY)
 
 
 def test_command_line(tmp_path):
     out = tmp_path / "shapes"
     sizes = ("--train-images", 2, "--val-images", 1, "--image-size", 64)
-    first = subprocess.run(**_tool(out, *sizes, "--strengths", 1.5), text=True, capture_output=True)
-    assert first.returncode == 0, first.stderr
+    first = _tool(out, *sizes, "--strengths", 1.5).finish()
+    assert first.returncode == 0, first.stdout
     assert str(out) in first.stdout
     assert {p.name for p in (out / "annotations").iterdir()} == {
         "train.json",
@@ -283,23 +277,19 @@ def test_command_line(tmp_path):
         "val_s1.5.json",
     }
     assert json.loads((out / "manifest.json").read_text())["strengths"] == [1.5]
-    second = subprocess.run(**_tool(out, *sizes), text=True, capture_output=True)
+    second = _tool(out, *sizes).finish()
     assert second.returncode == 1
-    assert "other values of strengths" in second.stderr
-    assert "Traceback" not in second.stderr
+    assert "other values of strengths" in second.stdout
+    assert "Traceback" not in second.stdout
 
 
 def test_a_terminated_command_leaves_nothing(tmp_path):
-    command = _tool(tmp_path / "shapes", "--train-images", 100000)
-    process = subprocess.Popen(**command, stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob(".shapes.*/new/train/*.jpg")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 143
-    finally:
-        process.kill()
+    program = _tool(tmp_path / "shapes", "--train-images", 100000)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".shapes.*/new/train/*.jpg")):
+        assert program.is_running(), program.output
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    program.send(signal.SIGTERM)
+    assert program.finish(timeout=60).returncode == 143
     assert not list(tmp_path.iterdir())

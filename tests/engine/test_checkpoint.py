@@ -3,6 +3,7 @@
 import os
 import pickle
 import subprocess
+import zipfile
 
 import mmengine.runner.checkpoint as toolbox
 import numpy as np
@@ -188,6 +189,21 @@ def test_a_damaged_file_is_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(UnsafeCheckpointError, match=r"damaged\.pth .* nothing of it was executed"):
         checkpoint.load(path)
+
+
+def test_a_small_file_does_not_become_a_large_one(tmp_path):
+    path, small = tmp_path / "bomb.pth", tmp_path / "small.pth"
+    torch.save({"x": torch.zeros(10**6)}, path)
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(small, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in whole.namelist():
+            new.writestr(name, whole.read(name))
+    assert torch.load(small, weights_only=True)["x"].numel() == 10**6
+    assert small.stat().st_size < 10**5
+    with small.open("rb") as file:
+        for source in (small, file):
+            with pytest.raises(UnsafeCheckpointError, match=r"small\.pth .* does not compress"):
+                checkpoint.load(source)
+    assert checkpoint.load(path)["x"].numel() == 10**6
 
 
 def test_a_missing_file_is_not_called_unsafe(tmp_path):

@@ -17,6 +17,7 @@ from mmengine.config import Config
 from torch import nn
 
 from mmdcn import machine
+from mmdcn.deploy.comparison import TOLERANCE
 from mmdcn.engine import export
 from mmdcn.engine.preflight import ConfigError
 from tests import small_detector
@@ -80,11 +81,21 @@ def test_masks_and_boxes_of_every_level_are_written(tmp_path):
     network = export.Network(detector(tmp_path, **SMALL))
     path = tmp_path / "model.onnx"
     verified = export.export(network, [inputs(), inputs(64, 70)], path, seconds=0.01)
-    assert verified.largest_error < export.TOLERANCE
-    assert verified.output in network.output_names
+    assert verified.comparison.largest_error < TOLERANCE
+    assert verified.comparison.output in network.output_names
     assert verified.shape == (1, 3, 96, 128)
     assert min(verified.milliseconds.values()) > 0
-    assert "roi_head.mask_preds" in [v.name for v in onnx.load(path).graph.output]
+    graph = onnx.load(path).graph
+    assert {node.domain for node in graph.node} == {""}
+    operators = [node.op_type for node in graph.node]
+    # Four levels, for boxes and for masks.
+    assert operators.count("DeformConv") == 4 and operators.count("RoiAlign") == 8
+    assert [value.name for value in graph.input] == ["images", "boxes"]
+    levels = [f"rpn_head.{name}.{i}" for name in ("cls_scores", "bbox_preds") for i in range(5)]
+    heads = [f"roi_head.{name}" for name in ("cls_score", "bbox_pred", "mask_preds")]
+    assert [value.name for value in graph.output] == [*levels, *heads]
+    (images, boxes) = ([d.dim_param for d in v.type.tensor_type.shape.dim] for v in graph.input)
+    assert all((images[0], images[2], images[3], boxes[0]))
 
 
 def write_nothing(network, example, path):
@@ -139,6 +150,13 @@ class Traced(nn.Module):
         return x * float(x.detach().numpy().sum())
 
 
+class OfSmallImages(nn.Module):
+    """Computes something else for large images."""
+
+    def forward(self, x):
+        return x * 2 if x.shape[2] < 300 else x
+
+
 class OfTwoImages(nn.Module):
     """Computes something else for other batches."""
 
@@ -150,6 +168,7 @@ class OfTwoImages(nn.Module):
     ("module", "expected"),
     [
         (OfTwoImages(), r"network cannot be exported: .* a constant of images.shape\[0\], which"),
+        (OfSmallImages(), r"network cannot be exported: .* up to \d+ for images.shape\[2\], which"),
         (Untranslated(), r"bessel_j0 \(prims.bessel_j0.default, in .*neck.extra\) has no"),
         (Traced(), r"neck.extra \(Traced\) cannot be exported"),
     ],

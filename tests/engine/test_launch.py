@@ -9,9 +9,10 @@ import pytest
 from mmengine.config import Config
 
 from mmdcn import startup
-from mmdcn.engine import launch
+from mmdcn.engine import config_keys, environment, launch
 from mmdcn.engine.checkpoint import UnsafeCheckpointError
 from mmdcn.engine.preflight import ConfigError
+from mmdcn.errors import InputError
 from mmdcn.ops import _library
 
 
@@ -110,6 +111,70 @@ def test_what_is_no_setting_is_named(arguments, capsys, setting):
     with pytest.raises(SystemExit):
         arguments("--cfg-options", setting)
     assert f"argument --cfg-options: expected KEY=VALUE, got {setting!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("README.md", r"expected a config file \(.py, .json, .yaml, .yml\), got '.*README.md'"),
+        ("folder.py", "expected a config file, got the folder"),
+        ("missing.py", "no config file"),
+    ],
+)
+def test_what_is_no_config_file(tmp_path, name, expected):
+    (tmp_path / "README.md").write_text("# Configs")
+    (tmp_path / "folder.py").mkdir()
+    with pytest.raises(InputError, match=expected):
+        launch.config_file(str(tmp_path / name))
+    assert launch.config_file("mmdcn::dcn/a.py") == "mmdcn::dcn/a.py"
+
+
+def test_settings_that_nobody_reads(arguments, monkeypatch):
+    messages = []
+    monkeypatch.setattr(config_keys, "print_log", lambda text, **_: messages.append(text))
+    settings = ["modl.backbone.depth=18", "hooks.0.a=2", "load_from=a.pth", "xyz=1"]
+    launch.load_config(arguments("--cfg-options", *settings))
+    first, second = messages
+    assert "'modl.backbone.depth' changes nothing" in first
+    assert first.endswith("no 'modl': did you mean 'model.backbone.depth'?")
+    assert second.endswith("no 'xyz'")
+
+
+@pytest.mark.parametrize("launcher", ["pytorch", "slurm", "mpi"])
+def test_what_a_launcher_sets(launcher, monkeypatch):
+    variables = environment._SET_BY[launcher]
+    for name in variables:
+        monkeypatch.setenv(name, "1")
+    environment.check_launcher(launcher)
+    environment.check_launcher("none")
+    for name in variables:
+        monkeypatch.delenv(name)
+        with pytest.raises(InputError, match=f"^--launcher {launcher}: expected .* {name}, which"):
+            environment.check_launcher(launcher)
+        monkeypatch.setenv(name, "1")
+
+
+def test_a_display(monkeypatch):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    with pytest.raises(InputError, match=r"^--show: there is no display .*: do without"):
+        environment.check_display("do without")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    environment.check_display("do without")
+
+
+def test_warnings_before_the_run_are_in_its_log_file(tmp_path, monkeypatch):
+    from mmengine.logging import MMLogger
+    from mmengine.runner import Runner
+
+    logger = MMLogger(
+        "log of warnings", logger_name="log_of_warnings", log_file=str(tmp_path / "a.log")
+    )
+    runner = argparse.Namespace(logger=logger)
+    monkeypatch.setattr(Runner, "from_cfg", lambda cfg: runner)
+    assert launch.build_runner(Config(dict(launcher="none")), ["of this"]) is runner
+    assert "WARNING - of this\n" in (tmp_path / "a.log").read_text()
 
 
 # A tool, begun and ended

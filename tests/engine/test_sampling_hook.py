@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import cv2
@@ -15,7 +16,9 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, VISBACKENDS
 from mmengine.runner import Runner
 from mmengine.visualization import BaseVisBackend
+from torch import nn
 
+from mmdcn.engine.offset_hook import OffsetStatisticsHook
 from mmdcn.engine.sampling_hook import SamplingVisualizationHook
 from tests.tools import project
 
@@ -116,9 +119,26 @@ def test_it_is_registered(scope):
         (dict(max_points=0), "max_points: expected an int of at least 1, got 0"),
         (dict(num_layers=4), "layers: expected one to three, got 4"),
         (dict(layers=["a", "b", "c", "d"]), "layers: expected one to three, got 4"),
+        (dict(layers="conv"), "layers: expected a list of one to three names, got 'conv'"),
+        (dict(layers=[3]), "layers: expected a list of one to three names"),
         (dict(layers=[]), "num_layers: expected an int of at least 1, got 0"),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         SamplingVisualizationHook(**arguments)
+
+
+def test_layers_are_looked_for_before_training():
+    model = nn.ModuleDict({"backbone": nn.Sequential(nn.Conv2d(3, 3, 1))})
+    runner = SimpleNamespace(model=model)
+    SamplingVisualizationHook(layers=["backbone.0", "backbone.0#2"]).before_train(runner)
+    with pytest.raises(ValueError, match=r"such as 'backbone.0', .*got 'backbon.0'"):
+        SamplingVisualizationHook(layers=["backbon.0"]).before_train(runner)
+
+
+@pytest.mark.parametrize("kind", [SamplingVisualizationHook, OffsetStatisticsHook])
+def test_an_unknown_argument_is_named(kind):
+    message = rf"^{kind.__name__}: unknown argument 'intervall' \(did you mean 'interval'\?\)"
+    with pytest.raises(TypeError, match=message):
+        HOOKS.build(dict(type=kind.__name__, intervall=10))

@@ -1,8 +1,10 @@
 """Arguments that a layer does not take, in an error that names the layer and what it takes."""
 
 import copy
+import re
 
 import pytest
+import torch
 
 from mmdcn import layers
 from tests.layers import examples
@@ -35,6 +37,32 @@ def test_the_error_names_the_layer(name, toolbox):
     if "RoIPool" not in name:
         with pytest.raises(TypeError, match=f"^{name}: expected kernel_size, got none"):
             cls(8, 8)
+
+
+@pytest.mark.parametrize("other", ["group", "num_groups", "offset_groups"])
+@pytest.mark.parametrize("name", ["DCNv3", "DCNv4", "DeformConv2dPack"])
+def test_names_of_others_are_understood(name, other):
+    with pytest.raises(TypeError, match=r"\(did you mean 'deform_groups'\?\)"):
+        getattr(layers, name)(8, 8, 3, **{other: 2})
+
+
+@pytest.mark.parametrize("name", [n for n in CALLS if n.endswith("dPack") or n[:3] == "DCN"])
+def test_inputs_that_a_layer_cannot_take(name):
+    layer = examples.build(name)
+    (x,) = examples.inputs(name)
+    unbatched = re.escape(str(tuple(x[0].shape)))
+    for given, (error, message) in (
+        (x[0], (ValueError, rf"got one of shape {unbatched}: add the batch by x\[None\]")),
+        (x[None], (ValueError, r"of shape \(N, 8, .*\), got one of shape \(1, 2, 8,")),
+        (x[:, :3], (ValueError, r"of shape \(N, 8, .*\), got 3 channels")),
+        (x.numpy(), (TypeError, r"to be a tensor \(N, 8, .*\), got <class 'numpy.ndarray'>")),
+        (x.int(), (TypeError, r"of floating point, got torch.int32: x.float\(\)")),
+        (x.double(), (TypeError, r"of torch.float32, .* got torch.float64: convert it by")),
+        (x.bfloat16(), (TypeError, r"of torch.float32, .* got torch.bfloat16: convert it by")),
+    ):
+        with pytest.raises(error, match=f"^{name}: expected .*{message}"):
+            layer(given)
+    assert layer.double()(x.double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -3,9 +3,6 @@
 import copy
 import logging
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +11,8 @@ from torch.nn import functional as F
 
 from mmdcn import layers
 from mmdcn.layers import deform_conv as module
+from tests.programs import run_python
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = (
     "DeformConv2d",
     "DeformConv2dPack",
@@ -344,9 +341,4 @@ import torch
 import mmdcn.layers
 print(mmdcn.layers.ModulatedDeformConv2dPack(2, 3, 3)(torch.ones(1, 2, 4, 4)).shape)
 """
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "torch.Size([1, 3, 2, 2])"
-    assert run.stderr == ""
+    assert run_python("-c", code).strip() == "torch.Size([1, 3, 2, 2])"

@@ -1,6 +1,5 @@
 """ResNet-18 and ResNet-34 with ``dcn=``, and what mmdet has given back."""
 
-import subprocess
 import sys
 
 import pytest
@@ -15,6 +14,7 @@ from mmdet.registry import MODELS
 from mmdcn import layers, plugin
 from mmdcn.models import basic_block
 from tests.kernel_calls import KernelCalls
+from tests.programs import run_python
 
 PACKS = {"DCN": layers.DeformConv2dPack, "DCNv2": layers.ModulatedDeformConv2dPack}
 
@@ -117,7 +117,29 @@ from mmdet.models.backbones.resnet import BasicBlock
 assert mmdcn.plugin.report().basic_block_takes_dcn
 BasicBlock(4, 4, dcn=dict(type="DCN"))
 """
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr
+    run_python("-c", code)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("ResNet", dict(depth=18)),
+        ("ResNet", dict(depth=50, stage_with_dcn=(False,) * 4)),
+        ("ResNeXt", dict(depth=50)),
+        ("RegNet", dict(arch="regnetx_400mf")),
+    ],
+)
+def test_a_backbone_without_a_deformable_stage_says_so(kind, arguments, caplog):
+    arguments = dict(type=f"mmdet.{kind}", base_channels=8, **arguments)
+    if kind == "RegNet":
+        del arguments["base_channels"]
+    with caplog.at_level("WARNING", "mmdcn"):
+        MODELS.build(dict(arguments, dcn=dict(type="DCN")))
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{kind}: dcn={{'type': 'DCN'}} is in no stage")
+    assert "set stage_with_dcn=(False, True, True, True)" in record.getMessage()
+    caplog.clear()
+    with caplog.at_level("WARNING", "mmdcn"):
+        MODELS.build(arguments)
+        MODELS.build({**arguments, "dcn": dict(type="DCN"), "stage_with_dcn": (True,) * 4})
+    assert not caplog.records

@@ -1,13 +1,14 @@
 """What cannot be converted is refused in a sentence, and the model is as it was."""
 
 import pytest
+import torch
 from torch import nn
 
 pytest.importorskip("mmdet")
 
 
 from mmdcn import layers, plugin
-from mmdcn.models import convert_to_deformable
+from mmdcn.models import build_deformable, convert_to_deformable
 
 pytestmark = pytest.mark.usefixtures("plugin_in_mmdet")
 
@@ -114,6 +115,67 @@ def test_what_is_no_model_is_refused(model, message):
 def test_a_select_of_another_type_is_refused(select):
     with pytest.raises(TypeError, match="select: expected a pattern, a sequence of patterns or"):
         convert_to_deformable(zoo(), dict(type="DCN"), select)
+
+
+@pytest.mark.parametrize(
+    ("select", "message"),
+    [
+        (nn.Conv2d, "got the class Conv2d: choose by lambda name, module"),
+        (nn.Conv2d(3, 3, 1), "got a module: choose by lambda name, module"),
+        (lambda name: True, r"a function of a name and its module, .* got one of \(name\)"),
+        ({"conv"}, "got {'conv'}"),
+    ],
+)
+def test_a_select_of_another_kind_is_refused(select, message):
+    with pytest.raises(TypeError, match=f"^select: expected .*{message}"):
+        convert_to_deformable(zoo(), dict(type="DCN"), select)
+
+
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_train_offsets_is_true_or_false(value):
+    model = zoo()
+    with pytest.raises(TypeError, match=r"^train_offsets: expected True or False, got"):
+        convert_to_deformable(model, dict(type="DCN"), "conv", train_offsets=value)
+    assert type(model.conv) is nn.Conv2d
+
+
+def test_convolutions_of_which_something_would_be_lost():
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3, dtype=torch.complex64))
+    model[0].forward = lambda x: x
+    with pytest.raises(ValueError, match="whose own forward was set on it"):
+        convert_to_deformable(model, dict(type="DCN"), "0")
+    with pytest.raises(ValueError, match=r"real weights, got '1', whose are torch.complex64"):
+        convert_to_deformable(model, dict(type="DCN"), "1")
+
+
+@pytest.mark.parametrize(
+    ("convert", "error", "message"),
+    [
+        ([], ValueError, "expected at least one"),
+        ("conv", TypeError, "expected dict"),
+        (["conv"], TypeError, "expected dict"),
+        (dict(dcn=dict(type="DCN"), selct="conv"), TypeError, r"'selct' \(did you mean 'select'"),
+        (dict(dcn=dict(type="DCN")), TypeError, "expected select, got none"),
+        ([dict(select="conv")], TypeError, "expected dcn, got none"),
+    ],
+)
+def test_conversions_in_a_config(convert, error, message):
+    with pytest.raises(error, match=f"^convert: .*{message}"):
+        build_deformable("mmdet.ResNet", convert, depth=50)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(convert=dict()), "expected model_type, got none"),
+        (dict(model_type="FPN"), "expected convert, got none"),
+        (dict(model_type="FPN", convrt={}), "convert, got none .is 'convrt' meant to be it"),
+    ],
+)
+def test_what_a_config_has_to_say(arguments, message):
+    plugin.install()
+    with pytest.raises(TypeError, match=f"^mmdcn.Deformable: .*{message}"):
+        plugin.MODELS.build(dict(type="mmdcn.Deformable", **arguments))
 
 
 def test_without_the_plugin_the_scope_says_whose_layer_it_is():

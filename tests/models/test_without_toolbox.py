@@ -1,10 +1,6 @@
 """What works where neither mmengine nor mmcv is installed, in a process that finds neither."""
 
-import subprocess
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.programs import run_python
 
 CODE = """
 import importlib.util, sys
@@ -50,15 +46,7 @@ problem("convert_to_deformable(nn.Sequential(nn.Conv2d(3, 8, 3)), dict(type='DCN
 
 
 def test_models_convert_with_torch_alone():
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CODE],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
-    lines = run.stdout.splitlines()
+    lines = run_python("-c", CODE).splitlines()
     assert lines[:4] == ["SAME True", "FUSED True Identity()", "MODELS True", "HAS False"]
     absence, nothing, from_import, plain_import, building, name = lines[4:]
     sentence = "mmdcn.plugin is for the OpenMMLab toolbox, and mmengine and mmcv are not both"

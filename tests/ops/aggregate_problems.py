@@ -1,12 +1,13 @@
 """Randomly drawn problems of deformable aggregation."""
 
 import dataclasses
+from random import Random
 
 import torch
 from hypothesis import strategies as st
 
 from mmdcn.ops import dcnv3, reference
-from tests.ops.problems import WindowProblem, divisors, rounded, smallest_size
+from tests.ops.problems import WindowProblem, divisors, drawn_by, rounded, smallest_size
 
 
 @dataclasses.dataclass
@@ -67,31 +68,37 @@ class AggregateProblem(WindowProblem):
         }
 
 
-@st.composite
-def aggregate_problems(draw) -> AggregateProblem:
-    """Problems that fit in a test, of every kind that the operator takes."""
-    pair = lambda low, high: st.tuples(st.integers(low, high), st.integers(low, high))  # noqa: E731
-    remove_center = draw(st.booleans())
-    odd = st.sampled_from([(3, 3), (1, 3), (3, 1), (5, 3)])
-    kernel = draw(odd if remove_center else pair(1, 5))
-    dilation, padding = draw(pair(1, 3)), draw(pair(0, 3))
+def draw_aggregate_problem(random: Random) -> AggregateProblem:
+    """A problem that fits in a test, of any kind that the operator takes."""
+
+    def pair(low: int, high: int) -> tuple[int, int]:
+        return random.randint(low, high), random.randint(low, high)
+
+    remove_center = random.choice([False, True])
+    odd = [(3, 3), (1, 3), (3, 1), (5, 3)]
+    kernel = random.choice(odd) if remove_center else pair(1, 5)
+    dilation, padding = pair(1, 3), pair(0, 3)
     # Sizes around 16, 32 and 64 cross the borders of registers and of blocks of channels.
-    channels = draw(st.sampled_from([1, 3, 4, 6, 12, 17, 32, 40, 70, 130]))
+    channels = random.choice([1, 3, 4, 6, 12, 17, 32, 40, 70, 130])
     return AggregateProblem(
-        batch=draw(st.integers(1, 3)),
+        batch=random.randint(1, 3),
         channels=channels,
-        size=tuple(map(sum, zip(smallest_size(kernel, padding, dilation), draw(pair(0, 6))))),
+        size=tuple(map(sum, zip(smallest_size(kernel, padding, dilation), pair(0, 6)))),
         kernel=kernel,
-        stride=draw(pair(1, 3)),
+        stride=pair(1, 3),
         padding=padding,
         dilation=dilation,
-        group=draw(st.sampled_from(divisors(channels))),
-        offset_scale=draw(st.sampled_from([1.0, 0.5, 2.0])),
+        group=random.choice(divisors(channels)),
+        offset_scale=random.choice([1.0, 0.5, 2.0]),
         remove_center=remove_center,
-        float32_offset=draw(st.booleans()),
-        spread=draw(st.sampled_from([0.3, 2.0, 10.0])),
-        seed=draw(st.integers(0, 2**31)),
+        float32_offset=random.choice([False, True]),
+        spread=random.choice([0.3, 2.0, 10.0]),
+        seed=random.randint(0, 2**31),
     )
+
+
+def aggregate_problems() -> st.SearchStrategy[AggregateProblem]:
+    return drawn_by(draw_aggregate_problem)
 
 
 def with_odd_strides(tensor: torch.Tensor) -> torch.Tensor:

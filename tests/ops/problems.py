@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
+from random import Random
+from typing import TypeVar
 
 import torch
 from hypothesis import strategies as st
@@ -22,6 +24,7 @@ TOLERANCE = {
 }
 DTYPES = list(TOLERANCE)
 NAMES = ("input", "offset", "weight", "bias", "mask")
+Drawn = TypeVar("Drawn")
 FUNCTIONS = {1: deform_conv1d, 2: deform_conv2d, 3: deform_conv3d}
 
 
@@ -195,38 +198,49 @@ def smallest_size(kernel, padding, dilation) -> list[int]:
     return [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, padding)]
 
 
-@st.composite
-def problems(draw, ranks: tuple[int, ...] = (2,)) -> Problem:
-    """Problems that fit in a test, of every kind that the operator takes."""
-    rank = draw(st.sampled_from(ranks))
-    each = lambda low, high: st.tuples(*[st.integers(low, high)] * rank)  # noqa: E731
+def drawn_by(draw: Callable[[Random], Drawn]) -> st.SearchStrategy[Drawn]:
+    """Hypothesis's draws of what is drawn from a random number generator."""
+    return st.randoms(use_true_random=False).map(draw)
+
+
+def draw_problem(random: Random, ranks: tuple[int, ...] = (2,)) -> Problem:
+    """A problem that fits in a test, of any kind that the operator takes."""
+    rank = random.choice(ranks)
+
+    def each(low: int, high: int) -> tuple[int, ...]:
+        return tuple(random.randint(low, high) for _ in range(rank))
+
     largest = 3 if rank == 3 else 4  # The reference would take long over larger volumes.
-    kernel, dilation = draw(each(1, largest)), draw(each(1, largest - 1))
-    stride, padding = draw(each(1, 3)), draw(each(0, largest - 1))
+    kernel, dilation = each(1, largest), each(1, largest - 1)
+    stride, padding = each(1, 3), each(0, largest - 1)
     # Sizes around 16, 32 and 64 cross the borders of registers and of blocks of channels.
-    channels = draw(st.sampled_from([1, 2, 3, 4, 6, 12, 17, 32, 40, 70]))
-    groups = draw(st.sampled_from(divisors(channels)))
-    more = draw(each(0, {1: 20, 2: 8, 3: 3}[rank]))
+    channels = random.choice([1, 2, 3, 4, 6, 12, 17, 32, 40, 70])
+    groups = random.choice(divisors(channels))
+    more = each(0, {1: 20, 2: 8, 3: 3}[rank])
     return Problem(
-        batch=draw(st.integers(1, 3)),
+        batch=random.randint(1, 3),
         channels=channels,
         size=tuple(map(sum, zip(smallest_size(kernel, padding, dilation), more))),
-        out_channels=groups * draw(st.sampled_from([1, 2, 3, 5, 17, 33] if groups < 8 else [1, 2])),
+        out_channels=groups * random.choice([1, 2, 3, 5, 17, 33] if groups < 8 else [1, 2]),
         kernel=kernel,
         stride=stride,
         padding=padding,
         dilation=dilation,
         groups=groups,
-        deform_groups=draw(st.sampled_from(divisors(channels))),
-        has_mask=draw(st.booleans()),
-        has_bias=draw(st.booleans()),
-        channels_last=draw(st.booleans()),
-        points_channels_last=draw(st.booleans()),
-        weight_channels_last=draw(st.booleans()),
-        float32_offset=draw(st.booleans()),
-        spread=draw(st.sampled_from([0.3, 2.0, 20.0])),
-        seed=draw(st.integers(0, 2**31)),
+        deform_groups=random.choice(divisors(channels)),
+        has_mask=random.choice([False, True]),
+        has_bias=random.choice([False, True]),
+        channels_last=random.choice([False, True]),
+        points_channels_last=random.choice([False, True]),
+        weight_channels_last=random.choice([False, True]),
+        float32_offset=random.choice([False, True]),
+        spread=random.choice([0.3, 2.0, 20.0]),
+        seed=random.randint(0, 2**31),
     )
+
+
+def problems(ranks: tuple[int, ...] = (2,)) -> st.SearchStrategy[Problem]:
+    return drawn_by(functools.partial(draw_problem, ranks=ranks))
 
 
 # ------------------------------------------------------------------------------------- comparison

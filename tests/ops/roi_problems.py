@@ -1,14 +1,16 @@
 """Randomly drawn problems of deformable RoI pooling."""
 
 import dataclasses
+import functools
 import math
+from random import Random
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from mmdcn.ops import deform_roi_pool, reference
-from tests.ops.problems import OperatorProblem, divisors, rounded
+from tests.ops.problems import OperatorProblem, divisors, drawn_by, rounded
 
 
 @dataclasses.dataclass
@@ -73,27 +75,30 @@ class RoIProblem(OperatorProblem):
         return {name: getattr(self, name) for name in names}
 
 
-@st.composite
-def roi_problems(draw, dyadic: bool) -> RoIProblem:
-    """Problems that fit in a test, of every kind that the operator takes."""
+def draw_roi_problem(random: Random, dyadic: bool) -> RoIProblem:
+    """A problem that fits in a test, of any kind that the operator takes."""
     sizes = [1, 2, 4] if dyadic else [1, 2, 3, 5, 7]
-    position_sensitive = draw(st.booleans())
+    position_sensitive = random.choice([False, True])
     # Sizes around 16, 32 and 64 cross the borders of registers and of blocks of channels.
-    channels = draw(st.sampled_from([1, 3, 6] if position_sensitive else [1, 3, 6, 17, 32, 70]))
+    channels = random.choice([1, 3, 6] if position_sensitive else [1, 3, 6, 17, 32, 70])
     return RoIProblem(
-        batch=draw(st.integers(1, 3)),
+        batch=random.randint(1, 3),
         channels=channels,
-        size=draw(st.tuples(st.integers(1, 14), st.integers(1, 14))),
-        rois=draw(st.integers(1, 9)),
-        output_size=(draw(st.sampled_from(sizes)), draw(st.sampled_from(sizes))),
-        spatial_scale=draw(st.sampled_from([0.25, 0.5, 1.0])),
-        sampling_ratio=draw(st.sampled_from([0, 1, 2, 4] if dyadic else [0, 1, 2, 3, 11])),
+        size=(random.randint(1, 14), random.randint(1, 14)),
+        rois=random.randint(1, 9),
+        output_size=(random.choice(sizes), random.choice(sizes)),
+        spatial_scale=random.choice([0.25, 0.5, 1.0]),
+        sampling_ratio=random.choice([0, 1, 2, 4] if dyadic else [0, 1, 2, 3, 11]),
         gamma=0.5,
-        deform_groups=draw(st.sampled_from([0, *divisors(channels)])),
+        deform_groups=random.choice([0, *divisors(channels)]),
         position_sensitive=position_sensitive,
-        channels_last=draw(st.booleans()),
-        float32_offset=draw(st.booleans()),
+        channels_last=random.choice([False, True]),
+        float32_offset=random.choice([False, True]),
         dyadic=dyadic,
-        spread=draw(st.sampled_from([0.1, 1.0, 6.0])),
-        seed=draw(st.integers(0, 2**31)),
+        spread=random.choice([0.1, 1.0, 6.0]),
+        seed=random.randint(0, 2**31),
     )
+
+
+def roi_problems(dyadic: bool) -> st.SearchStrategy[RoIProblem]:
+    return drawn_by(functools.partial(draw_roi_problem, dyadic=dyadic))

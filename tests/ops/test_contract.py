@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import opcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdcn import ops
 from tests.ops.calls import CALLS, COORDINATES, Call
-from tests.ops.contract import EVERY, HALVES, gradients, variables
+from tests.ops.contract import EVERY, HALVES, compiled_calls, gradients, variables
 from tests.ops.problems import TOLERANCE
 
 
@@ -23,33 +22,6 @@ def test_every_function_has_a_call():
 
 
 # --------------------------------------------------------------------------- the compiled operators
-
-
-class Recorder(TorchDispatchMode):
-    """Collects the calls of our compiled operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "mmdcn":
-            self.calls.append((function, args, kwargs or {}))
-        return function(*args, **(kwargs or {}))
-
-
-def compiled_calls(call: Call) -> list[tuple]:
-    """What a forward and a backward pass call, with tensors that can be differentiated for."""
-    with Recorder() as recorder:
-        gradients(call.function, call, variables(call))
-    return [
-        (
-            overload,
-            [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments],
-            options,
-        )
-        for overload, arguments, options in recorder.calls
-    ]
 
 
 @EVERY

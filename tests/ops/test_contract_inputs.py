@@ -7,7 +7,15 @@ from torch import Tensor
 
 from mmdcn import ops
 from tests.ops.calls import Call
-from tests.ops.contract import DTYPES, EVERY, compare, gradients, variables
+from tests.ops.contract import (
+    BAD_NUMBERS,
+    DTYPES,
+    EVERY,
+    assert_named,
+    compare,
+    gradients,
+    variables,
+)
 
 # ----------------------------------------------------------------------------------- edges of input
 
@@ -68,17 +76,6 @@ def test_no_pixels(call):
 # ---------------------------------------------------------------------------------------- bad calls
 
 
-def assert_named(error: Exception, call: Call) -> None:
-    """The message begins with an argument, and says what was expected and what came."""
-    message = str(error)
-    if "rois: expected in column 0" in message:
-        return  # numbers in a tensor, which the compiled operator looks at
-    argument = message.split(":")[0].split(".")[0]
-    assert isinstance(error, (TypeError, ValueError)), repr(error)
-    assert argument in (*call.tensors(), *call.function.__annotations__), message
-    assert "got" in message and ("expected" in message or "must" in message), message
-
-
 def refused_or_right(call: Call, tensors: dict, arguments: dict) -> bool:
     """Whether the call is refused; if it is not, it must compute what the reference computes."""
     try:
@@ -120,10 +117,6 @@ def test_every_bad_dtype_device_and_type_is_named(call):
             with pytest.raises((TypeError, ValueError)) as caught:
                 call.function(**tensors, **call.arguments)
             assert_named(caught.value, call)
-
-
-BAD_NUMBERS = [0, -1, 1.5, "1", None, True, [], (1,) * 5, (1, -1), (1, "1"), 2**31, 2**62, 2**70]
-BAD_NUMBERS += [-(2**70), float("nan"), float("inf"), 1j, torch.tensor([1, 2]), torch.zeros(2, 2)]
 
 
 @EVERY

@@ -167,6 +167,20 @@ def test_giant_boxes_are_pooled_at_once(dtype, side):
     assert (output < 1e-6).all()
 
 
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+@pytest.mark.parametrize("corner", range(1, 5))
+@pytest.mark.parametrize("value", [float("inf"), -float("inf")])
+def test_the_reference_takes_infinite_boxes(value, corner, sampling_ratio):
+    problem = RoIProblem(sampling_ratio=sampling_ratio)
+    tensors = problem.tensors()
+    tensors["rois"][2, corner] = value
+    actual = run(deform_roi_pool, tensors, **problem.arguments())
+    expected = run(reference.deform_roi_pool, exact(tensors), **problem.arguments())
+    assert not actual["output"][2].any() and actual["output"].any()
+    for name, wanted in expected.items():
+        assert largest_error(actual[name], wanted) < 1e-12, name
+
+
 def test_an_infinite_box_beside_good_ones():
     problem = RoIProblem()
     tensors = problem.tensors()

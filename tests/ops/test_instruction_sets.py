@@ -2,9 +2,10 @@
 
 import os
 import subprocess
-import sys
 
 import pytest
+
+from tests.programs import REPOSITORY, Program
 
 CHECK = """
 import dataclasses
@@ -33,26 +34,20 @@ for dtype in DTYPES:
 
 
 def check(capability: str) -> subprocess.CompletedProcess:
-    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "MMDCN_CPU_CAPABILITY": capability}
-    return subprocess.run(
-        [sys.executable, "-c", CHECK],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {"MMDCN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "2"}
+    return Program(["-c", CHECK], REPOSITORY, os.environ | environment).finish()
 
 
 @pytest.mark.parametrize("capability", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set(capability):
     done = check(capability)
-    if "this machine has no" in done.stderr:
+    if "this machine has no" in done.stdout:
         pytest.skip(f"no {capability} on this machine")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout
 
 
 def test_unknown_instruction_set_is_refused():
     done = check("avx1024")
     assert done.returncode != 0
     message = "MMDCN_CPU_CAPABILITY: expected portable, avx2, avx512 or avx512_bf16, got avx1024"
-    assert done.stderr.splitlines()[-1] == f"RuntimeError: {message}"
+    assert f"RuntimeError: {message}" in done.stdout.splitlines()

@@ -3,12 +3,6 @@
 ``import mmdcn`` is all that they need: nothing here imports :mod:`mmdcn.ops.onnx`.
 """
 
-import importlib
-import inspect
-import os
-import subprocess
-import sys
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +18,9 @@ pytest.importorskip("onnxruntime", minversion=ONNXRUNTIME_WITH_DEFORM_CONV)
 import onnx
 import onnxruntime
 
-from mmdcn.ops import _onnx_exporters, deform_conv1d, deform_conv2d
+from mmdcn.ops import deform_conv1d, deform_conv2d
 from tests.ops.problems import Problem
+from tests.programs import run_python
 from tests.pytorch.models import PACKS, backbone, scatter_samples
 
 DYNAMIC = torch.export.Dim.DYNAMIC
@@ -230,7 +225,7 @@ sys.modules.update(dict.fromkeys(("mmcv", "mmengine")))  # whose import takes lo
 import torch
 import mmdcn
 from mmdcn.layers import DeformConv2dPack
-assert not {"onnx", "onnxscript"} & set(sys.modules)
+assert not {"onnx", "onnxscript", "torch.onnx", "torch._dynamo"} & set(sys.modules)
 layer, x = DeformConv2dPack(2, 2, 3).eval(), torch.randn(2, 2, 5, 5)
 torch.onnx.export(layer, (x,), "torchscript.onnx", dynamo=False, opset_version=19)
 torch.onnx.export(layer, (x,), "dynamo.onnx", dynamo=True, verbose=False)
@@ -238,35 +233,9 @@ torch.onnx.export(layer, (x,), "dynamo.onnx", dynamo=True, verbose=False)
 
 
 def test_an_import_of_mmdcn_is_enough(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", IN_A_FRESH_PROCESS],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_python("-c", IN_A_FRESH_PROCESS, cwd=tmp_path)
     for name in ("dynamo.onnx", "torchscript.onnx"):
         assert "DeformConv" in {node.op_type for node in standard(tmp_path / name).graph.node}
-
-
-def test_exporters_are_told_before_and_after_their_import(tmp_path, monkeypatch):
-    (tmp_path / "an_exporter.py").write_text("value = 3")
-    monkeypatch.syspath_prepend(tmp_path)
-    told = []
-    actions = {"json": lambda: told.append("json"), "an_exporter": lambda: told.append("exporter")}
-    monkeypatch.setattr(_onnx_exporters, "_AFTER_IMPORT", actions)
-    before = list(sys.meta_path)
-    _onnx_exporters.register()
-    assert told == ["json"]  # which is imported already
-    module = importlib.import_module("an_exporter")
-    assert told == ["json", "exporter"]
-    assert module.value == 3
-    # As if nobody had looked on.
-    assert sys.meta_path == before
-    assert type(module.__spec__.loader) is type(module.__loader__) is SourceFileLoader
-    assert "value = 3" in inspect.getsource(module)
 
 
 @pytest.mark.parametrize(

@@ -86,4 +86,6 @@ def run(rank: int, wrapper: str, file: str) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run, (sys.argv[1], str(Path(folder) / "rendezvous")), nprocs=PROCESSES)
+        arguments = (sys.argv[1], str(Path(folder) / "rendezvous"))
+        # They begin with all that this process has imported, and nothing has been computed in it.
+        mp.start_processes(run, arguments, nprocs=PROCESSES, start_method="fork")

@@ -1,11 +1,7 @@
 """What PyTorch's tools do to a model: copies, wrappers for several processes, checkpointing."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +11,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from tests.layers import examples
+from tests.programs import run_python
 from tests.pytorch.models import assert_same, backbone, gradients, layer, loss
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = pytest.mark.parametrize("name", ["DCN", "DCNv2"])
 
 
@@ -98,15 +94,7 @@ def test_parametrized_weights(name):
 def test_two_processes(wrapper):
     """Gradients over two processes, with half of the batch each, are those of the whole."""
     pytest.importorskip("mmdet")
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.pytorch.distributed_script", wrapper],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    printed = run_python("-m", "tests.pytorch.distributed_script", wrapper)
     with_parameters = [name for name in examples.NAMES if list(examples.build(name).parameters())]
     for name in ("DCN", "DCNv2", *with_parameters):
-        assert f"{name}: same as in one process" in run.stdout, run.stdout
+        assert f"{name}: same as in one process" in printed, printed

@@ -1,7 +1,5 @@
 """torch.jit.trace: every layer traced, saved, loaded and frozen, for sizes that it has not seen."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 
 from mmdcn.ops import _library
 from tests.layers.examples import NAMES, build, inputs
+from tests.programs import run_python
 from tests.pytorch.models import backbone
 
 EVERY = pytest.mark.parametrize("name", NAMES)
@@ -103,12 +102,5 @@ def test_another_process_needs_the_library_and_nothing_else(tmp_path):
         traced.save(tmp_path / f"{name}.pt")
         with torch.no_grad():
             torch.save((given, model(*given)), tmp_path / f"{name}.tensors")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", ELSEWHERE, tmp_path, _library.CPU_LIBRARY],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == sorted(NAMES)
+    printed = run_python("-c", ELSEWHERE, tmp_path, _library.CPU_LIBRARY, cwd=tmp_path)
+    assert printed.splitlines()[-1].split() == sorted(NAMES)

@@ -21,7 +21,7 @@ def project(tmp_path_factory) -> tiny.Project:
 def trained(project) -> Path:
     """The work folder of one epoch's training through `tools/train.py`."""
     command = ["train.py", project.config, "--work-dir", "trained"]
-    result = tiny.run_tool(*command, cwd=project.root, fresh=True)
+    result = tiny.run_tool(*command, cwd=project.root)
     assert result.returncode == 0, result.stdout
     return project.root / "trained"
 

@@ -135,7 +135,7 @@ def run_tool(
         command: its name in `tools/`, and its arguments.
         cwd: where it runs.
         timeout: in seconds.
-        fresh: whether it imports the toolbox itself, as what it sees then is what is tested.
+        fresh: whether it imports torch itself, as what torch sees then is what is tested.
     """
     tool = REPOSITORY / "tools" / str(command[0])
     if tool.suffix == ".py" and not fresh:

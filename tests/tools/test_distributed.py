@@ -101,7 +101,15 @@ def test_slurm_passes_everything_on(tmp_path, monkeypatch):
     monkeypatch.setenv("GPUS", "16")
     monkeypatch.setenv("SRUN_ARGS", "--quotatype=spot --exclusive")
     options = ("--cfg-options", "model.name=a b")
-    result = run_tool("slurm_train.sh", "part", "job", "c.py", "work", *options, cwd=tmp_path)
+    command = ("slurm_train.sh", "part", "job", "c.py", "work", *options)
+    result = run_tool(*command, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (1, "error: no config file 'c.py'\n")
+    (tmp_path / "c.py").touch()
+    srun.rename(tmp_path / "other")
+    result = run_tool(*command, cwd=tmp_path)
+    assert result.returncode == 1 and "error: there is no srun here" in result.stdout
+    (tmp_path / "other").rename(srun)
+    result = run_tool(*command, cwd=tmp_path)
     assert result.returncode == 0, result.stdout
     arguments = result.stdout.splitlines()
     assert arguments[arguments.index("--ntasks") + 1] == "16"

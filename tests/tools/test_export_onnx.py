@@ -1,5 +1,6 @@
-"""`tools/export_onnx.py` as a command."""
+"""`tools/export_onnx.py` as a command, and its file in `tools/test.py`."""
 
+import json
 import re
 import sys
 
@@ -8,8 +9,10 @@ import torch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
+from mmengine.fileio import load
 from PIL import Image
 
+from mmdcn.deploy.comparison import LEAST_MATCHED, match
 from mmdcn.engine import export
 from mmdcn.machine import ONNXRUNTIME_WITH_DEFORM_CONV
 
@@ -61,26 +64,71 @@ def test_two_stage_detector(project, exported):
     model = onnx.load(path)
     onnx.checker.check_model(model)
     assert {node.domain for node in model.graph.node} == {""}
-    operators = [node.op_type for node in model.graph.node]
-    assert operators.count("DeformConv") == 3 and operators.count("RoiAlign") == 4
-    assert [value.name for value in model.graph.input] == ["images", "boxes"]
-    levels = [f"rpn_head.{name}.{i}" for name in ("cls_scores", "bbox_preds") for i in range(5)]
-    assert [value.name for value in model.graph.output] == [
-        *levels,
-        "roi_head.cls_score",
-        "roi_head.bbox_pred",
-    ]
-    (images, boxes) = (
-        [d.dim_param for d in v.type.tensor_type.shape.dim] for v in model.graph.input
-    )
-    assert all((images[0], images[2], images[3], boxes[0]))
+    assert [value.name for value in model.graph.input] == ["images", "image_sizes"]
+    assert [value.name for value in model.graph.output] == ["boxes", "scores", "labels"]
+    about = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
+    assert about["mmdcn.classes"] == ["square", "bar"]
+    assert about["mmdcn.score_thr"] == 0.05 and about["mmdcn.max_per_img"] == 100
+    assert about["mmdcn.versions"]["torch"] == torch.__version__
+
+
+def test_the_file_is_evaluated_as_the_checkpoint_is(project, trained, exported, run_here, capsys):
+    """In mmdet's pixels of the image file, through its data loader and its metric."""
+    results, printed = [], []
+    for name, model in (("torch", trained / "epoch_1.pth"), ("onnx", "out/model.onnx")):
+        run_here(
+            *("test.py", project.config, model, "--work-dir", "tested"),
+            *(
+                "--out",
+                f"{name}.pkl",
+                "--cfg-options",
+                "test_dataloader.dataset.pipeline.1.scale=(96,80)",
+            ),
+        )
+        results.append(load(project.root / f"{name}.pkl"))
+        printed.append(re.findall("bbox_mAP_copypaste: .*", capsys.readouterr().out))
+    assert printed[0] == printed[1] != []
+    for expected, actual in zip(*results):
+        ours, theirs = (
+            [sample["pred_instances"][key] for key in ("bboxes", "scores", "labels")]
+            for sample in (actual, expected)
+        )
+        assert len(ours[0]) == len(theirs[0]) > 10
+        assert (match(theirs, ours) >= 0).float().mean() >= LEAST_MATCHED
+
+
+def test_a_file_that_cannot_be_evaluated(project, trained, exported, run_here, capsys):
+    (project.root / "no.onnx").write_text("no model")
+    values = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1]) for n in "xy"]
+    copy = onnx.helper.make_node("Identity", ["x"], ["y"])
+    graph = onnx.helper.make_graph([copy], "copy", values[:1], values[1:])
+    opset = onnx.helper.make_opsetid("", 20)
+    other = onnx.helper.make_model(graph, ir_version=10, opset_imports=[opset])
+    onnx.save(other, project.root / "other.onnx")
+    model = onnx.load(project.root / "out" / "model.onnx")
+    for entry in model.metadata_props:
+        if entry.key == "mmdcn.classes":
+            entry.value = json.dumps(["bar", "square"])
+    onnx.save(model, project.root / "reversed.onnx")
+    for name, expected in (
+        ("no", "onnxruntime cannot read no.onnx: "),
+        ("other", r"other.onnx: expected a whole detector, .* got inputs \['x'\] .*--raw"),
+        ("reversed", "reversed.onnx detects 2 classes, bar, square, .* the data has 2, square"),
+    ):
+        with pytest.raises(SystemExit, match=f"^error: .*{expected}"):
+            run_here("test.py", project.config, f"{name}.onnx", "--work-dir", "tested")
+    for option in (["--tta"], ["--launcher", "pytorch"]):
+        with pytest.raises(SystemExit):
+            run_here("test.py", project.config, "out/model.onnx", *option)
+        assert f"{option[0]}: " in capsys.readouterr().err
 
 
 def test_what_is_printed(exported):
     assert "comparing on wide.png, high.png" in exported.stdout
     assert "writing the network" in exported.stdout
-    error = re.search(r"largest error: (\S+) of the largest element \(r\S+\)", exported.stdout)
-    assert 0 < float(error[1]) < 1e-4
+    assert "images, image_sizes -> boxes, scores, labels" in exported.stdout
+    found = re.search(r"(\d+) of (\d+) detections within 0.01 pixels", exported.stdout)
+    assert int(found[2]) > 30 and int(found[1]) >= 0.99 * int(found[2])
     for name in ("PyTorch", "onnxruntime"):
         assert re.search(rf"{name}: \d+ ms for images of 1×3×32×64", exported.stdout)
 
@@ -93,10 +141,13 @@ def test_one_stage_detector_on_generated_images(project, run_here, capsys):
     torch.save(dict(state_dict=model.state_dict()), project.root / "one_stage.pth")
     run_here(
         *("export_onnx.py", config, "one_stage.pth", "-o", "one_stage.onnx"),
-        *("--seconds", "0.1", "--cfg-options"),
+        *("--raw", "--seconds", "0.1", "--cfg-options"),
         "test_dataloader.dataset.pipeline.1.scale=(128,96)",
     )
-    assert "comparing on 000000.jpg, 000001.jpg, 000002.jpg" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "comparing on 000000.jpg, 000001.jpg, 000002.jpg" in printed
+    error = re.search(r"largest error: (\S+) of the largest element \(bbox_head\S+\)", printed)
+    assert 0 < float(error[1]) < 1e-4
     outputs = [value.name for value in onnx.load(project.root / "one_stage.onnx").graph.output]
     names = ("cls_scores", "bbox_preds", "centernesses")
     assert outputs == [f"bbox_head.{name}.{level}" for name in names for level in range(3)]
@@ -119,7 +170,7 @@ def test_without_a_comparison(project, trained, run_here, capsys, monkeypatch):
     monkeypatch.setattr(export, "_write", lambda network, example, path: onnx.save(EMPTY, path))
     run_here(
         *("export_onnx.py", project.config, trained / "epoch_1.pth", "-o", "unverified.onnx"),
-        *("--images", project.data / "images" / "val1.png", "--no-verify"),
+        *("--images", project.data / "images" / "val1.png", "--no-verify", "--raw"),
     )
     printed = capsys.readouterr().out
     assert "wrote unverified.onnx: images, boxes" in printed

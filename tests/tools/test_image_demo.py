@@ -6,6 +6,7 @@ import shutil
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from .project import run_tool
 
@@ -90,8 +91,13 @@ MISTAKES = {
     "no such image": (["missing.png"], [], "no image 'missing.png': expected an image, a folder"),
     "an empty folder": (["{photos}/empty"], [], "/empty': expected a folder with images (.jpg"),
     "a pattern that fits nothing": (["{photos}/*.gif"], [], "*.gif': expected an image, a folder"),
+    "no image": (["{photos}/notes.txt"], [], "cannot read the image {photos}/notes.txt"),
     "two of a name": (["{photos}/a.png", "{photos}/more/a.png"], [], "results of the same name"),
-    "a file in the way": (["{photos}"], ["--out-dir", "{photos}/notes.txt"], "notes.txt is a file"),
+    "a file in the way": (
+        ["{photos}"],
+        ["--out-dir", "{photos}/notes.txt"],
+        "notes.txt' is not a folder",
+    ),
     "no such device": (["{photos}"], ["--device", "tpv"], "--device tpv: Expected one of cpu"),
     "a setting": (["{photos}"], ["--cfg-options", "a=[1,2"], "--cfg-options: cannot read 'a=[1,2'"),
     "no visualizer": (["{photos}"], ["--cfg-options", "visualizer=None"], "has no visualizer"),
@@ -107,7 +113,8 @@ def test_a_mistake_gets_one_message(mistake, model, photos, run_here, tmp_path):
     out = [] if "--out-dir" in options else ["--out-dir", tmp_path / "never"]
     with pytest.raises(SystemExit) as stop:
         run_here("image_demo.py", *inputs, *model, *options, *out)
-    assert stop.value.code.startswith("error: ") and expected in stop.value.code
+    assert stop.value.code.startswith("error: ")
+    assert expected.format(photos=photos) in stop.value.code
     assert not (tmp_path / "never").exists()
 
 
@@ -131,7 +138,7 @@ def test_a_checkpoint_of_another_model_is_refused(tool, model, photos, run_here,
     image, out = photos / "e.jpg", tmp_path / "never"
     command = {
         "image_demo.py": [image, *model, "--out-dir", out],
-        "export_onnx.py": [*model, "-o", out, "--images", image],
+        "export_onnx.py": [*model, "-o", f"{out}.onnx", "--images", image],
         "visualize_sampling.py": [*model, image, "--out", f"{out}.png"],
     }[tool]
     for setting, expected in (
@@ -141,3 +148,17 @@ def test_a_checkpoint_of_another_model_is_refused(tool, model, photos, run_here,
         with pytest.raises(SystemExit, match=expected):
             run_here(tool, *command, "--cfg-options", setting)
     assert not list(tmp_path.glob("never*"))
+
+
+def test_classes_are_named_by_the_config_where_the_checkpoint_does_not(model, tmp_path):
+    from mmdcn.engine import inference, launch
+
+    config, checkpoint = model
+    content = torch.load(checkpoint, weights_only=False)
+    named = content["meta"]["dataset_meta"]["classes"]
+    del content["meta"]["dataset_meta"]
+    torch.save(content, tmp_path / "nameless.pth")
+    cfg = launch.read_config(str(config))
+    inferencer = inference.build(cfg, str(tmp_path / "nameless.pth"), "cpu")
+    assert inferencer.visualizer.dataset_meta["classes"] == tuple(named)
+    assert inferencer.model.dataset_meta["classes"] == tuple(named)

@@ -147,7 +147,7 @@ def test_the_tools_of_mmdet_refuse_it_too(project, trained):
     torch.save({"state_dict": Call(os.system, f"touch {executed}")}, hostile)
     tool = Path(mmdet.__file__).parent / ".mim" / "tools" / "test.py"
     command = [tool, project.config, hostile, "--work-dir", "refused"]
-    result = run_tool(*command, cwd=project.root, fresh=True)
+    result = run_tool(*command, cwd=project.root)
     assert result.returncode == 1
     assert "UnsafeCheckpointError: checkpoint" in result.stdout.splitlines()[-1]
     assert not executed.exists()
@@ -160,6 +160,11 @@ def with_other_classes(checkpoint, path):
     content["state_dict"] |= {f"{head}weight": torch.zeros(8, 32), f"{head}bias": torch.zeros(8)}
     del content["meta"]["dataset_meta"]
     torch.save(content, path)
+    return path
+
+
+def weights_alone(checkpoint, path):
+    torch.save({"state_dict": torch.load(checkpoint, weights_only=False)["state_dict"]}, path)
     return path
 
 
@@ -179,7 +184,35 @@ MISTAKES = {
     ),
     "a file for a folder": (
         ["test.py", "{config}", "{checkpoint}", "--out", "{config}/out.pkl"],
-        "out.pkl: cannot write to",
+        "argument --out: cannot write to",
+    ),
+    "a file for pictures": (
+        ["test.py", "{config}", "{checkpoint}", "--show-dir", "{checkpoint}"],
+        "argument --show-dir: cannot write to",
+    ),
+    "weights to resume": (
+        ["train.py", "{config}", "--resume", "{weights}"],
+        "holds weights, but not how far the training was: to begin a new one with them",
+    ),
+    "no checkpoint to resume": (
+        ["train.py", "{config}", "--resume", "missing.pth"],
+        "no checkpoint 'missing.pth'",
+    ),
+    "no processes": (
+        ["train.py", "{config}", "--launcher", "pytorch"],
+        "--launcher pytorch: expected the environment variables RANK, WORLD_SIZE, MASTER_ADDR",
+    ),
+    "no display": (
+        ["test.py", "{config}", "{checkpoint}", "--show"],
+        "--show: there is no display (DISPLAY is not set): --show-dir writes",
+    ),
+    "a depth that there is none of": (
+        ["train.py", "{config}", "--cfg-options", "model.backbone.depth=19"],
+        "invalid depth 19 for resnet (model.backbone)",
+    ),
+    "a plain model": (
+        ["test.py", "{config}", "{checkpoint}", "--cfg-options", "model.backbone.dcn=None"],
+        "is of a deformable model, and 3 of its layers are plain in this one",
     ),
     "unknown convolution": (
         ["train.py", "{config}", "--cfg-options", "model.backbone.dcn.type=DCNv22"],
@@ -189,10 +222,15 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_gets_one_message_before_anything_is_written(project, trained, mistake, run_here):
+def test_a_mistake_gets_one_message_before_anything_is_written(
+    project, trained, mistake, run_here, monkeypatch
+):
     command, expected = MISTAKES[mistake]
     names = dict(config=project.config, checkpoint=trained / "epoch_1.pth")
     names["other_classes"] = with_other_classes(trained / "epoch_1.pth", project.root / "7.pth")
+    names["weights"] = weights_alone(names["checkpoint"], project.root / "weights.pth")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND", "RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
     command = [part.format(**names) for part in command]
     work_dir = project.root / "never"
     with pytest.raises(SystemExit) as stop:

@@ -75,13 +75,13 @@ def test_layers_of_every_version(project, arguments, run_here, kind, tmp_path):
 
 MISTAKES = {
     "nothing deformable": (
-        ["--cfg-options", "model.backbone.dcn=None"],
+        ["--cfg-options", "model.backbone.dcn=None", "preflight.checkpoint=False"],
         "model: expected deformable convolutions (DCN, DCNv2, DCNv3, DCNv4, or a head that "
         "computes offsets of its own), got none",
     ),
     "nothing detected": (["--min-score", "1.1"], "nothing was detected with a score of 1.1"),
     "point outside": (["--points", "65,3"], "--points: expected x up to 64 and y to 64"),
-    "unknown layer": (["--layers", "layer4"], "layers: expected some of backbone.layer4.0.conv2"),
+    "unknown layer": (["--layers", "layer4"], "--layers: expected some of backbone.layer4.0.conv2"),
 }
 
 
@@ -96,7 +96,9 @@ def test_a_mistake_gets_one_message(arguments, run_here, mistake):
     ("options", "expected"),
     [
         (["--out", "a.jpg"], "expected a name ending in .png, got a.jpg"),
-        (["--points", "3"], "argument --points: invalid point value: '3'"),
+        (["--points", "3"], "argument --points: expected X,Y in pixels, such as 20,30.5, got '3'"),
+        (["--points", "1,nan"], "argument --points: expected X,Y in pixels"),
+        (["--max-objects", "0"], "argument --max-objects: expected at least 1, got 0"),
         (["--layers", *"abcd"], "argument --layers: expected one to three, got 4"),
     ],
 )
@@ -112,3 +114,5 @@ def test_missing_files(arguments, run_here):
         run_here(config, "missing.pth", image)
     with pytest.raises(SystemExit, match=r"image: expected an image file, got 'missing.png'"):
         run_here(config, checkpoint, "missing.png")
+    with pytest.raises(SystemExit, match=r"image: expected an image file, got '.*tiny\.py'"):
+        run_here(config, checkpoint, config)

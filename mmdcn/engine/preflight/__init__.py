@@ -6,7 +6,9 @@ be trained on, layer types that nobody registered.
 
 :mod:`~.model`        the model's types and its heads' numbers of classes
 :mod:`~.dataset`      the files of each data set, and its class list
+:mod:`~.evaluators`   the files that predictions are compared with
 :mod:`~.annotations`  the objects and images in a COCO file, which :mod:`~.coco_file` reads
+:mod:`~.building`     whether the model, the optimizer and the loaders of data can be built
 :mod:`~.weights`      the checkpoint against the model that is to take it
 :mod:`~.determinism`  layers whose results differ from run to run
 """
@@ -15,41 +17,59 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 from mmdcn.errors import InputError
+from mmdcn.files import unwritable
 
+from .building import (
+    CannotBuild,
+    build_without_memory,
+    optimizer_problems,
+    setting_problems,
+)
 from .dataset import Data, category_order, data_of, dataset_problems, root_is_absent
 from .determinism import determinism_problems
+from .evaluators import evaluator_problems
 from .model import class_counts, missing_types, pretrained
-from .nodes import Problems, each, is_local, missing_file, some
-from .weights import checkpoint_problems
+from .nodes import Problems, each, is_first_process, is_local, missing_file, said, some
+from .weights import checkpoint_problems, names_classes
 
-__all__ = ["ConfigError", "check", "is_first_process", "register_toolbox", "unwritable"]
+__all__ = [
+    "ConfigError",
+    "check",
+    "check_weights",
+    "class_names",
+    "is_first_process",
+    "names_classes",
+    "register_toolbox",
+]
 
 # What `preflight=dict(...)` in a config switches off, where something differs on purpose.
-_SWITCHES = ("annotations", "checkpoint", "class_counts")
+_SWITCHES = ("annotations", "checkpoint", "class_counts", "model")
 
 
 class ConfigError(InputError, ValueError):
     """The config, or what it points to, cannot work. The message lists each problem on a line."""
 
 
-def check(cfg: Config, stages: tuple[str, ...]) -> None:
+def check(cfg: Config, stages: tuple[str, ...]) -> list[str]:
     """Check what `cfg` refers to, without running anything of it.
 
     ``preflight=dict(class_counts=False)`` in the config says that classes differ on purpose, and
-    in the same way ``annotations`` and ``checkpoint`` leave out what takes seconds. In a
-    distributed run the first process alone does those two.
+    in the same way ``annotations``, ``checkpoint`` and ``model``, whether it can be built, leave
+    out what takes seconds. In a distributed run the first process alone does those three.
 
     Args:
         cfg: a detector's config.
         stages: the parts that will run, of ``"train"``, ``"val"`` and ``"test"``. The first must be
             there; others are skipped where the config leaves them out.
+
+    Returns:
+        What was warned of, which is logged as well.
 
     Raises:
         ConfigError: an annotation file, image folder or checkpoint is missing, or the work folder
@@ -60,6 +80,7 @@ def check(cfg: Config, stages: tuple[str, ...]) -> None:
         UnsafeCheckpointError: the checkpoint is damaged, or holds more than plain data.
     """
     register_toolbox()
+    said.clear()
     places: dict[str, list[str]] = {}
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
         for where, problem in _problems(cfg, stages):
@@ -70,6 +91,7 @@ def check(cfg: Config, stages: tuple[str, ...]) -> None:
     if places:
         listing = "".join(f"\n  - {problem} ({', '.join(p)})" for problem, p in places.items())
         raise ConfigError(f"the config {cfg.filename} cannot run:{listing}")
+    return list(said)
 
 
 def check_weights(cfg: Config, checkpoint: str) -> None:
@@ -86,9 +108,22 @@ def check_weights(cfg: Config, checkpoint: str) -> None:
     register_toolbox()
     asked = Config({"model": cfg.model, "load_from": checkpoint})
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
-        problems = [problem for _, problem in checkpoint_problems(asked, None, is_training=False)]
+        try:
+            model = build_without_memory(asked)
+        except CannotBuild as error:
+            raise ConfigError("{}: {}".format(*error.args)) from error
+        problems = [problem for _, problem in checkpoint_problems(asked, model, None, False)]
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def class_names(cfg: Config) -> list[str] | None:
+    """The names of the classes of a config's test set, where they are known without reading it."""
+    register_toolbox()
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
+        loader = cfg.get("test_dataloader") or {}
+        data = next(data_of(loader.get("dataset"), "test_dataloader.dataset"), None)
+        return None if data is None else data.classes
 
 
 def register_toolbox() -> None:
@@ -96,12 +131,6 @@ def register_toolbox() -> None:
     from mmdet.utils import register_all_modules
 
     register_all_modules(init_default_scope=False)
-
-
-def is_first_process() -> bool:
-    """Whether this is the first of a distributed run's processes, or the only one."""
-    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
 def _is_on(cfg: Config, switch: str) -> bool:
@@ -119,7 +148,9 @@ def _problems(cfg: Config, stages: tuple[str, ...]) -> Problems:
     if isinstance(cfg.get("work_dir"), str) and (problem := unwritable(cfg.work_dir)):
         yield "work_dir", problem
     yield from missing_types(cfg.model, "model")
-    checkpoints = [("load_from", cfg.get("load_from"))]
+    yield from setting_problems(cfg, stages)
+    resumes = "train" in stages and cfg.get("resume")
+    checkpoints = [("resume" if resumes else "load_from", cfg.get("load_from"))]
     if "train" in stages:
         checkpoints += pretrained(cfg.model, "model")
     for where, path in checkpoints:
@@ -149,27 +180,13 @@ def _problems(cfg: Config, stages: tuple[str, ...]) -> Problems:
                 and not any(ann_file.startswith(root) for root in absent_roots)
             ):
                 yield from missing_file(ann_file, f"{where}.ann_file")
+        if _is_on(cfg, "annotations") and is_first_process():
+            of_stage = [data for data in known if data.where.startswith(f"{stage}_dataloader.")]
+            yield from evaluator_problems(of_stage, _evaluators(cfg, stage))
     if _is_on(cfg, "class_counts"):
         yield from _disagreements(
             cfg.model, known, [e for s in stages for e in _evaluators(cfg, s)]
         )
-
-
-def unwritable(path: str | Path) -> str | None:
-    """Why a folder cannot be made or written, None where it can.
-
-    Example:
-        >>> unwritable("/dev/null/results")
-        "cannot write to '/dev/null/results', as '/dev/null' is not a folder"
-    """
-    place = Path(path).absolute()
-    while not os.path.lexists(place):
-        place = place.parent
-    if not place.is_dir():
-        return f"cannot write to {str(path)!r}, as {str(place)!r} is not a folder"
-    if not os.access(place, os.W_OK | os.X_OK):
-        return f"cannot write to {str(path)!r}: no permission in {str(place)!r}"
-    return None
 
 
 def _all_data(cfg: Config, stages: tuple[str, ...]) -> list[Data]:
@@ -261,9 +278,17 @@ def _other_orders(first: Data, files: list[tuple[str, str | None]]) -> Problems:
 
 def _problems_of_weights(cfg: Config, stages: tuple[str, ...]) -> Problems:
     """What is seen only on a model that is built."""
+    try:
+        model = build_without_memory(cfg)
+    except CannotBuild as error:
+        if _is_on(cfg, "model"):
+            yield error.args
+        return
     data = next(iter(_all_data(cfg, stages)), None)
     if _is_on(cfg, "checkpoint"):
         classes = data.classes if data is not None and _is_on(cfg, "class_counts") else None
-        yield from checkpoint_problems(cfg, classes, is_training="train" in stages)
-    if (cfg.get("randomness") or {}).get("deterministic") and "train" in stages:
-        yield from determinism_problems(cfg)
+        yield from checkpoint_problems(cfg, model, classes, is_training="train" in stages)
+    if "train" in stages:
+        yield from optimizer_problems(cfg, model)
+        if (cfg.get("randomness") or {}).get("deterministic"):
+            yield from determinism_problems(model)

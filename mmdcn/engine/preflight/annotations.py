@@ -8,35 +8,41 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from rich.progress import Progress
 
+from . import images as listed
+from . import masks
 from .coco_file import CocoFile
-from .nodes import Problems
+from .images import Images
+from .nodes import Problems, warn
+from .tally import Tally, are_numbers, is_id
 
-_EXAMPLES = 3
-_IMAGES_OPENED = 100  # spread over all that are used
 _SHOWS_PROGRESS = 50e6  # bytes of a file that takes more than a second
+_MANY_CROWDS = 0.05  # of the objects that are learned; 0.01 in COCO
 _TOLERANCE = 1.0  # pixels by which a box may reach outside, as labels are rounded
-_EXIF_ORIENTATION = 0x0112
 
 _REFUSED = {
-    "no id": "have no 'id'",
+    "no id": "have no 'id' that is a number",
     "same id": "have an 'id' that an earlier one has",
-    "no image_id": "have no 'image_id'",
-    "no category_id": "have no 'category_id'",
+    "no image_id": "have no 'image_id' that is a number",
+    "no category_id": "have no 'category_id' that is a number",
+    "other kind of image_id": "have an 'image_id' in quotes, and the 'id' of that image is a "
+    "number, or the other way round: numbers are expected",
+    "other kind of category_id": "have a 'category_id' in quotes, and the 'id' of that category "
+    "is a number, or the other way round: numbers are expected",
     "no bbox": "have no 'bbox' of four numbers x, y, width and height",
     "not finite": "have a 'bbox' or 'area' that is NaN or infinite",
-    "no area": "have no 'area': width * height of the box would do",
-    "no iscrowd": "have no 'iscrowd', which COCO's evaluation reads: 0 would do",
-    "no mask": "have no 'segmentation', which LoadAnnotations(with_mask=True) reads",
+    "no area": "have no 'area' that is a number: width * height of the box would do",
+    "no iscrowd": "have no 'iscrowd' of 0 or 1, which COCO's evaluation reads: 0 would do",
+    "iscrowd in quotes": "have an 'iscrowd' that is no number, and would count as 1: 0 or 1 is "
+    "expected",
+    **masks.REFUSED,
 }
 _WARNED = {
     "unknown image": "belong to no image of the file and are left out",
@@ -46,19 +52,9 @@ _WARNED = {
     "empty": "have a width, a height or an area below 1 or of 0 and are left out",
     "outside": "lie outside their image and are left out",
     "reaches out": "reach outside their image by more than a pixel, and are used as they are",
+    "crowd": "have iscrowd=1 and are not learned",
     "id 0": "have the 'id' 0, whose match COCO's evaluation counts as none",
-}
-_IMAGES_REFUSED = {
-    "no key": "lack one of 'id', 'file_name', 'width' and 'height'",
-    "same id": "have an 'id' that an earlier one has",
-    "no size": "have a 'width' or 'height' that is no positive number",
-    "no file": "have no file in {folder!r}",
-    "no content": "have an empty file in {folder!r}",
-    "unreadable": "have a file in {folder!r} that is no image",
-}
-_IMAGES_WARNED = {
-    "swapped": "have the width and height of their file swapped",
-    "other size": "have another width and height than their file",
+    **masks.WARNED,
 }
 
 
@@ -70,7 +66,7 @@ class Use:
         folder: of the images, None where they cannot be looked at.
         classes: names of those that are learned, None where all are.
         training: whether a model is trained on them.
-        masks: whether their masks are loaded.
+        masks: whether their masks are loaded, or evaluated.
         evaluation: whether predictions are compared with them by COCO's metric.
         unique_ids: whether two with one id stop the toolbox.
         skips_empty: whether images without an annotation of the classes are left out.
@@ -83,33 +79,6 @@ class Use:
     evaluation: bool = False
     unique_ids: bool = True
     skips_empty: bool = False
-
-
-@dataclass
-class _Tally:
-    """How often each thing was found, and the first names."""
-
-    total: int = 0
-    found: dict[str, list] = field(default_factory=dict)
-
-    def add(self, what: str, name: Any) -> None:
-        count_and_names = self.found.setdefault(what, [0])
-        count_and_names[0] += 1
-        if len(count_and_names) <= _EXAMPLES:
-            count_and_names.append(name)
-
-    def count(self, *what: str) -> int:
-        return sum(self.found.get(one, [0])[0] for one in what)
-
-    def sentences(self, noun: str, what: dict[str, str], of: int | None = None) -> Iterator[str]:
-        """What of it was found: counts, names, and what that means."""
-        for key, meaning in what.items():
-            if key in self.found:
-                count, *names = self.found[key]
-                more = ", …" if count > len(names) else ""
-                listed = ", ".join(map(repr, names)) + more
-                total = self.total if of is None else of
-                yield f"{count} of {total} {noun} {meaning} ({listed})"
 
 
 def check_annotations(path: str, where: str, categories: list[dict], use: Use) -> Problems:
@@ -130,7 +99,7 @@ def check_annotations(path: str, where: str, categories: list[dict], use: Use) -
         Progress(transient=True, disable=size < _SHOWS_PROGRESS) as progress,
         CocoFile(path, _counter(progress, f"checking {Path(path).name}", size)) as file,
     ):
-        images = _Images(file)
+        images = Images(file)
         annotations = _Annotations(use, images, set(ids), learned)
         annotations.read(file)
     shown = images.shown if use.skips_empty else None
@@ -144,10 +113,10 @@ def _counter(progress: Progress, title: str, size: int) -> Any:
 
 
 def _report(
-    path: str, where: str, use: Use, images: _Tally, annotations: _Annotations, looked_at: int
+    path: str, where: str, use: Use, images: Tally, annotations: _Annotations, looked_at: int
 ) -> Problems:
     tally, place = annotations.tally, f"{where}.ann_file"
-    refused = {key: text.format(folder=use.folder) for key, text in _IMAGES_REFUSED.items()}
+    refused = {key: text.format(folder=use.folder) for key, text in listed.REFUSED.items()}
     opened = {"unreadable": refused.pop("unreadable")}
     for sentence in (
         *images.sentences("images", refused),
@@ -163,83 +132,22 @@ def _report(
             f"{path!r}: its boxes look like x1, y1, x2, y2, as {tally.count('reaches out')} of "
             f"{tally.total} would reach outside their image: COCO's are x, y, width, height",
         )
+    if not use.training or tally.count("crowd") < _MANY_CROWDS * annotations.usable:
+        warned.pop("crowd")
     used_up = not annotations.usable and not tally.count(*_REFUSED)
     for sentence in (
         *tally.sentences("annotations", warned),
-        *images.sentences("images that were opened", _IMAGES_WARNED, looked_at),
+        *images.sentences("images that were opened", listed.WARNED, looked_at),
     ):
-        warnings.warn(f"{place}: {path!r}: {sentence}.", stacklevel=2)
+        warn(f"{place}: {path!r}: {sentence}.")
     if used_up and (use.training or use.evaluation):
         purpose = "train on" if use.training else "compare predictions with"
         which = f"none of its {tally.total} annotations is left" if tally.total else "no annotation"
-        left_out = "; ".join(tally.sentences("annotations", warned))
+        left_out = "; ".join(tally.sentences("annotations", _WARNED))
         yield (
             place,
             f"{path!r}: {which} to {purpose}{': ' * bool(left_out)}{left_out}",
         )
-
-
-class _Images:
-    """The images that a file lists.
-
-    Attributes:
-        sizes: width and height by id.
-        files: names by id.
-        shown: the ids of those that have something to learn.
-    """
-
-    def __init__(self, file: CocoFile) -> None:
-        self.tally = _Tally()
-        self.sizes: dict[Any, tuple[float, float]] = {}
-        self.files: dict[Any, str] = {}
-        self.shown: set = set()
-        for image in file.objects("images", "file_name"):
-            self.tally.total += 1
-            name = image.get("file_name", image.get("id"))
-            if not {"id", "file_name", "width", "height"} <= image.keys():
-                self.tally.add("no key", name)
-                continue
-            key, size = image["id"], (image["width"], image["height"])
-            if not all(isinstance(side, (int, float)) and side > 0 for side in size):
-                self.tally.add("no size", name)
-                continue
-            if key in self.sizes:
-                self.tally.add("same id", name)
-            self.sizes[key], self.files[key] = size, name
-
-    def look(self, folder: str, only: set | None) -> int:
-        """Look at the files of all images, or of some, and return how many were opened."""
-        there = []
-        for key, name in self.files.items():
-            if only is None or key in only:
-                try:
-                    empty = os.stat(os.path.join(folder, name)).st_size == 0
-                except OSError:
-                    self.tally.add("no file", name)
-                    continue
-                if empty:
-                    self.tally.add("no content", name)
-                else:
-                    there.append(key)
-        opened = there[:: max(1, len(there) // _IMAGES_OPENED)]
-        for key in opened:
-            self._open(os.path.join(folder, self.files[key]), key)
-        return len(opened)
-
-    def _open(self, path: str, key: Any) -> None:
-        try:
-            with Image.open(path) as image:
-                width, height = image.size
-                # The toolbox turns images as their cameras were held.
-                if image.getexif().get(_EXIF_ORIENTATION, 1) >= 5:
-                    width, height = height, width
-        except (OSError, SyntaxError):
-            self.tally.add("unreadable", self.files[key])
-            return
-        if self.sizes[key] == (height, width) != (width, height):
-            self.tally.add("swapped", self.files[key])
-        elif self.sizes[key] != (width, height):
-            self.tally.add("other size", self.files[key])
 
 
 class _Annotations:
@@ -251,9 +159,9 @@ class _Annotations:
         boxes: how many boxes have an image.
     """
 
-    def __init__(self, use: Use, images: _Images, categories: set, learned: set) -> None:
+    def __init__(self, use: Use, images: Images, categories: set, learned: set) -> None:
         self.use, self.images, self.categories, self.learned = use, images, categories, learned
-        self.tally = _Tally()
+        self.tally = Tally()
         self.usable = self.fit_as_corners = self.boxes = 0
         self._ids: set = set()
 
@@ -276,43 +184,75 @@ class _Annotations:
     def _add(self, annotation: dict) -> None:
         tally, name = self.tally, annotation.get("id")
         tally.total += 1
-        if name is None:
+        if not is_id(name):
             tally.add("no id", tally.total - 1)
-        elif name in self._ids and self.use.unique_ids:
+            return
+        if name in self._ids and self.use.unique_ids:
             tally.add("same id", name)
         self._ids.add(name)
         image, category = annotation.get("image_id"), annotation.get("category_id")
-        if image is None or category is None:
-            tally.add("no image_id" if image is None else "no category_id", name)
-            return
-        if image not in self.images.sizes:
-            tally.add("unknown image", name)
-            return
-        if category not in self.categories:
-            tally.add("unknown category", name)
+        if not self._is_placed(image, category, name):
             return
         if category in self.learned:
             self.images.shown.add(image)
         else:
             tally.add("other class", name)
-        if self.use.evaluation and category in self.learned:
-            if "iscrowd" not in annotation:
-                tally.add("no iscrowd", name)
-            if name == 0:
-                tally.add("id 0", name)
+        self._look_at_crowd(annotation.get("iscrowd"), category in self.learned, name)
+        if category in self.learned and self.use.evaluation and name == 0:
+            tally.add("id 0", name)
         if annotation.get("ignore", False):
             return
         box, area = annotation.get("bbox"), annotation.get("area")
-        if not _are_numbers(box, 4):
+        if not are_numbers(box, 4):
             tally.add("no bbox", name)
-        elif not _are_numbers([area], 1):
+        elif not are_numbers([area], 1):
             tally.add("no area", name)
         elif not all(map(math.isfinite, (*box, area))):
             tally.add("not finite", name)
-        elif self._has_object(box, area, image, name) and category in self.learned:
+        elif category in self.learned:
+            self._look_at_object(annotation, image, name)
+        else:
+            self._has_object(box, area, image, name)
+
+    def _is_placed(self, image: Any, category: Any, name: Any) -> bool:
+        """Whether an annotation's image and category are there."""
+        for key, value, known in (
+            ("image", image, self.images.sizes),
+            ("category", category, self.categories),
+        ):
+            if not is_id(value):
+                what = f"no {key}_id"
+            elif value in known:
+                continue
+            elif _in_quotes_or_not(value) in known:
+                what = f"other kind of {key}_id"
+            else:
+                what = f"unknown {key}"
+            self.tally.add(what, name)
+            return False
+        return True
+
+    def _look_at_crowd(self, value: Any, is_learned: bool, name: Any) -> None:
+        is_number = isinstance(value, (int, float))
+        if self.use.evaluation and is_learned and not is_number:
+            self.tally.add("no iscrowd", name)
+        elif value and not is_number:
+            self.tally.add("iscrowd in quotes", name)
+
+    def _look_at_object(self, annotation: dict, image: Any, name: Any) -> None:
+        """Look at the box and the mask of an annotation of a class that is learned."""
+        found = self._has_object(annotation["bbox"], annotation["area"], image, name)
+        if self.use.masks and (found or self.use.evaluation):
+            finding, is_left = masks.look_at_mask(
+                annotation.get("segmentation"), self.images.sizes[image], self.use.evaluation
+            )
+            if finding is not None:
+                self.tally.add(finding, name)
+            found = found and is_left
+        if found and annotation.get("iscrowd"):
+            self.tally.add("crowd", name)
+        elif found:
             self.usable += 1
-            if self.use.masks and not annotation.get("segmentation"):
-                tally.add("no mask", name)
 
     def _has_object(self, box: list[float], area: float, image: Any, name: Any) -> bool:
         """Whether the toolbox takes a box for an object: CocoDataset.parse_data_info has this."""
@@ -332,9 +272,11 @@ class _Annotations:
         return True
 
 
-def _are_numbers(values: Any, count: int) -> bool:
-    return (
-        isinstance(values, (list, tuple))
-        and len(values) == count
-        and all(isinstance(value, (int, float)) for value in values)
-    )
+def _in_quotes_or_not(value: Any) -> Any:
+    """The same id as a number where it is a string, and the other way round."""
+    if not isinstance(value, str):
+        return str(value)
+    try:
+        return int(value)
+    except ValueError:
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import mmap
 import os
@@ -51,7 +52,14 @@ class CocoFile:
         self._text.close()
 
     def _check_ends(self) -> None:
-        start, end = self._text[:64].lstrip(b"\xef\xbb\xbf \t\r\n"), self._text[-64:].rstrip()
+        start, end = self._text[:64].lstrip(), self._text[-64:].rstrip()
+        if start.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            encoding = "utf-8-sig" if start.startswith(codecs.BOM_UTF8) else "utf-16"
+            raise ValueError(
+                "it begins with a byte order mark, with which the toolbox does not read it: save "
+                f"it as UTF-8 without one, by text = open(path, encoding={encoding!r}).read() and "
+                "open(path, 'w', encoding='utf-8').write(text)"
+            )
         if start.startswith(b"["):
             raise ValueError(
                 "it is a list, as files of predictions are: expected an object with the lists "
@@ -61,6 +69,21 @@ class CocoFile:
             raise ValueError("it does not end with '}'; is the download complete?")
         if not start.startswith(b"{"):
             raise ValueError("it does not start with '{'")
+
+    def check_encoding(self) -> None:
+        """Check that all of it is UTF-8, what nobody looks at here too: the toolbox reads it all.
+
+        Raises:
+            ValueError: it is not.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        for start in range(0, len(self._text), _FIRST_PIECE):
+            piece = self._text[start : start + _FIRST_PIECE]
+            held = len(decoder.getstate()[0])
+            try:
+                decoder.decode(piece, final=start + _FIRST_PIECE >= len(self._text))
+            except UnicodeDecodeError as error:
+                raise _not_utf8(start - held + error.start) from None
 
     def objects(self, key: str, *fields: str, required: bool = True) -> Iterator[dict]:
         """The objects of the list `key`, of which the first has at least one of `fields`.
@@ -75,7 +98,8 @@ class CocoFile:
             if not set(fields).isdisjoint(next(self._elements(start, lambda size: None))):
                 yield from self._elements(start, self._advance)
                 return
-        if required:
+        others = re.findall(rb'"%s"\s*:\s*(\[?\s*[^\s])' % key.encode(), self._text)
+        if required or not all(re.fullmatch(rb"\[\s*\]", other) for other in others):
             raise ValueError(f"it has no list {key!r} of objects with a {fields[0]!r}")
 
     def _elements(self, start: int, advance: Callable[[int], object]) -> Iterator[dict]:
@@ -112,5 +136,12 @@ class CocoFile:
             return piece.decode()
         except UnicodeDecodeError as error:
             if error.start < len(piece) - 4:
-                raise ValueError(f"it is not UTF-8 at byte {start + error.start}") from None
+                raise _not_utf8(start + error.start) from None
             return piece[: error.start].decode()
+
+
+def _not_utf8(byte: int) -> ValueError:
+    return ValueError(
+        f"it is not UTF-8 at byte {byte}: if it is Latin-1, as of Windows, save it anew by text = "
+        "open(path, encoding='latin-1').read() and open(path, 'w', encoding='utf-8').write(text)"
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,7 +11,8 @@ from typing import Any
 
 from .annotations import Use, check_annotations
 from .coco_file import CocoFile
-from .nodes import Problems, each, is_local, missing_file, some
+from .nodes import Problems, each, is_local, missing_file, some, warn
+from .tally import is_id
 
 # How many of the listed images are looked for before the annotations are read: where none of them
 # is there, the folder is wrong.
@@ -141,11 +141,23 @@ def dataset_problems(data: Data, read_annotations: bool = True) -> Problems:
 
 def _file_problems(data: Data, folder: str | None, read_annotations: bool) -> Problems:
     with CocoFile(data.ann_file) as file:
+        if read_annotations:
+            file.check_encoding()
         categories = list(file.objects("categories", "name"))
         images = [
             image.get("file_name")
             for image in islice(file.objects("images", "file_name"), _IMAGES_LOOKED_FOR)
         ]
+    unusable = [
+        c for c in categories if not (is_id(c.get("id")) and isinstance(c.get("name"), str))
+    ]
+    if unusable:
+        yield (
+            f"{data.where}.ann_file",
+            f"{data.ann_file!r}: {len(unusable)} of {len(categories)} categories have no 'id' that "
+            f"is a number or no 'name' that is a string: {some(unusable, 3)}",
+        )
+        return
     there = [isinstance(i, str) and os.path.exists(os.path.join(folder or "", i)) for i in images]
     if folder and not any(there):
         yield (
@@ -181,10 +193,9 @@ def _class_problems(data: Data, categories: list[str]) -> Problems:
         )
     elif data.classes != [name for name in categories if name in set(data.classes)]:
         # Such a model trains and evaluates correctly, but labels count in the file's order.
-        warnings.warn(
+        warn(
             f"{place} are not in the order of {data.ann_file!r}: pictures and per-class results "
             "will carry the wrong names.",
-            stacklevel=2,
         )
 
 
@@ -197,13 +208,18 @@ def _use(data: Data, folder: str | None) -> Use:
         folder=folder if data.node.get("indices") is None else None,
         classes=data.classes,
         training=data.is_trained_on,
-        masks=bool(of_type.get("LoadAnnotations", {}).get("with_mask")),
+        masks=bool(of_type.get("LoadAnnotations", {}).get("with_mask"))
+        or any("segm" in _as_list(e.get("metric")) for e in data.evaluators),
         evaluation=any(
             "CocoMetric" in str(e.get("type")) and not e.get("format_only") for e in data.evaluators
         ),
         unique_ids=getattr(data.kind, "ANN_ID_UNIQUE", True),
         skips_empty=data.is_trained_on and bool(filtered.get("filter_empty_gt")),
     )
+
+
+def _as_list(value: Any) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def category_order(path: str, classes: Sequence[str]) -> list[str]:
@@ -214,4 +230,4 @@ def category_order(path: str, classes: Sequence[str]) -> list[str]:
     """
     with CocoFile(path) as file:
         names = [category.get("name") for category in file.objects("categories", "name")]
-    return [name for name in names if name in set(classes)]
+    return [name for name in names if name in list(classes)]

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import warnings
 
-from mmengine.config import Config
 from mmengine.device import get_device
+from torch import nn
 
-from .nodes import Problems, some
-from .weights import build_without_memory
+from .nodes import Problems, some, warn
 
 # Ours whose gradient of the input is added up in no fixed order; torch's setting makes them raise.
 _OURS = ("DCNv3", "DCNv4", "DeformRoIPool", "DeformRoIPoolPack", "ModulatedDeformRoIPoolPack")
 _WORKSPACES = (":4096:8", ":16:8")
 
 
-def determinism_problems(cfg: Config) -> Problems:
+def determinism_problems(model: nn.Module) -> Problems:
     """What keeps ``randomness.deterministic=True`` from giving the same bits in every run.
 
     On the CPU nothing does.
@@ -30,9 +28,6 @@ def determinism_problems(cfg: Config) -> Problems:
             "on a GPU, products need the environment variable CUBLAS_WORKSPACE_CONFIG=:4096:8 "
             "(or :16:8), set before the program starts",
         )
-    model = build_without_memory(cfg)
-    if model is None:
-        return
     raising, varying = [], []
     for name, module in model.named_modules():
         kind = type(module)
@@ -47,8 +42,7 @@ def determinism_problems(cfg: Config) -> Problems:
             "iteration: train on the CPU, or without deterministic=True",
         )
     if varying:
-        warnings.warn(
+        warn(
             f"{place}: on a GPU, mmcv's kernels do not follow this setting, and add gradients up "
             f"in no fixed order: runs may differ in {some(varying, 4)}.",
-            stacklevel=2,
         )

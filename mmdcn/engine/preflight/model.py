@@ -33,7 +33,12 @@ def missing_types(node: Any, where: str) -> Problems:
 
     # A scope in the name wins over the default scope, as in the toolbox's own builders.
     with MODELS.switch_scope_and_registry(None) as registry:
-        if registry.get(name) is not None:
+        kind = registry.get(name)
+        if kind is not None:
+            rank = getattr(kind, "rank", 2)
+            if key in ("dcn", "conv_cfg") and rank != 2:
+                expected = "a convolution of images, such as 'DCNv2'"
+                yield f"{where}.type", f"expected {expected}, got {name!r}, which is {rank}-D"
             return
         known = set(registry.module_dict) | set(MODELS.module_dict) | set(MODELS.parent.module_dict)
     kind = {"dcn": "convolution", "conv_cfg": "convolution"}.get(key, "module")

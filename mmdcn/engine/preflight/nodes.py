@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mmengine.logging import print_log
+
 # What each check yields: the place in the config, and what is wrong there.
 Problems = Iterator[tuple[str, str]]
+
+#: What :func:`warn` has said since somebody emptied this list.
+said: list[str] = []
+
+
+def is_first_process() -> bool:
+    """Whether this is the first of a distributed run's processes, or the only one."""
+    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
+def warn(message: str) -> None:
+    """Say what does not keep a config from running, once in a distributed run."""
+    if is_first_process() and message not in said:
+        said.append(message)
+        print_log(message, logger="current", level=logging.WARNING)
 
 
 def each(node: Any, where: str) -> Iterator[tuple[Mapping, str]]:

@@ -32,3 +32,7 @@ def message_of(config, stages=("train",)):
 
 def dataset_of(config):
     return config.train_dataloader.dataset
+
+
+def warnings_of(config, stages=("train",)):
+    return preflight.check(config, stages)

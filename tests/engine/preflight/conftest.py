@@ -31,18 +31,29 @@ def config(data):
         dict(
             default_scope="mmdet",
             model=dict(
-                type="FasterRCNN",
+                type="FastRCNN",
                 backbone=dict(
                     type="ResNet",
                     _scope_="mmdet",  # as in a config that inherits from mmdet::
+                    depth=18,
+                    base_channels=8,
                     dcn=dict(type="DCN"),
-                    conv_cfg=dict(type="Conv2d"),
+                    stage_with_dcn=(False, False, False, True),
+                    conv_cfg=None,
                     norm_cfg=dict(type="BN"),
                 ),
                 roi_head=dict(
                     type="StandardRoIHead",
-                    bbox_head=dict(type="Shared2FCBBoxHead", num_classes=2),
+                    bbox_roi_extractor=dict(
+                        type="SingleRoIExtractor",
+                        roi_layer=dict(type="RoIAlign", output_size=7, sampling_ratio=0),
+                        out_channels=64,
+                        featmap_strides=[32],
+                    ),
+                    bbox_head=dict(type="Shared2FCBBoxHead", in_channels=64, num_classes=2),
                 ),
+                train_cfg=None,
+                test_cfg=dict(rcnn=None),
             ),
             train_dataloader=dict(dataset=dataset),
             train_cfg=dict(max_epochs=1),

@@ -1,15 +1,18 @@
 """Annotations and images that would stop a run or spoil it are refused; others are warned of."""
 
 import json
-import warnings
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from mmdcn.engine import preflight
-from mmdcn.engine.preflight.annotations import _IMAGES_REFUSED, _IMAGES_WARNED, _REFUSED, _WARNED
+from mmdcn.engine.preflight import masks
+from mmdcn.engine.preflight.annotations import _REFUSED, _WARNED
+from mmdcn.engine.preflight.images import REFUSED as _IMAGES_REFUSED
+from mmdcn.engine.preflight.images import WARNED as _IMAGES_WARNED
 
-from .checked import dataset_of, message_of
+from .checked import dataset_of, message_of, warnings_of
 
 LEFT_OUT = object()
 
@@ -39,13 +42,6 @@ def changed(entry, change):
     return {key: value for key, value in (entry | change).items() if value is not LEFT_OUT}
 
 
-def warnings_of(config, stages=("train",)):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        preflight.check(config, stages)
-    return [str(w.message) for w in caught if "train.json" in str(w.message)]
-
-
 REFUSED = {
     "no id": dict(id=LEFT_OUT),
     "same id": dict(id=3),
@@ -55,7 +51,15 @@ REFUSED = {
     "not finite": dict(bbox=[1, 2, float("nan"), 4]),
     "no area": dict(area=LEFT_OUT),
     "no iscrowd": dict(iscrowd=LEFT_OUT),
+    "other kind of image_id": dict(image_id="0"),
+    "other kind of category_id": dict(category_id="1"),
+    "iscrowd in quotes": dict(iscrowd="0"),
     "no mask": dict(segmentation=[]),
+    "bad mask": dict(segmentation=[1, 2, 5, 2, 5, 7]),
+    "mask not finite": dict(segmentation=[[1, 2, float("nan"), 2, 5, 7]]),
+    "mask of another size": dict(segmentation=dict(counts=[32, 18], size=[10, 5])),
+    "bad counts": dict(segmentation=dict(counts=[32, 30], size=[8, 8])),
+    "first polygon": dict(segmentation=[[1, 2, 3, 4]]),
 }
 WARNED = {
     "unknown image": dict(image_id=9),
@@ -65,19 +69,23 @@ WARNED = {
     "empty": dict(bbox=[5, 5, 0, 4]),
     "outside": dict(bbox=[9, 1, 4, 4]),
     "reaches out": dict(bbox=[6, 1, 6, 4]),
+    "crowd": dict(iscrowd=1),
     "id 0": dict(id=0),
+    "short polygon": dict(segmentation=[[1, 2, 3, 4], [1, 2, 5, 2, 5, 7, 8]]),
 }
 
 
 def make_it_matter(config, what):
     """Set the config so that a check applies."""
-    if what == "no mask":
+    if what == "first polygon":
+        config.test_evaluator.metric = ["bbox", "segm"]
+    elif what in {**masks.REFUSED, **masks.WARNED}:
         pipeline = [dict(type="LoadAnnotations", with_bbox=True, with_mask=True)]
         dataset_of(config).pipeline = pipeline
     if what == "other class":
         dataset_of(config).metainfo.classes = ("dog",)
         config.model.roi_head.bbox_head.num_classes = 1
-    return ("test",) if what in ("no iscrowd", "id 0") else ("train",)
+    return ("test",) if what in ("no iscrowd", "id 0", "first polygon") else ("train",)
 
 
 def test_every_finding_has_an_example():
@@ -102,7 +110,8 @@ def test_an_annotation_that_is_refused(config, data, what):
 
 @pytest.mark.parametrize("what", WARNED)
 def test_an_annotation_that_is_warned_of(config, data, what):
-    write(data, WARNED[what])
+    good = dict(segmentation=[[1, 2, 5, 2, 5, 7]])
+    write(data, *[good] * 10, {**good, **WARNED[what]}, count=0)
     stages = make_it_matter(config, what)
     found = [w for w in warnings_of(config, stages) if _WARNED[what] in w]
     assert len(found) == 1
@@ -121,8 +130,98 @@ def test_good_annotations_are_passed_in_silence(config, data):
     ignored = dict(ignore=1, bbox=LEFT_OUT, area=LEFT_OUT)
     crowd = dict(iscrowd=1, segmentation=dict(counts=[1, 2], size=[8, 8]))
     edge = dict(bbox=[-0.5, -0.5, 8.9, 9.0])
-    write(data, ignored, crowd, edge)
+    write(data, ignored, crowd, edge, count=30)
     assert warnings_of(config, ("train", "val", "test")) == []
+
+
+@pytest.mark.parametrize("stage", ["train", "test"])
+def test_crowds_alone(config, data, stage):
+    write(data, *[dict(iscrowd=1)] * 4, count=0)
+    message = message_of(config, (stage,))
+    assert "none of its 4 annotations is left to" in message
+    assert "4 of 4 annotations have iscrowd=1" in message
+    # A few are as they should be.
+    write(data, dict(iscrowd=1), count=30)
+    assert warnings_of(config, (stage,)) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("annotations", {"1": {"id": 1}}),
+        ("annotations", [None]),
+        ("annotations", [{"id": 1}, None]),
+        ("images", None),
+        ("images", [None]),
+        ("categories", [None]),
+        ("categories", {"1": "cat"}),
+    ],
+)
+def test_lists_that_are_none(config, data, place, value):
+    write(data)
+    content = json.loads((data / "train.json").read_text())
+    content[place] = value
+    (data / "train.json").write_text(json.dumps(content))
+    message = message_of(config)
+    assert "is not a COCO annotation file: " in message
+    assert f"no list {place!r} of objects" in message or "got 'None'" in message
+
+
+@pytest.mark.parametrize("key", ["id", "name"])
+@pytest.mark.parametrize("value", [LEFT_OUT, None, [1], {}])
+def test_categories_without_an_id_or_a_name(config, data, key, value):
+    good = dict(id=1, name="dog")
+    write(data, categories=[dict(id=0, name="cat"), changed(good, {key: value})])
+    assert "1 of 2 categories have no 'id' that is a number or no 'name'" in message_of(config)
+
+
+@pytest.mark.parametrize("key", ["id", "image_id", "category_id"])
+@pytest.mark.parametrize("value", [None, [1], {}])
+def test_ids_that_are_none(config, data, key, value):
+    write(data, {key: value})
+    assert f"1 of 11 annotations {_REFUSED[f'no {key}']}" in message_of(config)
+
+
+@pytest.mark.parametrize("change", [dict(id=[1]), dict(file_name=3), dict(id=None)])
+def test_images_that_cannot_be_found(config, data, change):
+    write(data, images=[change])
+    assert f"1 of 2 images {_IMAGES_REFUSED['bad key']}" in message_of(config)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "expected"),
+    [
+        ([[[1, 2], [5, 2], [5, 7]]], "bad mask"),
+        ([["1", "2", "5", "2", "5", "7"]], "bad mask"),
+        ("polygon", "bad mask"),
+        (dict(counts=None, size=[8, 8]), "bad mask"),
+        (dict(counts=[64], size=8), "bad mask"),
+        ([[1, 2, 5, 2, 5, 1e9]], "mask not finite"),
+        ([[1, 2, 5, 2, 5, float("inf")]], "mask not finite"),
+        (dict(counts=[64.0], size=[8, 8]), "bad counts"),
+        (dict(counts=[70, -6], size=[8, 8]), "bad counts"),
+        (dict(counts="abc", size=[8, 8]), "bad counts"),
+        (dict(counts="é", size=[8, 8]), "bad counts"),
+        (dict(counts="o" * 40, size=[8, 8]), "bad counts"),
+    ],
+)
+@pytest.mark.parametrize("is_evaluated", [False, True])
+def test_masks_that_pycocotools_is_not_given(segmentation, expected, is_evaluated):
+    assert masks.look_at_mask(segmentation, (8, 8), is_evaluated) == (expected, False)
+
+
+def test_rle_is_read_as_pycocotools_writes_it():
+    from pycocotools import mask
+
+    random = np.random.default_rng(0)
+    for width, height in ((8, 8), (300, 200), (1, 5)):
+        pixels = np.asfortranarray(random.random((height, width)) < 0.3, np.uint8)
+        for one in (pixels, np.zeros_like(pixels), np.ones_like(pixels)):
+            rle = mask.encode(one)
+            rle["counts"] = rle["counts"].decode()
+            assert masks.look_at_mask(rle, (width, height), True) == (None, True)
+            rle["counts"] = rle["counts"][:-1]
+            assert masks.look_at_mask(rle, (width, height), True) == ("bad counts", False)
 
 
 @pytest.mark.parametrize("stage", ["train", "test"])
@@ -170,6 +269,7 @@ def test_categories_that_share_an_id_or_a_name(config, data, key):
 IMAGES_REFUSED = {
     "no key": dict(height=LEFT_OUT),
     "same id": dict(id=1),
+    "bad key": dict(file_name=None),
     "no size": dict(width=0),
     "no file": dict(file_name="missing.png"),
     "no content": dict(file_name="empty.png"),

@@ -1,5 +1,6 @@
 """Heads, data sets, class lists and checkpoints that do not speak of the same classes."""
 
+import re
 import warnings
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 from mmdcn.engine import preflight
+from mmdcn.engine.preflight import nodes
 from mmdcn.engine.preflight.dataset import data_of
 from mmdcn.engine.preflight.model import class_counts
 
@@ -130,8 +132,8 @@ def test_labels_count_in_one_order(config, data):
     write_annotations(data / "val.json", ["a.png"], categories=("dog", "cat"))
     config.val_dataloader = dict(dataset=dict(dataset_of(config), ann_file="val.json"))
     config.val_cfg = dict()
-    with pytest.warns(UserWarning, match="wrong names"):
-        message = message_of(config, ("train", "val"))
+    message = message_of(config, ("train", "val"))
+    assert "wrong names" in nodes.said[0]
     assert "come in another order than those of" in message
     assert "(val_dataloader.dataset.ann_file)" in message
     config.val_dataloader.dataset.ann_file = "train.json"
@@ -198,9 +200,7 @@ def test_a_model_that_computes_while_it_is_built(small, tmp_path):
 
 
 def silently(config, *stages):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        preflight.check(config, stages)
+    assert preflight.check(config, stages) == []
 
 
 @pytest.mark.parametrize("without", ["nothing", "conv_offset", "running_mean"])
@@ -211,21 +211,29 @@ def test_a_checkpoint_that_fits(small, tmp_path, without):
 
 def test_a_checkpoint_of_another_number_of_classes(small, tmp_path):
     save(small, tmp_path / "a.pth", classes=("cat", "dog", "cow"))
-    message = message_of(small, ("test",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as torch's, for every weight
+        message = message_of(small, ("test",))
     assert "was trained on 3 classes, 'cat', 'dog', 'cow', and the data has 2" in message
     assert "2 weights of" in message and "do not fit the model, such as" in message
     assert "bbox_head.retina_cls.weight: (3, 8, 3, 3) for (2, 8, 3, 3)" in message
     assert "(load_from)" in message
     small.resume = True
-    assert "do not fit the model" in message_of(small, ("train",))
+    message = message_of(small, ("train",))
+    assert "holds weights, but not how far the training was" in message and "(resume)" in message
+    checkpoint = torch.load(tmp_path / "a.pth")
+    checkpoint["meta"].update(epoch=1, iter=2)
+    torch.save(checkpoint, tmp_path / "a.pth")
+    message = message_of(small, ("train",))
+    assert "do not fit the model" in message and "(resume)" in message
     small.preflight = dict(checkpoint=False)
     silently(small, "test")
 
 
 def test_training_may_begin_with_other_classes(small, tmp_path):
     save(small, tmp_path / "a.pth", classes=("cat", "dog", "cow"))
-    with pytest.warns(UserWarning, match=r"2 weights of .* start anew, as for other classes: bbox"):
-        preflight.check(small, ("train",))
+    (warned,) = preflight.check(small, ("train",))
+    assert re.search(r"2 weights of .* start anew, as for other classes: bbox", warned)
 
 
 def test_a_checkpoint_of_as_many_other_classes(small, tmp_path):
@@ -240,6 +248,23 @@ def test_a_checkpoint_of_another_model(small, tmp_path):
     save(small, tmp_path / "a.pth", without="layer4.1.conv")
     message = message_of(small, ("test",))
     assert "lacks 2 weights of the model, such as 'backbone.layer4.1.conv1.weight'" in message
+
+
+@pytest.mark.parametrize(
+    "name", ["conv2.conv_offset", "conv2.conv_offset_mask", "conv2_offset"], ids=str
+)
+def test_a_deformable_checkpoint_of_a_plain_model(small, tmp_path, name):
+    save(small, tmp_path / "a.pth")
+    checkpoint = torch.load(tmp_path / "a.pth")
+    weights = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {k.replace("conv2.conv_offset", name): v for k, v in weights.items()}
+    torch.save(checkpoint, tmp_path / "a.pth")
+    small.model.backbone.dcn = None
+    message = message_of(small, ("test",))
+    assert "is of a deformable model, and 2 of its layers are plain in this one" in message
+    assert "'backbone.layer4.0.conv2'" in message
+    (warned,) = preflight.check(small, ("train",))
+    assert warned.startswith("load_from: ") and "their offsets are left out" in warned
 
 
 def test_a_checkpoint_that_holds_no_weights(small, tmp_path):

@@ -1,7 +1,8 @@
 """Mistakes in a config are found before anything is built, each with a message that names it."""
 
+import json
 import os
-import warnings
+import re
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,7 @@ REPOSITORY = Path(__file__).parents[3]
 
 
 def test_a_right_config_passes(config):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*wrong names")
-        preflight.check(config, ("train", "val", "test"))
+    assert preflight.check(config, ("train", "val", "test")) == []
 
 
 @pytest.mark.parametrize(
@@ -135,6 +134,9 @@ def test_annotation_files_of_any_layout_are_read(data, layout):
         ("not json", "it does not start with '{'"),
         ('{"categories": [{"name": "a"}, {"name"]}', "Expecting"),
         ('{"categories": [{"name": "a"}, 3]}', "expected an object, got '3'"),
+        (b'\xef\xbb\xbf{"categories": []}', "byte order mark"),
+        ('{"categories": []}'.encode("utf-16"), "open(path, encoding='utf-16')"),
+        (b'{"info": "\xe9", "categories": [{"name": "a"}]}', "not UTF-8 at byte 10: if"),
         (
             b'{"categories": [{"name": "\xff"}, {"name": "a"}], "images": []}',
             "not UTF-8 at byte 26",
@@ -150,8 +152,7 @@ def test_a_file_that_holds_no_annotations(config, data, content, expected):
 
 def test_classes_in_another_order_are_warned_of(config):
     dataset_of(config).metainfo.classes = ("dog", "cat")
-    with pytest.warns(UserWarning, match="wrong names"):
-        preflight.check(config, ("train",))
+    assert "wrong names" in preflight.check(config, ("train",))[0]
 
 
 def test_a_subset_of_the_classes_is_fine(config):
@@ -181,6 +182,15 @@ def test_an_unknown_type(config, place, name, hint):
     assert f"named {name!r} is registered" in message
     assert f"model.backbone.{place}.type" in message
     assert hint in message
+
+
+@pytest.mark.parametrize("place", ["dcn", "conv_cfg"])
+@pytest.mark.parametrize("name", ["DCN1d", "mmdcn.DCNv2_3d", "DeformConv3dPack"])
+def test_a_convolution_of_other_dimensions(config, place, name):
+    config.model.backbone[place] = dict(type=name)
+    message = message_of(config)
+    assert f"'DCNv2', got {name!r}, which is {3 if '3d' in name else 1}-D" in message
+    assert f"(model.backbone.{place}.type)" in message
 
 
 def test_types_of_another_project_are_left_to_it(config):
@@ -227,6 +237,99 @@ def test_a_work_folder_that_cannot_be_written(config, data, monkeypatch):
 def test_a_missing_file_of_the_evaluator(config):
     config.test_evaluator = [dict(type="CocoMetric", ann_file="val.json")]
     assert "test_evaluator.0.ann_file" in message_of(config, ("test",))
+
+
+def write_val(config, data, images, ids=None, categories=("cat", "dog")):
+    write_annotations(data / "val.json", images, categories=categories)
+    if ids is not None:
+        content = json.loads((data / "val.json").read_text())
+        for image, key in zip(content["images"], ids):
+            image["id"] = key
+        (data / "val.json").write_text(json.dumps(content))
+    config.test_evaluator.ann_file = str(data / "val.json")
+
+
+@pytest.mark.parametrize(
+    ("images", "ids", "expected"),
+    [
+        (["a.png"], None, "1 of the 2 images of '.*train.json' are not in '.*val.json'"),
+        (["a.png", "b.png", "c.png"], None, "1 of the 3 images of '.*val.json' .* count as missed"),
+        (["a.png", "b.png"], [0, 7], "1 of the 2 images .* have nothing to be compared with"),
+    ],
+)
+def test_an_evaluator_of_other_images(config, data, images, ids, expected):
+    write_val(config, data, images, ids)
+    message = message_of(config, ("test",))
+    assert re.search(expected, message) and "(test_evaluator.ann_file)" in message
+    config.update(val_cfg={}, val_dataloader=config.test_dataloader)
+    config.val_evaluator = config.test_evaluator
+    assert "(val_evaluator.ann_file)" in message_of(config, ("train", "val"))
+    config.preflight = dict(annotations=False)
+    preflight.check(config, ("test",))
+
+
+def test_an_evaluator_of_other_classes(config, data):
+    write_val(config, data, ["a.png", "b.png"], categories=("cat", "cow"))
+    assert "has no categories 'dog'" in message_of(config, ("test",))
+
+
+def test_an_evaluator_of_a_copy_of_the_file(config, data):
+    write_val(config, data, ["a.png", "b.png"])
+    assert preflight.check(config, ("test",)) == []
+
+
+def test_an_evaluator_of_all_images_and_data_of_some(config):
+    for indices, taken in ((1, 1), ([0], 1)):
+        config.test_dataloader.dataset.indices = indices
+        message = message_of(config, ("test",))
+        assert f"takes {taken} of 2 images (indices)" in message
+        assert "give both a file of those images alone" in message
+    config.test_evaluator.ann_file = None
+    preflight.check(config, ("test",))
+    # What is trained on is compared with nothing.
+    dataset_of(config).indices = 1
+    preflight.check(config, ("train",))
+
+
+SETTINGS = [
+    ("model.backbone.depth", 19, "invalid depth 19", "model.backbone"),
+    ("model.backbone.stage_with_dcn", (True,), "len(stage_with_dcn) == num_stages", None),
+    ("model.backbone.dcn.deform_groups", 3, "expected a multiple of deform_groups=3", None),
+    ("model.backbone.dcn.deform_group", 1, "did you mean 'deform_groups'", None),
+    ("model.backbone.dcn.max_offset", -1, "max_offset: expected", None),
+    ("model.backbone.dept", 18, "unexpected keyword argument 'dept'", "model.backbone"),
+    ("optim_wrapper.optimizer.lr", "abc", "expected a number, got 'abc'", None),
+    ("optim_wrapper.optimizer.lr", -1, "Invalid learning rate: -1", "optim_wrapper"),
+    ("optim_wrapper.optimizer.type", "SDG", "did you mean 'SGD'", None),
+    ("optim_wrapper.paramwise_cfg.dcn_offset_lr_mult", "abc", "expected a number, got 'abc'", None),
+    ("param_scheduler", [dict(type="MultiStepLR")], "'milestones'", "param_scheduler[0]"),
+    ("train_cfg.max_epochs", "abc", "expected an int, got 'abc'", None),
+    ("randomness.seed", "abc", "expected an int of at least 0 or None, got 'abc'", None),
+    ("train_dataloader.batch_size", 0, "expected an int of at least 1, got 0", None),
+    ("train_dataloader.batch_size", "abc", "expected an int of at least 1, got 'abc'", None),
+    ("train_dataloader.num_workers", -1, "expected an int of at least 0, got -1", None),
+    ("train_dataloader.persistent_workers", True, "num_workers > 0", "train_dataloader"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "said", "place"), SETTINGS)
+def test_a_setting_of_which_nothing_can_be_built(config, key, value, said, place):
+    config.optim_wrapper = dict(
+        type="OptimWrapper", optimizer=dict(type="SGD", lr=0.1), paramwise_cfg={}
+    )
+    assert preflight.check(config, ("train",)) == []
+    config.merge_from_dict({key: value})
+    _first, problem = message_of(config).split("\n")
+    assert said in problem
+    place = place or (key if key.partition(".")[0] != "model" else "model.backbone")
+    assert problem.endswith(f"({place})") or problem.endswith(f"({place}.dcn)")
+
+
+def test_whether_the_model_can_be_built_is_left_out_on_purpose(config):
+    config.model.backbone.depth = 19
+    message_of(config)
+    config.preflight = dict(model=False)
+    preflight.check(config, ("train",))
 
 
 def test_what_will_not_run_is_not_checked(config):

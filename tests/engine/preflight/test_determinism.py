@@ -1,6 +1,6 @@
 """What keeps runs with one seed from being equal is said before training."""
 
-import warnings
+import re
 
 import pytest
 
@@ -45,9 +45,7 @@ def deterministic(config):
 
 
 def silently(config):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        preflight.check(config, ("train",))
+    assert preflight.check(config, ("train",)) == []
 
 
 @pytest.mark.parametrize("layer", ["DCN", "DCNv2", "DCNv3", "DCNv4"])
@@ -104,5 +102,5 @@ def test_our_pooling_cannot_on_a_gpu(deterministic, on_gpu, layer):
 
 def test_kernels_of_mmcv_are_warned_of(deterministic, on_gpu):
     add_roi_layer(deterministic, type="RoIAlign", output_size=7, sampling_ratio=0)
-    with pytest.warns(UserWarning, match=r"mmcv's kernels do not follow .*\(RoIAlign\)"):
-        preflight.check(deterministic, ("train",))
+    (warned,) = preflight.check(deterministic, ("train",))
+    assert re.search(r"mmcv's kernels do not follow .*\(RoIAlign\)", warned)

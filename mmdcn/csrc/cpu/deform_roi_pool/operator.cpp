@@ -47,7 +47,7 @@ Tensor forward(const DeformRoIPoolShape& shape, const Tensor& input, const Tenso
   check_images(shape, const_data<acc_t>(boxes));
   if (output.numel() == 0) return output;
 
-  const Tensor inputs = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
+  const Tensor inputs = as_channels_last(input);
   const std::optional<Tensor> offsets = as_contiguous(offset);
   RoIPoolTensors<T> tensors = {};
   tensors.input = const_data<T>(inputs);
@@ -86,8 +86,8 @@ void run_backward(const DeformRoIPoolShape& shape, const Tensor& grad_output, co
   const std::vector<ChannelBlock> blocks = output_blocks(shape, width);
   const int64_t block_count = static_cast<int64_t>(blocks.size());
   const int64_t group_blocks = block_count / shape.deform_groups;
-  const Tensor gradients = torch::stable::contiguous(grad_output, MemoryFormat::ChannelsLast);
-  const Tensor inputs = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
+  const Tensor gradients = as_channels_last(grad_output);
+  const Tensor inputs = as_channels_last(input);
   const std::optional<Tensor> offsets = as_contiguous(offset);
   const Buffer<A> offset_sums(group_blocks * grad_offset.numel());
   RoIPoolTensors<T> tensors = {};

@@ -21,8 +21,9 @@ struct Chunk {
 };
 
 // How a batch is cut into chunks of at most `most` pixels and as equal as can be: what is left over
-// for a small last one would keep the device as long as a whole one. A smaller batch can have larger
-// chunks, so that memory is for one chunk: torch keeps it for the next, if this one fits there.
+// for a small last one would keep the device as long as a whole one. A smaller batch can have
+// larger chunks, so that memory is for one chunk: torch keeps it for the next, if this one fits
+// there.
 class Chunks {
   int64_t batch_, pixels_;
   int64_t images_;  // of a chunk

@@ -23,7 +23,7 @@ Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, const std::optio
                  input.scalar_type());
   if (output.numel() == 0) return output;
 
-  const Tensor features = aligned(torch::stable::contiguous(input, MemoryFormat::ChannelsLast));
+  const Tensor features = aligned(as_channels_last(input));
   const Tensor boxes = as_contiguous(rois);
   const std::optional<Tensor> offsets = as_contiguous(offset);
   roi_pool_forward(precision, shape, features.const_data_ptr(), boxes.const_data_ptr(),
@@ -56,9 +56,8 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad_output, c
   }
   if (grad_output.numel() == 0 || !(to_input || to_offset)) return {grad_input, grad_offset};
 
-  const Tensor gradients =
-      aligned(torch::stable::contiguous(grad_output, MemoryFormat::ChannelsLast));
-  const Tensor features = aligned(torch::stable::contiguous(input, MemoryFormat::ChannelsLast));
+  const Tensor gradients = aligned(as_channels_last(grad_output));
+  const Tensor features = aligned(as_channels_last(input));
   const Tensor boxes = as_contiguous(rois);
   const std::optional<Tensor> offsets = as_contiguous(offset);
   // Half types are summed in float, and all in channels-last order.

@@ -1,0 +1,150 @@
+"""How results in another runtime compare with PyTorch's: raw outputs, and detections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .refusals import ExportError
+
+__all__ = ["LEAST_MATCHED", "PIXELS", "TOLERANCE", "LargestError", "Matches", "match"]
+
+#: Distance of raw outputs, relative to the largest element of each output (or to 1, where that is
+#: smaller), up to which they are the same.
+TOLERANCE = 1e-4
+
+#: Distance of two boxes' sides, in pixels, up to which they are the same.
+PIXELS = 0.01
+#: Distance of their scores, and of probabilities in a mask, up to which they are the same.
+PROBABILITY = 1e-3
+#: The part of detections that must be the same: where scores or overlaps are equal but for
+#: rounding, another box may come out of suppression, or be the last that there is place for.
+LEAST_MATCHED = 0.99
+
+
+def match(expected: Sequence[Tensor], actual: Sequence[Tensor], pixels: float = PIXELS) -> Tensor:
+    """Which detection of the one result is which of the other, in one image.
+
+    Args:
+        expected: boxes (K, 4), scores (K,), labels (K,), and perhaps masks (K, height, width).
+        actual: the same of the other result, with another K perhaps.
+        pixels: how far the sides of a box may be off.
+
+    Returns:
+        For each expected detection the index of its counterpart, which is no other's, or -1.
+
+    Example:
+        >>> boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [5.0, 5.0, 9.0, 9.0]])
+        >>> scores, labels = torch.tensor([0.9, 0.8]), torch.tensor([1, 0])
+        >>> match((boxes, scores, labels), (boxes[1:], scores[1:], labels[1:]))
+        tensor([-1,  0])
+    """
+    far = (expected[0][:, None] - actual[0][None]).abs().amax(dim=2) > pixels
+    far |= (expected[1][:, None] - actual[1][None]).abs() > PROBABILITY
+    far |= expected[2][:, None] != actual[2][None]
+    found = torch.full((len(expected[0]),), -1)
+    for index, row in enumerate(far.tolist()):
+        for other, is_far in enumerate(row):
+            if not is_far and other not in found and _masks_agree(expected, actual, index, other):
+                found[index] = other
+                break
+    return found
+
+
+def _masks_agree(expected: Sequence[Tensor], actual: Sequence[Tensor], i: int, j: int) -> bool:
+    if len(expected) < 4:
+        return True
+    return bool((expected[3][i] - actual[3][j]).abs().max() <= PROBABILITY)
+
+
+def _check_shape(name: str, expected: Tensor, actual: Tensor) -> None:
+    if actual.shape != expected.shape:
+        raise ExportError(
+            f"{name}: expected shape {tuple(expected.shape)} as in PyTorch, got "
+            f"{tuple(actual.shape)}"
+        )
+
+
+@dataclass
+class LargestError:
+    """How far outputs are apart.
+
+    Attributes:
+        largest_error: over all outputs and images, relative to the largest element of the output
+            in PyTorch, or to 1 where that is smaller.
+        output: the name of the output that has it.
+    """
+
+    largest_error: float = 0.0
+    output: str = "all outputs"
+
+    def add(
+        self, names: Sequence[str], expected: Sequence[Tensor], actual: Sequence[Tensor]
+    ) -> None:
+        """Compare the outputs for a batch.
+
+        Raises:
+            ExportError: an output is farther off than :data:`TOLERANCE`, or of another shape.
+        """
+        for name, one, other in zip(names, expected, actual):
+            _check_shape(name, one, other)
+            error = float((other - one).abs().max() / one.abs().max().clamp(min=1.0))
+            # `>` would not do, as the error may be NaN.
+            if not error <= TOLERANCE:
+                raise ExportError(
+                    f"{name}: expected onnxruntime's result within {TOLERANCE} of PyTorch's, got "
+                    f"an error of {error:.2g}"
+                )
+            if error >= self.largest_error:
+                self.largest_error, self.output = error, name
+
+    def check(self) -> None:
+        """Nothing is left to be checked when all batches have been."""
+
+    def __str__(self) -> str:
+        return f"largest error: {self.largest_error:.1e} of the largest element ({self.output})"
+
+
+@dataclass
+class Matches:
+    """How many detections are the same in two results.
+
+    Attributes:
+        matched: detections of both.
+        detections: those of the result that has more, image by image.
+    """
+
+    matched: int = 0
+    detections: int = 0
+
+    def add(
+        self, names: Sequence[str], expected: Sequence[Tensor], actual: Sequence[Tensor]
+    ) -> None:
+        """Compare the outputs for a batch.
+
+        Raises:
+            ExportError: shapes are other than expected.
+        """
+        for name, one, other in zip(names, expected, actual):
+            _check_shape(name, one, other)
+        for image in range(len(expected[0])):
+            ours, theirs = (
+                [output[image][outputs[1][image] > 0] for output in outputs]
+                for outputs in (expected, actual)
+            )
+            self.matched += int((match(ours, theirs) >= 0).sum())
+            self.detections += max(len(ours[0]), len(theirs[0]))
+
+    def check(self) -> None:
+        """Raise ExportError where fewer than :data:`LEAST_MATCHED` of all are the same."""
+        if self.matched < LEAST_MATCHED * self.detections:
+            raise ExportError(
+                f"expected {LEAST_MATCHED:.0%} of the detections as in PyTorch, within {PIXELS} "
+                f"pixels, got {self}"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.matched} of {self.detections} detections within {PIXELS} pixels"

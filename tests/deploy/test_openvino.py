@@ -1,0 +1,61 @@
+"""Deformable convolutions in OpenVINO, and files that it cannot read."""
+
+import pytest
+import torch
+
+pytest.importorskip("mmdet")
+pytest.importorskip("openvino")
+pytest.importorskip("onnxscript")
+
+from torch import nn
+
+from mmdcn.deploy import openvino as ours
+from mmdcn.engine.preflight import ConfigError
+from mmdcn.ops import deform_conv2d
+
+
+class Convolutions(nn.Module):
+    """Deformable convolutions with and without bias and modulation, and in groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4, 3, 3))
+        self.grouped = nn.Parameter(torch.randn(6, 2, 3, 5))
+        self.bias = nn.Parameter(torch.randn(6))
+
+    def forward(self, x, offset, mask, wide, wide_mask):
+        geometry = dict(stride=(2, 1), padding=(2, 1), dilation=(1, 2))
+        return (
+            deform_conv2d(x, offset, self.weight, padding=1),
+            deform_conv2d(x, offset, self.weight, self.bias, padding=1),
+            deform_conv2d(x, offset, self.weight, padding=1, mask=mask),
+            deform_conv2d(x, wide, self.grouped, self.bias, mask=wide_mask, **geometry),
+        )
+
+
+def test_deformable_convolutions(tmp_path):
+    # Offsets that leave the image too.
+    given = (
+        torch.randn(2, 4, 9, 10),
+        torch.randn(2, 18, 9, 10) * 4,
+        torch.rand(2, 9, 9, 10),
+        torch.randn(2, 60, 6, 4) * 4,
+        torch.rand(2, 30, 6, 4),
+    )
+    module, path = Convolutions(), tmp_path / "model.onnx"
+    with torch.no_grad():
+        torch.onnx.export(module, given, path, dynamo=True, verbose=False)
+        expected = module(*given)
+    outputs = ours.compile_model(path)([value.numpy() for value in given]).values()
+    for output, value in zip(outputs, expected, strict=True):
+        assert torch.allclose(torch.from_numpy(output), value, atol=1e-5)
+
+
+def test_what_cannot_be_read_or_written(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_text("no model")
+    with pytest.raises(ConfigError, match=r"OpenVINO cannot read .*model\.onnx: "):
+        ours.read(path)
+    with pytest.raises(ConfigError, match=r"expected a name ending in \.xml, got .*model\.ir"):
+        ours.save(path, tmp_path / "model.ir")
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]

@@ -1,0 +1,1 @@
+"""Random trials of what must not break: operators, malformed calls and checkpoints."""
