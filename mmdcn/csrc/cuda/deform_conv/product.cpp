@@ -20,8 +20,8 @@ constexpr int kMostDevices = 64;
 std::atomic<int> chosen[1 + kMostDevices][kProducts][kArithmetics];
 
 const char* const kProductNames[kProducts] = {"output", "grad_columns", "grad_weight"};
-const char* const kArithmeticNames[kArithmetics] = {
-    "float64", "float32", "tf32", "float16", "bfloat16", "float32_beside_tf32"};
+const char* const kArithmeticNames[kArithmetics] = {"float64", "float32",  "tf32",
+                                                    "float16", "bfloat16", "float32_beside_tf32"};
 const char* const kCallNames[kCalls] = {"matmul", "matmul_to_float", "cudnn", "convolution"};
 
 template <int N>

@@ -47,9 +47,9 @@ struct ProductCalls {
   Call output, grad_columns, grad_weight;
   bool tf32, deterministic;
 
-  // As torch's settings say now. `tf32`, `matmul_tf32` and `deterministic` are what the caller wants
-  // whatever they say: to multiply float32 in TF32, in convolutions and in products of matrices, and
-  // to add in a fixed order. Without cuDNN, all products are products of matrices.
+  // As torch's settings say now. `tf32`, `matmul_tf32` and `deterministic` are what the caller
+  // wants whatever they say: to multiply float32 in TF32, in convolutions and in products of
+  // matrices, and to add in a fixed order. Without cuDNN, all products are products of matrices.
   ProductCalls(Precision precision, bool tf32, bool matmul_tf32, bool deterministic, int device);
 
   // Whether the gradient of the weight takes columns and grad_output in the type of offsets.
