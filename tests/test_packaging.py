@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmdcn.errors import LibraryError
 from tests.programs import Program
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -193,7 +194,8 @@ def test_import_without_compiled_library_names_the_fix(source, tmp_path):
     done = Program(["-c", "import mmdcn"], tmp_path, {"PYTHONPATH": str(tmp_path)}).finish()
     assert done.returncode != 0
     last = done.stdout.strip().splitlines()[-1]
-    assert last.startswith("ImportError: mmdcn's operators are not compiled")
+    assert issubclass(LibraryError, ImportError)
+    assert last.startswith("mmdcn.errors.LibraryError: mmdcn's operators are not compiled")
     assert "pip install ." in last
 
 
@@ -203,7 +205,9 @@ def test_library_that_does_not_load_names_the_fix(source, tmp_path):
     done = Program(["-c", "import mmdcn"], tmp_path, {"PYTHONPATH": str(tmp_path)}).finish()
     assert done.returncode != 0
     last = done.stdout.strip().splitlines()[-1]
-    assert last.startswith("ImportError:") and f"under torch {torch.__version__}" in last
+    assert (
+        last.startswith("mmdcn.errors.LibraryError:") and f"under torch {torch.__version__}" in last
+    )
     assert "pip install ." in last
 
 

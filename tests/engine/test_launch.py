@@ -222,6 +222,15 @@ def interrupt(*_):
     signal.raise_signal(signal.SIGINT)
 
 
+@pytest.fixture
+def interruptible():
+    """As a program in a terminal is; one in the background has interruptions ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("when", ["arguments", "imports", "main"])
 def test_an_interruption_is_one_line_and_status_130(when, monkeypatch, capsys):
     does = {"arguments": argparse.Namespace, "imports": lambda: None, "main": lambda args: None}
@@ -246,6 +255,7 @@ def test_interruptions_stay_ignored(monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_only_the_first_process_tells_of_an_interruption(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit):
