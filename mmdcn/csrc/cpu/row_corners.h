@@ -55,6 +55,13 @@ struct CornerAddresses {
   int32_t missing[kMost];  // whether a corner exists that is not in the window
 };
 
+// The samples' corners, with their weights times the modulation.
+template <typename A, int kMost>
+struct WeightedCorners {
+  CornerAddresses<kMost> at;
+  A weight[4][kMost];
+};
+
 // Sets the addresses of the corners' channels from `channel` on in `rows`, which is a window on an
 // image of this size. A corner number q that does not exist is at `nowhere` + q · nowhere_stride.
 // Returns whether any corner is missing.

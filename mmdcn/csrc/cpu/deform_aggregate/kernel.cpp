@@ -10,6 +10,7 @@
 #include "../arena.h"
 #include "../row_gradients.h"
 #include "../row_sums.h"
+#include "../rows.h"
 #include "locator.h"
 
 namespace mmdcn {
@@ -18,10 +19,7 @@ namespace {
 
 // The corners of a batch's samples.
 template <typename A>
-struct BatchCorners {
-  CornerAddresses<kMostSamples> at;
-  A weight[4][kMostSamples];
-};
+using BatchCorners = WeightedCorners<A, kMostSamples>;
 
 // The first element of an image of the input's sizes.
 template <typename S>
@@ -47,7 +45,7 @@ class ForwardPass {
         sums_(arena.take<A>(shape.taps() > kMostSamples ? shape.channels : 0)) {}
 
   void run(int64_t begin, int64_t end) {
-    std::memset(zeros_, 0, shape_.group_channels() * sizeof(T));
+    fill_zero(zeros_, shape_.group_channels());
     for (int64_t pixel = begin; pixel < end;) {
       const int64_t image = pixel / shape_.pixels();
       const int64_t last = std::min(end, (image + 1) * shape_.pixels());
@@ -91,7 +89,7 @@ class ForwardPass {
     A* sums = sums_ + channel;
     sum_samples<T, A>(samples, NoTapWeights{}, channels, batch.tap > 0 ? sums : nullptr, sums);
     if (batch.tap + batch.taps < shape_.taps()) return;
-    for (int64_t c = 0; c < channels; ++c) store(target + c, sums[c]);
+    copy_row<A>(sums, channels, target);
   }
 
   const DeformAggregateShape& shape_;
@@ -123,8 +121,8 @@ class BackwardPass {
         row_of_(arena.take<int64_t>(kMostSamples)) {}
 
   void run(int64_t image) {
-    std::memset(zeros_, 0, channels_ * sizeof(T));
-    std::memset(sinks_, 0, 4 * channels_ * sizeof(A));
+    fill_zero(zeros_, channels_);
+    fill_zero(sinks_, 4 * channels_);
     const int64_t taps = std::min<int64_t>(shape_.taps(), kMostSamples);
     for (int64_t s = 0; s < kMostSamples; ++s) row_of_[s] = s / taps * channels_;
     const bool input = tensors_.grad_input != nullptr;
@@ -164,7 +162,7 @@ class BackwardPass {
   void load_gradients(const Batch& batch) const {
     for (int64_t j = 0; j < batch.pixels; ++j) {
       const T* source = tensors_.grad_output + (batch.pixel + j) * shape_.channels + block_.begin;
-      for (int64_t c = 0; c < channels_; ++c) rows_[j * channels_ + c] = load(source + c);
+      copy_row<A>(source, channels_, rows_ + j * channels_);
     }
   }
 

@@ -6,9 +6,9 @@
 
 #include "../arena.h"
 #include "../matmul.h"
+#include "../rows.h"
 #include "../transpose.h"
 #include "backward_weights.h"
-#include "rows.h"
 #include "samples.h"
 
 namespace mmdcn {

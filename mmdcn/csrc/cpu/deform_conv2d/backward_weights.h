@@ -4,8 +4,8 @@
 #include <algorithm>
 
 #include "../matmul.h"
+#include "../rows.h"
 #include "depthwise_weights.h"
-#include "rows.h"
 #include "weight_rows.h"
 
 namespace mmdcn {

@@ -33,12 +33,10 @@ inline void blend(const S* const (&corner)[4], const A (&weight)[4], int64_t cou
   }
 }
 
-// The samples of a tile for one tap and offset group as they are blended.
+// The samples of a tile for one tap and offset group as they are blended. Where a corner is
+// missing, the column has been blended already.
 template <typename A>
-struct Blends {
-  CornerAddresses<kForwardTile> at;  // where one is missing, the column has been blended already
-  A weight[4][kForwardTile];
-};
+using Blends = WeightedCorners<A, kForwardTile>;
 
 // Rows of an image that will be needed soon and are to be prefetched from a far cache.
 struct PrefetchRows {
@@ -182,26 +180,15 @@ class Blending {
 template <typename T, typename A, typename L>
 __attribute__((noinline)) void blend_stray(const DeformConv2dShape& shape,
                                            const ForwardSamples<A>& samples, int64_t i,
-                                           const RowWindow<A>& rows, int64_t channel,
-                                           const T* planes, A* strays, L* column) {
-  const int64_t count = shape.deform_group_channels(), plane = shape.height * shape.width;
-  Corners<A, 2> corners;
-  if (!corners_of(shape, samples, i, corners)) return fill_zero(column, count);
+                                           const RowWindow<A>& rows, const T* planes, A* strays,
+                                           Blends<A>& blends, L* column) {
+  const int64_t count = shape.deform_group_channels();
+  read_strays(shape, samples, i, rows, planes, count, strays, blends.at);
   const A* corner[4];
   A weight[4];
   for (int q = 0; q < 4; ++q) {
-    const int64_t y = samples.low_y[i] + (q >> 1), x = samples.low_x[i] + (q & 1);
-    weight[q] = samples.modulation[i] * corners.weight[q];
-    A* stray = strays + q * count;
-    corner[q] = stray;
-    if (corners.position[q] < 0) {
-      fill_zero(stray, count);
-    } else if (rows.has(y, x)) {
-      corner[q] = rows.row(y) + (x - rows.left) * rows.pixel_stride + channel;
-    } else {
-      const T* source = planes + corners.position[q];
-      for (int64_t c = 0; c < count; ++c) stray[c] = load(source + c * plane);
-    }
+    corner[q] = reinterpret_cast<const A*>(blends.at.corner[q][i]);
+    weight[q] = blends.weight[q][i];
   }
   blend(corner, weight, count, column);
 }
@@ -224,9 +211,8 @@ inline void prepare_blends(const DeformConv2dShape& shape, const ForwardTile& ti
     if constexpr (std::is_same_v<S, A>) {
       for (int64_t i = 0; missing && i < tile.count; ++i) {
         if (!blends->at.missing[i]) continue;
-        blend_stray(shape, samples, i, rows, d * channels,
-                    planes + d * channels * shape.height * shape.width, strays,
-                    columns + i * stride + d * channels);
+        blend_stray(shape, samples, i, rows, planes + d * channels * shape.height * shape.width,
+                    strays, *blends, columns + i * stride + d * channels);
       }
     }
   }

@@ -20,6 +20,25 @@ inline bool corners_of(const DeformConv2dShape& shape, const Samples<A, kMost>& 
   return true;
 }
 
+// Reads the corners of sample number i that are outside the window from `planes`, which begin with
+// the samples' first channel. Each gets `count` elements of `strays`, and their address.
+template <typename T, typename A, int kMost>
+inline void read_strays(const DeformConv2dShape& shape, const Samples<A, kMost>& samples, int64_t i,
+                        const RowWindow<A>& window, const T* planes, int64_t count, A* strays,
+                        CornerAddresses<kMost>& addresses) {
+  Corners<A, 2> corners;
+  if (!corners_of(shape, samples, i, corners)) return;
+  const int64_t plane = shape.height * shape.width;
+  for (int q = 0; q < 4; ++q) {
+    const int64_t y = samples.low_y[i] + (q >> 1), x = samples.low_x[i] + (q & 1);
+    if (corners.position[q] < 0 || window.has(y, x)) continue;
+    A* stray = strays + q * count;
+    const T* source = planes + corners.position[q];
+    for (int64_t c = 0; c < count; ++c) stray[c] = load(source + c * plane);
+    addresses.corner[q][i] = reinterpret_cast<uintptr_t>(stray);
+  }
+}
+
 // The corners of a tile's samples for reading channel by channel: positions, in elements of a plane
 // whose pixels are pixel_stride apart, and weights times the modulation. A corner that does not
 // exist has a weight of 0 and the position of one that does.

@@ -76,9 +76,7 @@ class DepthwisePass {
 
  private:
   // The samples of one tap and offset group.
-  struct TapCorners {
-    CornerAddresses<kForwardTile> at;
-    A weight[4][kForwardTile];
+  struct TapCorners : WeightedCorners<A, kForwardTile> {
     ForwardSamples<A> samples;
   };
 
@@ -153,17 +151,9 @@ class DepthwisePass {
     const int64_t channels = shape_.deform_group_channels(), plane = shape_.height * shape_.width;
     for (int64_t tap = 0; tap < shape_.taps(); ++tap) {
       TapCorners& corners = corners_[tap * shape_.deform_groups + d];
-      Corners<A, 2> found;
-      if (!corners.at.missing[i] || !corners_of(shape_, corners.samples, i, found)) continue;
-      for (int q = 0; q < 4; ++q) {
-        const int64_t y = corners.samples.low_y[i] + (q >> 1);
-        const int64_t x = corners.samples.low_x[i] + (q & 1);
-        if (found.position[q] < 0 || window_.has(y, x)) continue;
-        A* stray = strays_ + (4 * tap + q) * channels;
-        const T* source = image.input + d * channels * plane + found.position[q];
-        for (int64_t c = 0; c < channels; ++c) stray[c] = load(source + c * plane);
-        corners.at.corner[q][i] = reinterpret_cast<uintptr_t>(stray);
-      }
+      if (!corners.at.missing[i]) continue;
+      read_strays(shape_, corners.samples, i, window_, image.input + d * channels * plane, channels,
+                  strays_ + 4 * tap * channels, corners.at);
     }
   }
 

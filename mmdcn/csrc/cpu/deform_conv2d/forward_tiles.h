@@ -4,9 +4,9 @@
 #include <cstddef>
 
 #include "../matmul.h"
+#include "../rows.h"
 #include "../transpose.h"
 #include "kernel.h"
-#include "rows.h"
 #include "tiles.h"
 
 namespace mmdcn {

@@ -5,7 +5,7 @@
 #include <cstddef>
 
 #include "../matmul.h"
-#include "rows.h"
+#include "../rows.h"
 #include "weight_rows.h"
 
 namespace mmdcn {

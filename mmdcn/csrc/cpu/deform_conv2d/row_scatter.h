@@ -29,9 +29,8 @@ class RowScatter {
         plane_(shape_.height * shape_.width),
         dots_(dots),
         columns_(arena.take<A>(is_depthwise(shape_) ? 0 : kBackwardTile * work.column_stride)),
-        read_(arena.take<Addresses>(1)),
+        read_(arena.take<WeightedCorners<A, kBackwardTile>>(1)),
         added_(arena.take<Addresses>(1)),
-        weights_(arena.take<Weights>(1)),
         zeros_(arena.take<A>(channels)),
         sinks_(arena.take<A>(4 * channels)),
         strays_(arena.take<A>(4 * channels)),
@@ -73,9 +72,6 @@ class RowScatter {
 
  private:
   using Addresses = CornerAddresses<kBackwardTile>;
-  struct Weights {
-    A of[4][kBackwardTile];  // G(q, p) Δm
-  };
   // What is scattered together: channels [begin, end) of the block, for one tap, whose row in a
   // depthwise weight begins at `tap_row`.
   struct Share {
@@ -100,25 +96,19 @@ class RowScatter {
   template <bool wants_input, Column kind, bool wants_dots>
   __attribute__((noinline)) void stray(const RowSamples<A, A>& samples, int64_t i, int64_t channel,
                                        int64_t count) const {
+    read_strays(shape_, *work_.samples, i, windows_.input, call_.planes() + channel * plane_, count,
+                strays_, read_->at);
     Corners<A, 2> corners;
     const bool there = corners_of(shape_, *work_.samples, i, corners);
     bool far[4] = {};
-    for (int q = 0; there && q < 4; ++q) {
+    for (int q = 0; wants_input && there && q < 4; ++q) {
       const int64_t y = work_.samples->low_y[i] + (q >> 1);
       const int64_t x = work_.samples->low_x[i] + (q & 1);
-      const bool exists = corners.position[q] >= 0;
-      if (exists && !windows_.input.has(y, x)) {
-        A* values = strays_ + q * count;
-        const T* source = call_.planes() + channel * plane_ + corners.position[q];
-        for (int64_t c = 0; c < count; ++c) values[c] = load(source + c * plane_);
-        read_->corner[q][i] = reinterpret_cast<uintptr_t>(values);
-      }
-      if (wants_input && exists && !windows_.grad_input.has(y, x)) {
-        A* values = grad_strays_ + q * count;
-        fill_zero(values, count);
-        added_->corner[q][i] = reinterpret_cast<uintptr_t>(values);
-        far[q] = true;
-      }
+      if (corners.position[q] < 0 || windows_.grad_input.has(y, x)) continue;
+      A* values = grad_strays_ + q * count;
+      fill_zero(values, count);
+      added_->corner[q][i] = reinterpret_cast<uintptr_t>(values);
+      far[q] = true;
     }
     scatter<wants_input, kind, wants_dots>(samples, i, i + 1, count);
     for (int q = 0; q < 4; ++q) {
@@ -140,18 +130,18 @@ class RowScatter {
     const BackwardSamples<A>& located = *work_.samples;
     const int64_t begin = share.begin, count = share.end - begin, pixels = work_.tile->count;
     bool missing = set_corners<S>(shape_.height, shape_.width, rows, row_channel + begin, located,
-                                  pixels, reinterpret_cast<const V*>(zeros_), 0, *read_);
+                                  pixels, reinterpret_cast<const V*>(zeros_), 0, read_->at);
     if (wants_input) {
       missing |= set_corners<A>(shape_.height, shape_.width, grad_rows, begin, located, pixels,
                                 sinks_, count, *added_);
     }
-    set_weights(located, pixels, weights_->of);
+    set_weights(located, pixels, read_->weight);
     const RowSamples<V, A> samples = samples_of<V, kind>(share);
     // Corners can only be missing in windows, which are of type A.
     if constexpr (std::is_same_v<V, A>) {
       for (int64_t i = 0, first = 0; missing && i <= pixels; ++i) {
         const bool last = i == pixels;
-        if (!last && !read_->missing[i] && !(wants_input && added_->missing[i])) continue;
+        if (!last && !read_->at.missing[i] && !(wants_input && added_->missing[i])) continue;
         if (first < i) scatter<wants_input, kind, wants_dots>(samples, first, i, count);
         if (!last) stray<wants_input, kind, wants_dots>(samples, i, begin, count);
         first = i + 1;
@@ -165,9 +155,9 @@ class RowScatter {
   template <typename V, Column kind>
   RowSamples<V, A> samples_of(const Share& share) const {
     RowSamples<V, A> samples = {};
-    samples.corner = read_->corner[0];
+    samples.corner = read_->at.corner[0];
     samples.grad_corner = added_->corner[0];
-    samples.weight = weights_->of[0];
+    samples.weight = read_->weight[0];
     samples.quantity = kBackwardTile;
     samples.row = rows_;
     samples.dots = dots_->of[0];
@@ -212,16 +202,15 @@ class RowScatter {
   BlockWindows<T>& windows_;
   const int64_t plane_;  // elements of a channel
   SampleDots<A, kBackwardTile>* const dots_;
-  A* const columns_;        // pixels × channels of the block
-  Addresses* const read_;   // of the corners
+  A* const columns_;  // pixels × channels of the block
+  WeightedCorners<A, kBackwardTile>* const read_;
   Addresses* const added_;  // of the corners' gradients
-  Weights* const weights_;
-  A* const zeros_;        // stands in for the channels of corners that do not exist
-  A* const sinks_;        // 4 × channels: stands in for their gradients, never read
-  A* const strays_;       // 4 × channels: corners outside the window
-  A* const grad_strays_;  // 4 × channels: their gradients
-  A* const unwanted_;     // stands in for the gradient of a depthwise weight, never read
-  int64_t* const rows_;   // of each pixel, the first element of its gradients
+  A* const zeros_;          // stands in for the channels of corners that do not exist
+  A* const sinks_;          // 4 × channels: stands in for their gradients, never read
+  A* const strays_;         // 4 × channels: corners outside the window
+  A* const grad_strays_;    // 4 × channels: their gradients
+  A* const unwanted_;       // stands in for the gradient of a depthwise weight, never read
+  int64_t* const rows_;     // of each pixel, the first element of its gradients
 };
 
 }  // namespace

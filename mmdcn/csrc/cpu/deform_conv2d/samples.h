@@ -4,9 +4,9 @@
 #include <cstdint>
 
 #include "../row_corners.h"
+#include "../rows.h"
 #include "../transpose.h"
 #include "kernel.h"
-#include "rows.h"
 
 namespace mmdcn {
 namespace {

@@ -3,9 +3,9 @@
 
 #include <algorithm>
 
+#include "../rows.h"
 #include "../transpose.h"
 #include "kernel.h"
-#include "rows.h"
 
 namespace mmdcn {
 namespace {

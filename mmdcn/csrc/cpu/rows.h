@@ -1,7 +1,7 @@
 // Rows of channels in scratch memory: their stride, and functions that fill and copy them.
 #pragma once
 
-#include "../simd.h"
+#include "simd.h"
 
 namespace mmdcn {
 namespace {
