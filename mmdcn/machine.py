@@ -1,5 +1,7 @@
 """The machine that this runs on, and the versions of what is installed."""
 
+from __future__ import annotations
+
 import importlib.metadata
 import os
 import platform
@@ -8,11 +10,15 @@ import shutil
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 import mmdcn
 from mmdcn.ops import _library
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 # The packages that may provide each import name.
 PACKAGES = {
@@ -91,6 +97,30 @@ def onnxruntime_problem() -> str | None:
         f"DeformConv needs onnxruntime {least} or newer, got {version}: "
         f"`pip install 'onnxruntime>={least}'`, under Python 3.11 or newer"
     )
+
+
+def onnxruntime_session(
+    model: str | bytes, threads: int | None = None, **options: object
+) -> onnxruntime.InferenceSession:
+    """A model in onnxruntime, on the CPU.
+
+    Args:
+        model: a file, or what is in one.
+        threads: torch's number of them by default.
+        options: attributes of ``onnxruntime.SessionOptions``.
+
+    Raises:
+        ImportError: onnxruntime is not installed.
+    """
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads or torch.get_num_threads()
+    # Otherwise its idle threads spin, and everybody else's times double.
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for name, value in options.items():
+        setattr(settings, name, value)
+    return onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -46,7 +46,6 @@ installation: in a closure, say.
 import importlib
 import logging
 import multiprocessing
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -83,6 +82,7 @@ from mmdcn.functions import (
     modulated_deform_conv2d,
 )
 from mmdcn.models import basic_block
+from mmdcn.startup import is_first_process
 
 try:
     import mmcv.ops as _mmcv_ops
@@ -382,8 +382,7 @@ def report() -> Report:
 
 def _log(message: str, level: int = logging.INFO) -> None:
     """Log by mmengine, once per job: not again in other ranks, nor in data loaders' workers."""
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    if rank == "0" and multiprocessing.parent_process() is None:
+    if is_first_process() and multiprocessing.parent_process() is None:
         print_log(message, logger="current", level=level)
 
 

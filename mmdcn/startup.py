@@ -8,6 +8,9 @@ arguments. So a tool of ours says, before it imports anything of mmdcn,
 and :func:`mmdcn.engine.launch.run` reads its arguments before it imports the rest. For
 ``python -m mmdcn.check``, Python imports this package before that module can say anything: all
 modules of the package that are run so are taken to have said it.
+
+Here is, too, what such a program needs before anything else is imported: which process of a
+distributed run it is, and its end where it is interrupted.
 """
 
 import importlib
@@ -33,10 +36,22 @@ def postponed() -> bool:
     return _postponed
 
 
-def end_interrupted(*_: object) -> None:
-    """End a program that is interrupted before it has begun, as :mod:`mmdcn.engine.launch` does."""
-    if os.environ.get("RANK", "0") == "0":
-        print("interrupted", file=sys.stderr)
+def is_first_process() -> bool:
+    """Whether this is the first of a distributed run's processes, or the only one."""
+    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+    return next(filter(None, map(os.environ.get, names)), "0") == "0"
+
+
+def end_interrupted(*_: object, what_to_do: str | None = None) -> None:
+    """End a program that is interrupted, by one line; also as the handler of the signal.
+
+    Args:
+        what_to_do: what its user can do then.
+    """
+    if is_first_process():
+        # A terminal shows ^C where the cursor is.
+        print("\n" if sys.stderr.isatty() else "", end="", file=sys.stderr)
+        print("interrupted" + (f"; {what_to_do}" if what_to_do else ""), file=sys.stderr)
     sys.exit(INTERRUPTED)
 
 

@@ -80,10 +80,9 @@ def take_exported_file(cfg: Config, path: str) -> None:
     from mmengine.config import ConfigDict
 
     from mmdcn.deploy import evaluation
-    from mmdcn.engine.preflight.dataset import data_of
+    from mmdcn.engine.preflight import class_names
 
-    data = next(data_of(cfg.test_dataloader.dataset, "test_dataloader.dataset"))
-    evaluation.check_classes(evaluation.File(path), data.classes)
+    evaluation.check_classes(evaluation.File(path), class_names(cfg))
     preprocessor = cfg.model.get("data_preprocessor") or dict(type="DetDataPreprocessor")
     cfg.model = ConfigDict(type="ExportedDetector", file=path, data_preprocessor=preprocessor)
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmdcn.errors import named_first_line
-from mmdcn.machine import onnxruntime_problem
+from mmdcn.machine import onnxruntime_problem, onnxruntime_session
 from mmdcn.ops import deform_conv2d, reference
 
 from .cases import DTYPES, LAYOUTS, Case
@@ -253,19 +253,12 @@ class OnnxRuntime(Implementation):
         return None if case.dtype == "float32" else f"measured in float32, not in {case.dtype}"
 
     def bind(self, case: Case, tensors: dict[str, Tensor]) -> Bound:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.session_threads or torch.get_num_threads()
-        # Otherwise its idle threads spin, and everybody else's times double.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.enable_cpu_mem_arena = self.keep_memory
-        options.enable_mem_pattern = self.keep_memory
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(
+        session = onnxruntime_session(
             _onnx_model(case, tensors["weight"]).SerializeToString(),
-            options,
-            providers=["CPUExecutionProvider"],
+            self.session_threads,
+            enable_cpu_mem_arena=self.keep_memory,
+            enable_mem_pattern=self.keep_memory,
+            log_severity_level=3,
         )
         feeds = {n: tensors[n].numpy() for n in ("input", "offset", "mask") if n in tensors}
         return Bound(lambda: torch.from_numpy(session.run(None, feeds)[0]), {})

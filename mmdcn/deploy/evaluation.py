@@ -85,17 +85,11 @@ class _Runtime:
 
 def _in_onnxruntime(path: str, threads: int) -> _Runtime:
     try:
-        import onnxruntime
+        session = machine.onnxruntime_session(path, threads)
     except ImportError as error:
         raise ConfigError(
             f"{path} needs onnxruntime to run ({error}): `pip install onnxruntime`"
         ) from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Idle threads would slow others'.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own kinds, which have no common ancestor
         problem = machine.onnxruntime_problem()
         raise ConfigError(

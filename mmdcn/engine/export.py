@@ -245,13 +245,7 @@ def _module_of(error: BaseException, network: Exportable) -> str:
 def _verify(
     network: Exportable, images: Sequence[tuple[Tensor, ...]], path: str, seconds: float
 ) -> Verified:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # onnxruntime's idle threads would slow PyTorch's.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = machine.onnxruntime_session(path)
 
     def in_pytorch(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         with torch.no_grad():

@@ -39,9 +39,6 @@ __all__ = [
     "run",
 ]
 
-# What a shell says of a program that an interruption ended: 128, and the signal's number.
-INTERRUPTED = startup.INTERRUPTED
-
 _CONFIG_SUFFIXES = (".py", ".json", ".yaml", ".yml")
 
 
@@ -175,7 +172,7 @@ def read_config(path: str, settings: Sequence[str] | None = None) -> Config:
         cfg = Config.fromfile(path)
     except _UNREADABLE as error:
         raise ConfigError(f"cannot read the config {path}: {_describe(error)}") from error
-    if _is_first_process():
+    if startup.is_first_process():
         config_keys.warn_of_unknown(cfg, overrides)
     try:
         cfg.merge_from_dict(overrides)
@@ -301,8 +298,8 @@ def begin(
         needs_toolbox: whether anything is imported then.
         log_to_stderr: what is logged meanwhile goes to the standard error.
     """
-    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, startup.end_interrupted):
-        signal.signal(signal.SIGINT, _on_interruption)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, startup.end_interrupted)
     args = parse_args()
     if getattr(args, "arguments_only", False):
         sys.exit(0)
@@ -339,37 +336,21 @@ def run(
     handler = signal.getsignal(signal.SIGINT)
     try:
         args = begin(parse_args, needs_toolbox=needs_toolbox, log_to_stderr=log_to_stderr)
-        if signal.getsignal(signal.SIGINT) is _on_interruption:
+        if signal.getsignal(signal.SIGINT) is startup.end_interrupted:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         status = main(args)
     except KeyboardInterrupt:
         # Of a distributed run each process is interrupted by the terminal, and by who started it.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        _end_interrupted(when_interrupted)
+        startup.end_interrupted(what_to_do=when_interrupted)
     except InputError as error:
         # Every process of a distributed run comes here; one message is enough.
-        sys.exit(f"error: {error}" if _is_first_process() else 1)
+        sys.exit(f"error: {error}" if startup.is_first_process() else 1)
     finally:
         signal.signal(signal.SIGINT, handler)
         _leave_process_group()
     if status:
         sys.exit(status)
-
-
-def _on_interruption(*_: object) -> None:
-    _end_interrupted()
-
-
-def _end_interrupted(what_to_do: str | None = None) -> None:
-    if _is_first_process():
-        # A terminal shows ^C where the cursor is.
-        print("\n" if sys.stderr.isatty() else "", end="", file=sys.stderr)
-        print("interrupted" + (f"; {what_to_do}" if what_to_do else ""), file=sys.stderr)
-    sys.exit(INTERRUPTED)
-
-
-def _is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _leave_process_group() -> None:

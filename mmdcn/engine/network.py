@@ -32,8 +32,7 @@ from mmdcn.deploy.comparison import LargestError
 from mmdcn.deploy.detector import EndToEnd, dense_head_of
 from mmdcn.deploy.refusals import ExportError
 from mmdcn.deploy.roi_heads import replace_extractors
-from mmdcn.engine.preflight import ConfigError, check_weights
-from mmdcn.engine.preflight.dataset import data_of
+from mmdcn.engine.preflight import ConfigError, check_weights, class_names, trained_classes
 from mmdcn.files import images_in
 
 __all__ = ["ExportError", "Exportable", "Network", "build", "find_images", "load_images"]
@@ -165,17 +164,8 @@ def build(
     loaded = load_checkpoint(detector, str(checkpoint), map_location="cpu")
     if raw:
         return Network(detector)
-    return EndToEnd(detector, with_preprocessing, _class_names(cfg, loaded))
-
-
-def _class_names(cfg: Config, checkpoint: Mapping) -> list[str] | None:
-    """The names that a checkpoint was trained with, or else those of the config's test set."""
-    meta = checkpoint.get("meta") or {}
-    names = (meta.get("dataset_meta") or {}).get("classes", meta.get("CLASSES"))
-    if names is None:
-        dataset = (cfg.get("test_dataloader") or {}).get("dataset")
-        names = next((data.classes for data in data_of(dataset, "test_dataloader.dataset")), None)
-    return None if names is None else list(names)
+    names = trained_classes(loaded)
+    return EndToEnd(detector, with_preprocessing, class_names(cfg) if names is None else names)
 
 
 # ----------------------------------------------------------------------------------------- images

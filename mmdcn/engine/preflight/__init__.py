@@ -24,6 +24,7 @@ from mmengine.registry import DefaultScope
 
 from mmdcn.errors import InputError
 from mmdcn.files import unwritable
+from mmdcn.startup import is_first_process
 
 from .building import (
     CannotBuild,
@@ -33,19 +34,19 @@ from .building import (
 )
 from .dataset import Data, category_order, data_of, dataset_problems, root_is_absent
 from .determinism import determinism_problems
-from .evaluators import evaluator_problems
+from .evaluators import evaluator_problems, ground_truth_of
 from .model import class_counts, missing_types, pretrained
-from .nodes import Problems, each, is_first_process, is_local, missing_file, said, some
-from .weights import checkpoint_problems, names_classes
+from .nodes import Problems, each, is_local, missing_file, said, some
+from .weights import checkpoint_problems, names_classes, trained_classes
 
 __all__ = [
     "ConfigError",
     "check",
     "check_weights",
     "class_names",
-    "is_first_process",
     "names_classes",
     "register_toolbox",
+    "trained_classes",
 ]
 
 # What `preflight=dict(...)` in a config switches off, where something differs on purpose.
@@ -239,9 +240,8 @@ def _disagreements(
     if first.reads_coco_json and first.ann_file and os.path.isfile(first.ann_file):
         files = [(f"{d.where}.ann_file", d.ann_file) for d in data_sets if d.reads_coco_json]
         for metric, where in evaluators:
-            path = metric.get("ann_file")
-            if "CocoMetric" in str(metric.get("type")) and isinstance(path, str):
-                files += [(f"{where}.ann_file", path)] if is_local(metric, path) else []
+            if path := ground_truth_of(metric):
+                files.append((f"{where}.ann_file", path))
         yield from _other_orders(first, files)
 
 

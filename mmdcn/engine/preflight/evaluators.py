@@ -24,16 +24,21 @@ def evaluator_problems(
     if not data_sets or not all(data.reads_coco_json and data.ann_file for data in data_sets):
         return
     for metric, where in evaluators:
-        path = metric.get("ann_file")
-        if not ("CocoMetric" in str(metric.get("type")) and isinstance(path, str)):
-            continue
-        if not (is_local(metric, path) and os.path.isfile(path)):
+        path = ground_truth_of(metric)
+        if path is None or not os.path.isfile(path):
             continue
         place = f"{where}.ann_file"
         try:
             yield from _other_data(data_sets, path, place, bool(metric.get("format_only")))
         except ValueError as error:
             yield place, f"{path!r} is not a COCO annotation file: {error}"
+
+
+def ground_truth_of(metric: Mapping) -> str | None:
+    """The local file that COCO's metric compares predictions with; None of other metrics."""
+    path = metric.get("ann_file")
+    is_coco = "CocoMetric" in str(metric.get("type")) and isinstance(path, str)
+    return path if is_coco and is_local(metric, path) else None
 
 
 def _other_data(data_sets: Sequence[Data], path: str, place: str, format_only: bool) -> Problems:

@@ -9,17 +9,13 @@ from typing import Any
 
 from mmengine.logging import print_log
 
+from mmdcn.startup import is_first_process
+
 # What each check yields: the place in the config, and what is wrong there.
 Problems = Iterator[tuple[str, str]]
 
 #: What :func:`warn` has said since somebody emptied this list.
 said: list[str] = []
-
-
-def is_first_process() -> bool:
-    """Whether this is the first of a distributed run's processes, or the only one."""
-    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
 def warn(message: str) -> None:

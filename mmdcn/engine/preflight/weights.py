@@ -123,7 +123,7 @@ def _read(path: str) -> Any:
 
 def _class_names(path: str, place: str, checkpoint: dict, classes: Sequence[str]) -> Problems:
     """Where a checkpoint says that it was trained on other classes."""
-    trained_on = _trained_on(checkpoint)
+    trained_on = trained_classes(checkpoint)
     if not isinstance(trained_on, (list, tuple)) or set(trained_on) == set(classes):
         return
     yield (
@@ -134,14 +134,15 @@ def _class_names(path: str, place: str, checkpoint: dict, classes: Sequence[str]
     )
 
 
-def _trained_on(checkpoint: Any) -> Any:
+def trained_classes(checkpoint: Any) -> Any:
+    """The names of the classes that a checkpoint says it was trained on, or None."""
     meta = (checkpoint.get("meta") if isinstance(checkpoint, dict) else None) or {}
     return (meta.get("dataset_meta") or {}).get("classes", meta.get("CLASSES"))
 
 
 def names_classes(path: str) -> bool:
     """Whether a checkpoint, a file or an address, says on which classes it was trained."""
-    return _trained_on(_read(path)) is not None
+    return trained_classes(_read(path)) is not None
 
 
 @dataclass(frozen=True)
