@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmdcn.ops import _devices, _registration
 
 CPU = torch.device("cpu")
+# The compiled operators that mmcv has kernels for.
+SUBSTITUTES = ("deform_conv2d", "deform_roi_pool")
 
 
 def switch_off(monkeypatch: pytest.MonkeyPatch, *substitutes: str) -> None:
