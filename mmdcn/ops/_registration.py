@@ -23,6 +23,7 @@ _library.load()
 
 _LIBRARY = torch.library.Library("mmdcn", "FRAGMENT")
 _LIBRARY.impl("cuda_settings", _products.settings, "CompositeExplicitAutograd")
+_LIBRARY.impl("cuda_product_replaced", _products.tell_replaced, "CompositeExplicitAutograd")
 OPERATORS: dict[str, "Operator"] = {}  # by the compiled operator's name
 
 PLAIN = (Tensor, nn.Parameter)  # because subclasses may stand for something else
