@@ -7,13 +7,14 @@ detector has some.
 
 from __future__ import annotations
 
-import argparse
-import sys
-from pathlib import Path
-
 __arguments_first__ = True  # see mmdcn/startup.py
 from mmdcn import files
 from mmdcn.engine import environment, launch
+
+# isort: split
+import argparse
+import sys
+from pathlib import Path
 
 
 def parse_args() -> argparse.Namespace:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import math
-import re
-from pathlib import Path
-
 __arguments_first__ = True  # see mmdcn/startup.py
 from mmdcn import files
 from mmdcn.engine import launch
 from mmdcn.errors import InputError
+
+# isort: split
+import argparse
+import math
+import re
+from pathlib import Path
 
 
 def point(text: str) -> tuple[float, float]:
