@@ -9,6 +9,7 @@ be trained on, layer types that nobody registered.
 :mod:`~.evaluators`   the files that predictions are compared with
 :mod:`~.annotations`  the objects and images in a COCO file, which :mod:`~.coco_file` reads
 :mod:`~.building`     whether the model, the optimizer and the loaders of data can be built
+:mod:`~.parts`        transforms, hooks, evaluators and what they wait for
 :mod:`~.weights`      the checkpoint against the model that is to take it
 :mod:`~.determinism`  layers whose results differ from run to run
 """
@@ -36,7 +37,8 @@ from .dataset import Data, category_order, data_of, dataset_problems, root_is_ab
 from .determinism import determinism_problems
 from .evaluators import evaluator_problems, ground_truth_of
 from .model import class_counts, missing_types, pretrained
-from .nodes import Problems, each, is_local, missing_file, said, some
+from .nodes import Problems, each, is_local, missing_file, missing_weights, said, some
+from .parts import mask_problems, part_problems
 from .weights import checkpoint_problems, names_classes, trained_classes
 
 __all__ = [
@@ -150,13 +152,15 @@ def _problems(cfg: Config, stages: tuple[str, ...]) -> Problems:
         yield "work_dir", problem
     yield from missing_types(cfg.model, "model")
     yield from setting_problems(cfg, stages)
+    evaluators = [metric for stage in stages for metric in _evaluators(cfg, stage)]
+    yield from part_problems(cfg, stages, evaluators)
     resumes = "train" in stages and cfg.get("resume")
     checkpoints = [("resume" if resumes else "load_from", cfg.get("load_from"))]
     if "train" in stages:
         checkpoints += pretrained(cfg.model, "model")
     for where, path in checkpoints:
-        if isinstance(path, str) and "://" not in path:
-            yield from missing_file(path, where)
+        if isinstance(path, str):
+            yield from missing_weights(path, where)
     absent_roots = set()
     known = []
     for data in _all_data(cfg, stages):
@@ -185,9 +189,7 @@ def _problems(cfg: Config, stages: tuple[str, ...]) -> Problems:
             of_stage = [data for data in known if data.where.startswith(f"{stage}_dataloader.")]
             yield from evaluator_problems(of_stage, _evaluators(cfg, stage))
     if _is_on(cfg, "class_counts"):
-        yield from _disagreements(
-            cfg.model, known, [e for s in stages for e in _evaluators(cfg, s)]
-        )
+        yield from _disagreements(cfg.model, known, evaluators)
 
 
 def _all_data(cfg: Config, stages: tuple[str, ...]) -> list[Data]:
@@ -284,6 +286,8 @@ def _problems_of_weights(cfg: Config, stages: tuple[str, ...]) -> Problems:
         if _is_on(cfg, "model"):
             yield error.args
         return
+    if _is_on(cfg, "model"):
+        yield from mask_problems(model, [e for s in stages for e in _evaluators(cfg, s)])
     data = next(iter(_all_data(cfg, stages)), None)
     if _is_on(cfg, "checkpoint"):
         classes = data.classes if data is not None and _is_on(cfg, "class_counts") else None

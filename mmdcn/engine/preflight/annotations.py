@@ -132,9 +132,18 @@ def _report(
             f"{path!r}: its boxes look like x1, y1, x2, y2, as {tally.count('reaches out')} of "
             f"{tally.total} would reach outside their image: COCO's are x, y, width, height",
         )
+    if annotations.are_fractions and (use.training or use.evaluation):
+        warned.pop("empty")
+        yield (
+            place,
+            f"{path!r}: its boxes look like fractions of their image's width and height, as none "
+            f"of {tally.total} goes beyond 1: COCO's are in pixels",
+        )
+        return
     if not use.training or tally.count("crowd") < _MANY_CROWDS * annotations.usable:
         warned.pop("crowd")
-    used_up = not annotations.usable and not tally.count(*_REFUSED)
+    is_refused = tally.count(*_REFUSED) or images.count(*listed.REFUSED)
+    used_up = not annotations.usable and not is_refused
     for sentence in (
         *tally.sentences("annotations", warned),
         *images.sentences("images that were opened", listed.WARNED, looked_at),
@@ -156,13 +165,14 @@ class _Annotations:
     Attributes:
         usable: how many can be learned from.
         fit_as_corners: how many boxes lie in their image if they are x1, y1, x2, y2.
+        fit_as_fractions: how many of all do if they are fractions of it.
         boxes: how many boxes have an image.
     """
 
     def __init__(self, use: Use, images: Images, categories: set, learned: set) -> None:
         self.use, self.images, self.categories, self.learned = use, images, categories, learned
         self.tally = Tally()
-        self.usable = self.fit_as_corners = self.boxes = 0
+        self.usable = self.fit_as_corners = self.fit_as_fractions = self.boxes = 0
         self._ids: set = set()
 
     @property
@@ -173,6 +183,11 @@ class _Annotations:
         """
         outside = self.tally.count("reaches out")
         return self.fit_as_corners == self.boxes and outside >= max(2, self.boxes / 5)
+
+    @property
+    def are_fractions(self) -> bool:
+        """Whether boxes are fractions of their image, as in the format of YOLO."""
+        return 2 <= self.fit_as_fractions == self.tally.total
 
     def read(self, file: CocoFile) -> None:
         """Look at each annotation of a file."""
@@ -224,6 +239,8 @@ class _Annotations:
                 what = f"no {key}_id"
             elif value in known:
                 continue
+            elif key == "image" and value in self.images.refused:
+                return False  # said of the image
             elif _in_quotes_or_not(value) in known:
                 what = f"other kind of {key}_id"
             else:
@@ -258,6 +275,7 @@ class _Annotations:
         """Whether the toolbox takes a box for an object: CocoDataset.parse_data_info has this."""
         x, y, w, h = box
         width, height = self.images.sizes[image]
+        self.fit_as_fractions += min(w, h) > 0 and min(x, y) >= 0 and max(box) <= 1
         if w < 1 or h < 1 or area <= 0:
             self.tally.add("negative" if w < 0 or h < 0 else "empty", name)
             return False

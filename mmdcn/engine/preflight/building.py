@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from torch import nn
 from torch.utils.data import DataLoader
@@ -25,7 +26,7 @@ from mmdcn.errors import first_line
 from .nodes import Problems, children, join
 
 # What building raises where values are wrong. Others may come of the device without memory.
-_MISTAKES = (TypeError, ValueError, KeyError, AttributeError, AssertionError)
+MISTAKES = (TypeError, ValueError, KeyError, AttributeError, AssertionError)
 _LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 _LOADER_SETTINGS = (
     *("batch_size", "num_workers", "persistent_workers", "prefetch_factor", "timeout", "drop_last"),
@@ -47,28 +48,36 @@ def build_without_memory(cfg: Config) -> nn.Module:
     """
     from mmdet.registry import MODELS
 
-    with contextlib.suppress(Exception), torch.device("meta"), _silence():
+    with contextlib.suppress(Exception), torch.device("meta"), silence():
         return MODELS.build(copy.deepcopy(cfg.model))
     # Some compute with values while they are built, such as the rates of Swin's paths.
     node = copy.deepcopy(cfg.model)
     try:
-        with _silence():
+        with silence():
             return MODELS.build(node).to("meta")
     except Exception as error:
         raise CannotBuild(_place(error, node), sentence(error)) from error
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Without what is said in building: it is said again when the run builds the same."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
+    _ask_anew_which_levels_are_on()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)
+        _ask_anew_which_levels_are_on()
+
+
+def _ask_anew_which_levels_are_on() -> None:
+    """Let mmengine's loggers forget what they have cached, as those that logging knows of do."""
+    for logger in MMLogger._instance_dict.values():
+        logger._cache.clear()
 
 
 def sentence(error: BaseException) -> str:
@@ -119,8 +128,9 @@ def setting_problems(cfg: Config, stages: tuple[str, ...]) -> Problems:
         return
     for key in _LENGTHS:
         value = (cfg.get("train_cfg") or {}).get(key)
-        if value is not None and type(value) is not int:
-            yield f"train_cfg.{key}", f"expected an int, got {value!r}"
+        low = int(key != "val_begin")
+        if value is not None and not (type(value) is int and value >= low):
+            yield f"train_cfg.{key}", f"expected an int of at least {low}, got {value!r}"
     yield from _no_numbers(cfg.get("optim_wrapper"), "optim_wrapper")
 
 
@@ -133,9 +143,9 @@ def _loader_problems(loader: Mapping, where: str) -> Problems:
             yield f"{where}.{key}", f"expected an int of at least {low}, got {value!r}"
             return
     try:
-        with _silence():
+        with silence():
             DataLoader(range(1), **settings)
-    except _MISTAKES as error:
+    except MISTAKES as error:
         yield where, sentence(error)
 
 
@@ -162,9 +172,9 @@ def optimizer_problems(cfg: Config, model: nn.Module) -> Problems:
         yield "optim_wrapper.optimizer.type", f"no optimizer named {name!r} is registered{hint}"
         return
     try:
-        with _silence():
+        with silence():
             optimizer = build_optim_wrapper(model, copy.deepcopy(cfg.optim_wrapper))
-    except _MISTAKES as error:
+    except MISTAKES as error:
         yield "optim_wrapper", sentence(error)
         return
     except Exception:
@@ -176,7 +186,7 @@ def optimizer_problems(cfg: Config, model: nn.Module) -> Problems:
             continue
         arguments = {k: v for k, v in schedule.items() if k != "convert_to_iter_based"}
         try:
-            with _silence():
+            with silence():
                 PARAM_SCHEDULERS.build({**arguments, "optimizer": optimizer})
-        except _MISTAKES as error:
+        except MISTAKES as error:
             yield f"param_scheduler[{index}]" if several else "param_scheduler", sentence(error)

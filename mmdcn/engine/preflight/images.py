@@ -35,6 +35,7 @@ class Images:
         sizes: width and height by id.
         files: names by id.
         shown: the ids of those that have something to learn.
+        refused: the ids of those of which something else is wrong.
     """
 
     def __init__(self, file: CocoFile) -> None:
@@ -42,9 +43,12 @@ class Images:
         self.sizes: dict[Any, tuple[float, float]] = {}
         self.files: dict[Any, str] = {}
         self.shown: set = set()
+        self.refused: set = set()
         for image in file.objects("images", "file_name"):
             self.tally.total += 1
             name = image.get("file_name", image.get("id"))
+            if is_id(image.get("id")):
+                self.refused.add(image["id"])
             if not {"id", "file_name", "width", "height"} <= image.keys():
                 self.tally.add("no key", name)
                 continue
@@ -58,6 +62,7 @@ class Images:
             if key in self.sizes:
                 self.tally.add("same id", name)
             self.sizes[key], self.files[key] = size, name
+            self.refused.discard(key)
 
     def look(self, folder: str, only: set | None) -> int:
         """Look at the files of all images, or of some, and return how many were opened."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -59,6 +60,20 @@ def missing_file(path: str, where: str) -> Problems:
     """The problem that there is no such file, if so."""
     if not os.path.isfile(os.path.expanduser(path)):
         yield where, f"no file {path!r}"
+
+
+def missing_weights(path: str, where: str) -> Problems:
+    """The problem that there is no such file, or no such kind of address, if so."""
+    from mmengine.runner import CheckpointLoader
+
+    if "://" not in path:
+        yield from missing_file(path, where)
+        return
+    schemes = [scheme for scheme in CheckpointLoader._schemes if scheme]
+    if not any(re.match(scheme, path) for scheme in schemes):
+        kinds = [scheme for scheme in reversed(schemes) if re.fullmatch(r"[\w-]+://", scheme)]
+        known = ", ".join(kinds)
+        yield where, f"expected a file, or an address that begins with {known}, got {path!r}"
 
 
 def some(names: Sequence[Any], shown: int = 8) -> str:

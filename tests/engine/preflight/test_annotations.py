@@ -79,6 +79,7 @@ def make_it_matter(config, what):
     """Set the config so that a check applies."""
     if what == "first polygon":
         config.test_evaluator.metric = ["bbox", "segm"]
+        config.preflight = dict(model=False)  # which predicts boxes alone
     elif what in {**masks.REFUSED, **masks.WARNED}:
         pipeline = [dict(type="LoadAnnotations", with_bbox=True, with_mask=True)]
         dataset_of(config).pipeline = pipeline
@@ -245,6 +246,25 @@ def test_a_test_set_without_ground_truth_is_fine_where_nothing_is_compared(confi
     write(data, count=0)
     config.test_evaluator.update(format_only=True, outfile_prefix="results")
     preflight.check(config, ("test",))
+
+
+def test_boxes_as_fractions(config, data):
+    fractions = [dict(bbox=box, area=box[2] * box[3]) for box in ([0, 0, 1, 1], [0.5, 0.1, 0.2, 1])]
+    write(data, *fractions, count=0)
+    problem = message_of(config).split("\n")[1:]
+    assert len(problem) == 1
+    assert "look like fractions of their image's width and height, as none of 2 goes" in problem[0]
+    write(data, *fractions)
+    assert "below 1" in warnings_of(config)[0]
+
+
+@pytest.mark.parametrize("change", [dict(width=0), dict(height="8"), dict(file_name=None)])
+def test_annotations_of_a_refused_image_are_not_warned_of(config, data, change):
+    from mmdcn.engine.preflight import nodes
+
+    write(data, images=[change])
+    assert len(message_of(config).split("\n")) == 2
+    assert nodes.said == []
 
 
 def test_boxes_as_corners(config, data):

@@ -303,7 +303,7 @@ SETTINGS = [
     ("optim_wrapper.optimizer.type", "SDG", "did you mean 'SGD'", None),
     ("optim_wrapper.paramwise_cfg.dcn_offset_lr_mult", "abc", "expected a number, got 'abc'", None),
     ("param_scheduler", [dict(type="MultiStepLR")], "'milestones'", "param_scheduler[0]"),
-    ("train_cfg.max_epochs", "abc", "expected an int, got 'abc'", None),
+    ("train_cfg.max_epochs", "abc", "expected an int of at least 1, got 'abc'", None),
     ("randomness.seed", "abc", "expected an int of at least 0 or None, got 'abc'", None),
     ("train_dataloader.batch_size", 0, "expected an int of at least 1, got 0", None),
     ("train_dataloader.batch_size", "abc", "expected an int of at least 1, got 'abc'", None),
