@@ -26,6 +26,7 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
@@ -39,6 +40,7 @@ FOR_MIM = (
     *("tools/*.py", "tools/*.sh"),
 )
 OLDEST_TORCH = (2, 10)
+OLDEST_SETUPTOOLS = (77, 0, 3)  # the first that reads the licence in pyproject.toml, as there
 AVX512 = [
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
     *("-mfma", "-mf16c", "-mprefer-vector-width=512"),
@@ -81,6 +83,16 @@ def check_torch(torch: Path) -> None:
         raise SystemExit(
             f"mmdcn needs torch >= {'.'.join(map(str, OLDEST_TORCH))}; {torch} is {version}. "
             "Upgrade torch, then install mmdcn again."
+        )
+
+
+def check_setuptools() -> None:
+    version = setuptools.__version__
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < OLDEST_SETUPTOOLS:
+        raise SystemExit(
+            f"mmdcn needs setuptools >= {'.'.join(map(str, OLDEST_SETUPTOOLS))} to be built; "
+            f"{sys.prefix} has {version}. pip install 'setuptools>=77.0.3,<81', of which mmcv and "
+            "mmengine take none above 80, then install mmdcn again."
         )
 
 
@@ -354,6 +366,7 @@ def long_description() -> str:
     return re.sub(r"\[([^]]*)\]\((?!https?:)[^)]*\)", r"\1", text)
 
 
+check_setuptools()
 setup(
     version=version(),
     long_description=long_description(),

@@ -233,6 +233,24 @@ def test_build_says_what_is_missing(source, environment, sentence):
 
 
 @pytest.mark.parametrize(
+    ("version", "is_old"), [("65.5.0", True), ("77.0.1", True), ("80.9", False)]
+)
+def test_build_asks_for_a_setuptools_that_reads_the_metadata(source, version, is_old):
+    """Python 3.10 and 3.11 give new environments an older one."""
+    assert 'requires = ["setuptools>=77.0.3"]' in (ROOT / "pyproject.toml").read_text()
+    program = f"""
+import runpy, setuptools, sys
+setuptools.__version__ = {version!r}
+sys.argv = ["setup.py", "--version"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    done = run(sys.executable, "-c", program, cwd=source)
+    assert done.returncode == int(is_old), done.stderr
+    assert ("mmdcn needs setuptools >= 77.0.3 to be built" in done.stderr) == is_old
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
     "arguments, path, sentence",
     [
         (("python3", "nonsense"), None, "TOOLBOX=nonsense: expected openmmlab or onedl"),

@@ -83,7 +83,7 @@ def take_exported_file(cfg: Config, path: str) -> None:
     from mmdcn.deploy import evaluation
     from mmdcn.engine.preflight import class_names
 
-    evaluation.check_classes(evaluation.File(path), class_names(cfg))
+    evaluation.open_and_check(path, class_names(cfg))
     preprocessor = cfg.model.get("data_preprocessor") or dict(type="DetDataPreprocessor")
     cfg.model = ConfigDict(type="ExportedDetector", file=path, data_preprocessor=preprocessor)
 

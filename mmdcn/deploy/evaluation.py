@@ -22,7 +22,7 @@ from mmdcn.errors import first_line
 
 from .masks import paste_masks
 
-__all__ = ["ExportedDetector", "File", "check_classes"]
+__all__ = ["ExportedDetector", "File", "check_classes", "open_and_check"]
 
 _INPUTS = ["images", "image_sizes"]
 
@@ -137,6 +137,21 @@ def check_classes(file: File, classes: Sequence[str] | None) -> None:
         )
 
 
+# Opening a file takes seconds, or minutes: one that was checked is taken over.
+_checked: dict[str, File] = {}
+
+
+def open_and_check(path: str, classes: Sequence[str] | None) -> None:
+    """Check a file that the :class:`ExportedDetector` which is built next is to open.
+
+    Raises:
+        ConfigError: see :class:`File` and :func:`check_classes`.
+    """
+    file = File(path)
+    check_classes(file, classes)
+    _checked[path] = file
+
+
 @MODELS.register_module()
 class ExportedDetector(BaseModel):
     """An exported file, which predicts as the detector that it was written from.
@@ -147,7 +162,7 @@ class ExportedDetector(BaseModel):
     """
 
     def __init__(self, file: str, data_preprocessor: dict) -> None:
-        own = File(file)
+        own = _checked.pop(file, None) or File(file)
         if own.metadata.get("with_preprocessing"):
             # Images stay as they are read, in the upper left corners of a batch.
             data_preprocessor = dict(type=data_preprocessor["type"])

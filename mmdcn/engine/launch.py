@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
+import importlib.util
 import logging
 import os
 import signal
 import sys
+import traceback
+import urllib.error
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -49,10 +53,12 @@ def config_file(text: str) -> str:
     """A config's file, or its name in a package (``mmdcn::…``), as the type of an argument.
 
     Raises:
-        InputError: there is no such file, or it is not of a config's kind. Names are looked up
-            later, by :func:`read_config`.
+        InputError: there is no such file, or no such name, or it is not of a config's kind. The
+            names of packages whose folder is not seen are looked up later, by
+            :func:`read_config`.
     """
     if "::" in text:
+        _check_name(text)
         return text
     if os.path.isdir(text):
         raise InputError(f"expected a config file, got the folder {text!r}")
@@ -61,6 +67,22 @@ def config_file(text: str) -> str:
     if not text.endswith(_CONFIG_SUFFIXES):
         raise InputError(f"expected a config file ({', '.join(_CONFIG_SUFFIXES)}), got {text!r}")
     return text
+
+
+def _check_name(text: str) -> None:
+    package, _, name = text.partition("::")
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ValueError, ImportError):  # of an empty name, or one inside of what is not there
+        spec = None
+    folders = (spec.submodule_search_locations or []) if spec is not None else []
+    configs = next((c for f in folders if (c := Path(f, ".mim", "configs")).is_dir()), None)
+    if configs is None or (configs / name).is_file():
+        return
+    known = [path.relative_to(configs).as_posix() for path in configs.glob("*/*.py")]
+    close = difflib.get_close_matches(name, known)
+    hint = f"; did you mean {' or '.join(f'{package}::{one}' for one in close)}?" if close else ""
+    raise InputError(f"{package} has no config {name!r}{hint}")
 
 
 def checkpoint_file(text: str) -> str:
@@ -343,6 +365,8 @@ def run(
         # Of a distributed run each process is interrupted by the terminal, and by who started it.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         startup.end_interrupted(what_to_do=when_interrupted)
+    except urllib.error.URLError as error:
+        _describe_download(error)
     except InputError as error:
         # Every process of a distributed run comes here; one message is enough.
         sys.exit(f"error: {error}" if startup.is_first_process() else 1)
@@ -351,6 +375,20 @@ def run(
         _leave_process_group()
     if status:
         sys.exit(status)
+
+
+def _describe_download(error: urllib.error.URLError) -> None:
+    """End a tool whose download failed, and name the address where it is known."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    urls = (frame.f_locals.get("url") for frame in frames)
+    url = next((url for url in urls if isinstance(url, str)), None)
+    what = f" of {url}" if url else ""
+    reason = error if isinstance(error, urllib.error.HTTPError) else error.reason
+    message = (
+        f"error: a download failed{what}: {reason}. Download it elsewhere, and name the file in "
+        "place of the address"
+    )
+    sys.exit(message if startup.is_first_process() else 1)
 
 
 def _leave_process_group() -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -255,6 +256,24 @@ def _check_model(model: nn.Module) -> None:
             f"model: expected the model itself, got a {type(model).__name__} around it, which "
             "would not learn of the new parameters"
         )
+    if _is_sharded(model):
+        raise ValueError(
+            "model: expected one whose parameters are whole, got one that is sharded, by "
+            "fully_shard or for tensor parallelism: convert it first, then shard it"
+        )
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are parts of what they are called, by FSDP or tensor parallelism."""
+    # Where these are not imported, which takes a second, there are none.
+    tensors = sys.modules.get("torch.distributed.tensor")
+    wrappers = sys.modules.get("torch.distributed.fsdp")
+    return (
+        tensors is not None and any(isinstance(p, tensors.DTensor) for p in model.parameters())
+    ) or (
+        wrappers is not None
+        and any(isinstance(m, wrappers.FullyShardedDataParallel) for m in model.modules())
+    )
 
 
 def _layer_class(

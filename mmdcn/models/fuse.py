@@ -42,6 +42,8 @@ def fuse_conv_bn(module: nn.Module) -> nn.Module:
         >>> bool((fuse_conv_bn(model)(x) - expected).abs().max() < 1e-5), model[1]
         (True, Identity())
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected an nn.Module, got a {type(module).__name__}")
     places = Counter(child for parent in module.modules() for child in parent._modules.values())
     for parent in list(module.modules()):
         _fuse_children(parent, places)

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("mmdet")
 
-from mmdcn.deploy.comparison import LEAST_MATCHED, match
+from mmdcn.deploy.comparison import LEAST_MATCHED, Matches, match
 from mmdcn.deploy.detector import EndToEnd
 from mmdcn.deploy.masks import paste_masks
 from mmdcn.deploy.refusals import ExportError
@@ -132,3 +132,9 @@ def test_what_is_not_followed_is_named(name, options, expected):
         cfg.model.roi_head.reg_roi_scale_factor = 1.3
     with pytest.raises(ExportError, match=expected):
         EndToEnd(tiny.build(cfg))
+
+
+def test_too_few_equal_detections_say_what_to_do():
+    Matches(matched=99, detections=100).check()
+    with pytest.raises(ExportError, match=r"got 98 of 100 det.*equal.*--images.*--no-verify$"):
+        Matches(matched=98, detections=100).check()

@@ -127,7 +127,6 @@ def test_what_is_no_config_file(tmp_path, name, expected):
     (tmp_path / "folder.py").mkdir()
     with pytest.raises(InputError, match=expected):
         launch.config_file(str(tmp_path / name))
-    assert launch.config_file("mmdcn::dcn/a.py") == "mmdcn::dcn/a.py"
 
 
 def test_settings_that_nobody_reads(arguments, monkeypatch):
@@ -207,6 +206,30 @@ def test_missing_operators_end_the_tool_with_one_message(monkeypatch, tmp_path):
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         launch.run(lambda args: 1 / 0, argparse.Namespace)
+
+
+@pytest.mark.parametrize("toolbox", ["mmdcn", "mmdet"])
+def test_a_mistyped_name_of_a_config(toolbox):
+    right = f"{toolbox}::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
+    assert launch.config_file(right) == right
+    with pytest.raises(InputError, match=f"^{toolbox} has no config .* did you mean {right}"):
+        launch.config_file(right.replace("coco", "coc"))
+    # What is elsewhere is for mmengine to find.
+    for name in ("no_such_package::a.py", "json::a.py", "::a.py", "no.such::a.py"):
+        assert launch.config_file(name) == name
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9/weights.pth", "http://"])
+def test_a_download_that_fails_is_one_line(address, tmp_path):
+    def main(_):
+        from torch.hub import load_state_dict_from_url
+
+        load_state_dict_from_url(address, model_dir=tmp_path, file_name="weights.pth")
+
+    with pytest.raises(SystemExit) as stop:
+        launch.run(main, argparse.Namespace)
+    assert stop.value.code.startswith(f"error: a download failed of {address}: ")
+    assert "name the file in place of the address" in stop.value.code
 
 
 def test_main_is_given_the_arguments_and_gives_the_status():

@@ -99,6 +99,11 @@ def test_never_into_another_layer(first, between):
     assert_folds(model, torch.randn(2, 3, 12, 12), left=1)
 
 
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match=r"^module: expected an nn.Module, got a str"):
+        fuse_conv_bn("model.pth")
+
+
 def test_without_statistics_it_stays():
     norm = nn.BatchNorm2d(8, track_running_stats=False)
     assert_folds(nn.Sequential(DCN(3, 8, 3), norm), torch.randn(2, 3, 9, 9), left=1)

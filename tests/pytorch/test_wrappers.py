@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.utils import parametrize
 
+from mmdcn.models import convert_to_deformable
 from tests.layers import examples
 from tests.layers.test_contract import Halved
 from tests.pytorch.models import loss
@@ -114,6 +115,22 @@ def test_one_flat_parameter(name, autocast, group):
     assert torch.equal(output, expected)
     loss(output).backward()
     assert all(p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        lambda model, group: fully_shard(model, mesh=group),
+        lambda model, group: FullyShardedDataParallel(model, device_id=torch.device("cpu")),
+        lambda model, group: nn.Sequential(
+            FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+        ),
+    ],
+)
+def test_sharded_models_are_not_converted(shard, group):
+    model = shard(nn.Sequential(nn.Conv2d(4, 4, 3)), group)
+    with pytest.raises(ValueError, match=r"got one that is sharded, .*: convert it first"):
+        convert_to_deformable(model, dcn=dict(type="DCNv2"), select="*0")
 
 
 @pytest.mark.parametrize("name", WITH_PARAMETERS)

@@ -97,6 +97,19 @@ def test_the_file_is_evaluated_as_the_checkpoint_is(project, trained, exported, 
         assert (match(theirs, ours) >= 0).float().mean() >= LEAST_MATCHED
 
 
+def test_a_file_is_opened_once(project, exported, run_here, monkeypatch):
+    from mmdcn import machine
+
+    opened, session = [], machine.onnxruntime_session
+    monkeypatch.setattr(
+        machine, "onnxruntime_session", lambda *given: opened.append(given) or session(*given)
+    )
+    run_here("test.py", project.config, "out/model.onnx", "--work-dir", "tested")
+    assert len(opened) == 1
+    run_here("test.py", project.config, "out/model.onnx", "--work-dir", "tested")
+    assert len(opened) == 2  # it may be another by now
+
+
 def test_a_file_that_cannot_be_evaluated(project, trained, exported, run_here, capsys):
     (project.root / "no.onnx").write_text("no model")
     values = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1]) for n in "xy"]
