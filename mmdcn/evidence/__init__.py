@@ -11,6 +11,7 @@
 :mod:`~.progress`       how far they are, and how long it takes
 :mod:`~.results`        what is known, by part, arm and seed
 :mod:`~.cost`           parameters, operations and times of the arms
+:mod:`~.layers`         what the layers do: features that move with the digit, points that spread
 :mod:`~.coco`           what others published on COCO
 :mod:`~.spread`         means, intervals and paired differences over seeds
 :mod:`~.conclusions`    sentences, each with the condition on the figures under which it stands

@@ -13,7 +13,7 @@ from mmdcn import files
 from mmdcn.benchmark.values import number, one_of, several
 from mmdcn.errors import InputError
 
-PARTS = ("scratch", "upright", "frozen", "long", "cost")
+PARTS = ("scratch", "upright", "frozen", "long", "layers", "cost")
 ARMS = (
     *("plain", "plain-size", "plain-time", "dilated", "transformer", "modulation"),
     *("dcn", "dcnv2", "dcnv2-groups", "dcnv4", "branch", "norm"),
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     from mmdcn import machine
     from mmdcn.engine import work_folder
 
-    from . import coco, digits, grid, progress, report, runner
+    from . import digits, grid, layers, progress, report, runner
     from .jobs import digit_jobs
 
     parts = [part for part in args.parts if part in grid.PARTS]
@@ -109,9 +109,11 @@ def run(args: argparse.Namespace) -> None:
                 runner.run(due, args.work_dir, workers, told)
         cost = _cost(args)
         everything = digit_jobs(grid.Choice(seeds=args.seeds, quick=args.quick), args.digits)
-        sections = [] if args.quick else [coco.section()]
+        looked = None
+        if "layers" in args.parts and not args.quick:
+            looked = layers.measure(args.work_dir, digits.load(args.digits))
         written = report.write(
-            everything, args.work_dir, args.out, cost=cost, sections=sections, quick=args.quick
+            everything, args.work_dir, args.out, cost=cost, looked=looked, quick=args.quick
         )
     print(*written, sep="\n")
     sys.stdout.flush()

@@ -6,8 +6,9 @@ otherwise the sentence says that it could not be told. What has no result yet ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+from .cost import scatters
 from .nets import ARMS
 from .results import COLUMNS, Results, Test
 from .spread import Estimate
@@ -157,20 +158,17 @@ def _upright(results: Results) -> Iterator[str]:
 def _cost(cost: dict) -> Iterator[str]:
     arms, plain = cost["arms"], cost["arms"]["plain"]
 
-    def ratio(arm: str, what: str, middle: Callable) -> str:
-        return f"{middle(arms[arm][what]) / middle(plain[what]):.2f}×"
-
-    def same(value: float) -> float:
-        return value
-
-    def median(quartiles: list[float]) -> float:
-        return quartiles[1]
+    def times(arm: str, what: str) -> str:
+        if scatters(arms[arm][what]) or scatters(plain[what]):
+            return ""
+        ratio = arms[arm][what][1] / plain[what][1]
+        return f", {ratio:.2f}× the time of {what.removesuffix('_ms')}"
 
     said = [
-        f"{ARMS[arm].title} {ratio(arm, 'parameters', same)} the parameters, "
-        f"{ratio(arm, 'multiply_adds', same)} the multiply-adds, "
-        f"{ratio(arm, 'training_ms', median)} the time of training and "
-        f"{ratio(arm, 'inference_ms', median)} that of inference"
+        f"{ARMS[arm].title} {arms[arm]['parameters'] / plain['parameters']:.2f}× the parameters, "
+        f"{arms[arm]['multiply_adds'] / plain['multiply_adds']:.2f}× the multiply-adds"
+        + times(arm, "training_ms")
+        + times(arm, "inference_ms")
         for arm in ("dcn", "dcnv2")
     ]
     yield (

@@ -18,6 +18,7 @@ from .transforms import CANVAS
 
 VERSION = 1
 MMCV = "dcnv2 by mmcv"
+SCATTER = 0.2
 
 
 def settings() -> dict:
@@ -95,6 +96,11 @@ def _inference(network: nn.Module, images: Tensor) -> Callable[[], None]:
         network.eval()(images)
 
     return infer
+
+
+def scatters(quartiles: list[float]) -> bool:
+    """Whether samples scatter so much that their medians do not compare."""
+    return quartiles[2] - quartiles[0] > SCATTER * quartiles[1]
 
 
 def _quartiles(samples: list[float]) -> list[float]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmdcn.files import write as write_file
 from mmdcn.markdown import table
 
-from . import plots
+from . import coco, layers, plots
 from .conclusions import conclusions
-from .cost import MMCV
+from .cost import MMCV, scatters
 from .grid import MAIN, PARTS, SEEDS
 from .jobs import DigitJob
 from .nets import ARMS
@@ -67,7 +67,7 @@ def write(
     target: Path,
     *,
     cost: dict | None = None,
-    sections: Iterable[list[str]] = (),
+    looked: dict | None = None,
     quick: bool = False,
 ) -> list[Path]:
     """Write the page as ``target.md``, and its plots and JSON into the folder ``target``.
@@ -77,7 +77,7 @@ def write(
         folder: of the results.
         target: the page's name without its ending.
         cost: what :func:`~.cost.measure` gave.
-        sections: more of the page, as lines.
+        looked: what :func:`~.layers.measure` gave.
         quick: whether nothing is to be concluded.
 
     Returns:
@@ -89,9 +89,9 @@ def write(
         written.append(target / name)
         write_file(written[-1], plots.png(figure))
     written.append(target / "runs.json")
-    write_file(written[-1], _json(results, cost))
+    write_file(written[-1], _json(results, cost, looked))
     written.append(target.with_suffix(".md"))
-    write_file(written[-1], _page(results, target.name, cost, sections, quick))
+    write_file(written[-1], _page(results, target.name, cost, looked, quick))
     return written
 
 
@@ -118,27 +118,27 @@ def _figures(results: Results) -> dict[str, plots.Figure]:
     return found
 
 
-def _page(
-    results: Results, name: str, cost: dict | None, sections: Iterable[list[str]], quick: bool
-) -> str:
+def _page(results: Results, name: str, cost: dict | None, looked: dict | None, quick: bool) -> str:
     lines = [f"# {TITLE}", "", "Written by `make evidence`; every run is in "]
     lines[-1] += f"[runs.json]({name}/runs.json)."
     lines += ["", "## What came out", ""]
-    lines += [_QUICK, ""] if quick else _concluded(results, cost)
+    lines += [_QUICK, ""] if quick else _concluded(results, cost, looked)
     lines += ["## How it was measured", "", _METHOD, ""]
     for part in PARTS:
         if results.arms(part):
             lines += _part(results, part, name)
     if cost is not None:
         lines += _cost(cost)
-    for section in sections:
-        lines += section
+    if looked is not None:
+        lines += layers.section(looked)
+    lines += coco.section()
     lines += _made(results)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _concluded(results: Results, cost: dict | None) -> list[str]:
-    lines = [f"- {text}" for text in conclusions(results, cost)] or ["No run is finished yet."]
+def _concluded(results: Results, cost: dict | None, looked: dict | None) -> list[str]:
+    found = conclusions(results, cost) + ([] if looked is None else layers.sentences(looked))
+    lines = [f"- {text}" for text in found] or ["No run is finished yet."]
     few = results.seeds("scratch", MAIN)
     if few < SEEDS:
         seeds = f"{few} of {SEEDS} seeds"
@@ -179,7 +179,10 @@ def _cost(cost: dict) -> list[str]:
     for name, figures in cost["arms"].items():
         row = [ARMS[name].title, f"{figures['parameters']:,}"]
         row.append(f"{figures['multiply_adds'] / 1e6:.1f}")
-        row += [f"{figures[what][1]:.2f}" for what in ("training_ms", "inference_ms")]
+        row += [
+            f"{'~' * scatters(figures[what])}{figures[what][1]:.2f}"
+            for what in ("training_ms", "inference_ms")
+        ]
         rows.append(row)
     header = ["arm", "parameters", "multiply-adds, M", "training, ms", "inference, ms"]
     machine = cost["machine"]
@@ -187,7 +190,8 @@ def _cost(cost: dict) -> list[str]:
         "## What it costs",
         "",
         f"For one image of a batch of {BATCH}, one thread of {machine['cpu']}: medians of calls "
-        "taken in turns.",
+        "taken in turns. ~ marks times of which half spread over more than a fifth of the median, "
+        "as beside other work: these do not compare.",
         "",
         *table(header, rows),
         "",
@@ -234,7 +238,7 @@ def _environment(result: dict) -> str:
     return f"{machine['cpu']}, {machine['cores']} cores, one thread for each run; {named}"
 
 
-def _json(results: Results, cost: dict | None) -> str:
+def _json(results: Results, cost: dict | None, looked: dict | None) -> str:
     """All runs, one on each line; machines and versions are written once."""
     environments: list[dict] = []
     lines = []
@@ -247,5 +251,7 @@ def _json(results: Results, cost: dict | None) -> str:
     parts = [f'"trainings": {json.dumps(TRAININGS)}', f'"environments": {json.dumps(environments)}']
     if cost is not None:
         parts.append(f'"cost": {json.dumps(cost)}')
+    if looked is not None:
+        parts.append(f'"layers": {json.dumps(looked["layers"])}')
     parts.append('"runs": [\n' + ",\n".join(lines) + "\n]")
     return "{\n" + ",\n".join(parts) + "\n}\n"

@@ -104,7 +104,7 @@ def test_the_plan_counts_what_is_finished():
 
 
 def test_the_command_line_knows_every_part_and_arm():
-    assert set(cli.PARTS) == {*grid.PARTS, "cost"}
+    assert set(cli.PARTS) == {*grid.PARTS, "cost", "layers"}
     assert set(cli.ARMS) == {arm for part in grid.PARTS.values() for arm in part.arms}
 
 
