@@ -176,9 +176,10 @@ def sentences(found: dict) -> list[str]:
         spread = [paired(*layer) for layer in zip(large, small)]
         wider = [str(n) for n, each in enumerate(spread, 2) if each is not None and each.sign > 0]
         said.append(
-            f"**Features move with the digit**, in {ARMS[arm].title} against plain, after the last "
-            f"stage: {', '.join(parts)}. **Points spread with the digit's size** (from ×0.62 to "
-            f"×1.6) in {'layers ' + ', '.join(wider) if wider else 'no layer'} of 2 to 5."
+            "**Do features move with the digit?** After the last stage, the features of "
+            f"{ARMS[arm].title} are, of the moved features and against plain, {', '.join(parts)}. "
+            "**Do points spread with the digit's size**, from ×0.62 to ×1.6? Of layers 2 to 5, "
+            f"they do in {', '.join(wider) or 'none'}."
         )
     return said
 

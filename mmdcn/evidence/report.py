@@ -198,8 +198,8 @@ def _cost(cost: dict) -> list[str]:
     ]
     if MMCV in cost:
         lines += [
-            "With mmcv's operator, the runs of DCNv2 here would take "
-            f"{cost['mmcv_training_ratio']:.1f} times as long (timed in turns with ours).",
+            "With mmcv's operator, the runs of DCNv2 here would take about "
+            f"{cost['mmcv_training_ratio']:.0f} times as long (medians, in turns with ours).",
             "",
         ]
     return lines
