@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from mmdcn.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.figure import Figure
 
 #: The endings of the files that are taken for images, in lower case: those that mmdet takes.
@@ -47,6 +48,32 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
             raise InputError(f"no image {text!r}: expected {expected}")
         found += images
     return list(dict.fromkeys(found))
+
+
+def read_image(path: str | Path) -> np.ndarray | None:
+    """The pixels of an image file, (H, W, 3) uint8 in BGR; None where the toolbox reads none.
+
+    OpenCV's own reading of a file gives what there is of one that was cut off; the toolbox decodes
+    what it has read, and fails.
+    """
+    import cv2
+    import numpy as np
+
+    try:
+        return cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+    except (OSError, cv2.error):  # of an empty file, or one that is too large
+        return None
+
+
+def check_readable(images: Sequence[Path]) -> None:
+    """Check that at least one of some files is an image.
+
+    Raises:
+        InputError: none is.
+    """
+    if not any(read_image(path) is not None for path in images):
+        more = f", nor any of {len(images) - 1} others" if len(images) > 1 else ""
+        raise InputError(f"cannot read the image {images[0]}{more}")
 
 
 def check_names_differ(images: Sequence[Path]) -> None:

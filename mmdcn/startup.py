@@ -1,11 +1,12 @@
 """The wait of mmdcn's import for a program that reads its arguments first.
 
 Torch and the toolbox take seconds to import: too long for ``--help``, or for a mistake in the
-arguments. So a tool of ours says, before it imports anything of mmdcn,
+arguments. So a tool of ours says, before it imports anything,
 
     __arguments_first__ = True
 
-and :func:`mmdcn.engine.launch.run` reads its arguments before it imports the rest. For
+and imports something of mmdcn first, from where on an interruption is one line; and
+:func:`mmdcn.engine.launch.run` reads its arguments before it imports the rest. For
 ``python -m mmdcn.check``, Python imports this package before that module can say anything: all
 modules of the package that are run so are taken to have said it.
 
@@ -32,7 +33,7 @@ def postponed() -> bool:
         getattr(main, "__arguments_first__", False) or _is_looking_for_a_module_of_ours()
     )
     if _postponed and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, end_interrupted)
+        signal.signal(signal.SIGINT, end_at_once)
     return _postponed
 
 
@@ -42,17 +43,33 @@ def is_first_process() -> bool:
     return next(filter(None, map(os.environ.get, names)), "0") == "0"
 
 
-def end_interrupted(*_: object, what_to_do: str | None = None) -> None:
-    """End a program that is interrupted, by one line; also as the handler of the signal.
+def end_at_once(*_: object) -> None:
+    """End a program that is interrupted while it imports, as the handler of the signal.
+
+    An exception would be lost where the signal arrives in a callback, of which Python's own import
+    has some; and nothing has been begun that would have to be tidied up.
+    """
+    _say_interrupted()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)
+
+
+def end_interrupted(what_to_do: str | None = None) -> None:
+    """End a program that is interrupted, by one line.
 
     Args:
         what_to_do: what its user can do then.
     """
+    _say_interrupted(what_to_do)
+    sys.exit(INTERRUPTED)
+
+
+def _say_interrupted(what_to_do: str | None = None) -> None:
     if is_first_process():
         # A terminal shows ^C where the cursor is.
         print("\n" if sys.stderr.isatty() else "", end="", file=sys.stderr)
         print("interrupted" + (f"; {what_to_do}" if what_to_do else ""), file=sys.stderr)
-    sys.exit(INTERRUPTED)
 
 
 def _is_looking_for_a_module_of_ours() -> bool:

@@ -1,13 +1,14 @@
 """A check of every config that mmdet ships with a deformable operator, and its report."""
 
+__arguments_first__ = True  # see mmdcn/startup.py
+from mmdcn import files
+from mmdcn.engine import launch
+
+# isort: split
 import argparse
 import sys
 import warnings
 from pathlib import Path
-
-__arguments_first__ = True  # see mmdcn/startup.py
-from mmdcn import files
-from mmdcn.engine import launch
 
 
 def parse_args() -> argparse.Namespace:

@@ -5,6 +5,11 @@ interruption and it goes on from the last checkpoint. With other settings it ask
 --work-dir, or for --restart.
 """
 
+__arguments_first__ = True  # see mmdcn/startup.py
+from mmdcn.datasets.parameters import Parameters
+from mmdcn.engine import launch
+
+# isort: split
 import argparse
 import copy
 import json
@@ -12,10 +17,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-
-__arguments_first__ = True  # see mmdcn/startup.py
-from mmdcn.datasets.parameters import Parameters
-from mmdcn.engine import launch
 
 
 def parse_args() -> argparse.Namespace:

@@ -6,14 +6,15 @@ after what the tool has said. Several machines: set NNODES, NODE_RANK, MASTER_AD
 
 from __future__ import annotations
 
+__arguments_first__ = True  # see mmdcn/startup.py
+from mmdcn.engine import launch
+
+# isort: split
 import argparse
 import os
 import subprocess
 import sys
 from pathlib import Path
-
-__arguments_first__ = True  # see mmdcn/startup.py
-from mmdcn.engine import launch
 
 
 def processes(text: str) -> str:

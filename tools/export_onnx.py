@@ -6,14 +6,15 @@ in standard operators of ONNX. Batch and image size stay open. docs/deploying.md
 
 from __future__ import annotations
 
-import argparse
-import tempfile
-from pathlib import Path
-
 __arguments_first__ = True  # see mmdcn/startup.py
 from mmdcn import files
 from mmdcn.engine import launch
 from mmdcn.errors import InputError
+
+# isort: split
+import argparse
+import tempfile
+from pathlib import Path
 
 
 def image_file(text: str) -> Path:

@@ -1,14 +1,15 @@
 """Random trials of what must not break: operators, malformed calls and damaged checkpoints."""
 
+__arguments_first__ = True  # see mmdcn/startup.py
+from mmdcn.engine import launch
+
+# isort: split
 import argparse
 import os
 import secrets
 import sys
 import time
 from pathlib import Path
-
-__arguments_first__ = True  # see mmdcn/startup.py
-from mmdcn.engine import launch
 
 KINDS = ("operators", "malformed", "checkpoints")
 

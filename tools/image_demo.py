@@ -7,13 +7,14 @@ detector has some.
 
 from __future__ import annotations
 
-import argparse
-import sys
-from pathlib import Path
-
 __arguments_first__ = True  # see mmdcn/startup.py
 from mmdcn import files
 from mmdcn.engine import environment, launch
+
+# isort: split
+import argparse
+import sys
+from pathlib import Path
 
 
 def parse_args() -> argparse.Namespace:
@@ -59,6 +60,7 @@ def parse_args() -> argparse.Namespace:
     if args.show:
         environment.check_display("the pictures are in OUT_DIR/vis without it")
     args.images = files.find_images(args.inputs)
+    files.check_readable(args.images)
     if not (args.no_save_vis and args.no_save_pred):
         files.check_names_differ(args.images)
         files.check_folder(args.out_dir, "--out-dir")
@@ -70,7 +72,6 @@ def main(args: argparse.Namespace) -> int:
 
     if args.device is not None:
         launch.check_device(args.device)
-    inference.check_readable(args.images)
     cfg = launch.read_config(args.config, args.cfg_options)
     inferencer = inference.build(cfg, args.checkpoint, args.device, args.palette)
     writes = {"vis": not args.no_save_vis, "preds": not args.no_save_pred}

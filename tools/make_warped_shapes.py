@@ -1,14 +1,15 @@
 """Generator of the warped-shapes data set: textured, warped shapes in COCO format, from a seed."""
 
-import argparse
-import signal
-import sys
-from pathlib import Path
-
 __arguments_first__ = True  # see mmdcn/startup.py
 from mmdcn.datasets.parameters import Parameters
 from mmdcn.engine import launch
 from mmdcn.errors import InputError
+
+# isort: split
+import argparse
+import signal
+import sys
+from pathlib import Path
 
 
 def parse_args() -> argparse.Namespace:

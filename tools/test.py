@@ -5,14 +5,15 @@ A file of tools/export_onnx.py is evaluated like a checkpoint.
 
 from __future__ import annotations
 
+__arguments_first__ = True  # see mmdcn/startup.py
+from mmdcn import files
+from mmdcn.engine import environment, launch
+
+# isort: split
 import argparse
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-__arguments_first__ = True  # see mmdcn/startup.py
-from mmdcn import files
-from mmdcn.engine import environment, launch
 
 if TYPE_CHECKING:
     from mmengine.config import Config

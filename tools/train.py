@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 __arguments_first__ = True  # see mmdcn/startup.py
 from mmdcn import files
 from mmdcn.engine import launch
+
+# isort: split
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mmengine.config import Config

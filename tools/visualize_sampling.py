@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
-import math
-import re
-from pathlib import Path
-
 __arguments_first__ = True  # see mmdcn/startup.py
 from mmdcn import files
 from mmdcn.engine import launch
 from mmdcn.errors import InputError
+
+# isort: split
+import argparse
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def point(text: str) -> tuple[float, float]:
@@ -23,10 +28,11 @@ def point(text: str) -> tuple[float, float]:
     return x, y
 
 
-def image_file(text: str) -> str:
-    if not Path(text).is_file():
-        raise InputError(f"image: expected an image file, got {text!r}")
-    return text
+def check_points(points: list[tuple[float, float]], image: np.ndarray) -> None:
+    height, width = image.shape[:2]
+    outside = [p for p in points if not (0 <= p[0] <= width and 0 <= p[1] <= height)]
+    if outside:
+        raise InputError(f"--points: expected x up to {width} and y to {height}, got {outside}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -35,7 +41,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "checkpoint", type=launch.checkpoint_file, help="checkpoint file or address"
     )
-    parser.add_argument("image", type=image_file, help="image file")
+    parser.add_argument("image", help="image file")
     parser.add_argument(
         "--points",
         nargs="+",
@@ -76,16 +82,20 @@ def parse_args() -> argparse.Namespace:
     if args.out.suffix != ".png":
         parser.error(f"argument --out: expected a name ending in .png, got {args.out}")
     files.check_folder(args.out.parent, "--out")
+    image = files.read_image(args.image)
+    if image is None:
+        raise InputError(f"image: expected an image file, got {args.image!r}")
+    check_points(args.points or [], image)
     return args
 
 
 def main(args: argparse.Namespace) -> None:
-    import cv2
     from mmdet.apis import init_detector
 
     from mmdcn.engine.preflight import ConfigError, check_weights
     from mmdcn.files import write, write_figure
     from mmdcn.visualization import (
+        check_layers,
         choose_layers,
         object_centers,
         sample_image,
@@ -94,12 +104,11 @@ def main(args: argparse.Namespace) -> None:
     )
 
     launch.check_device(args.device)
-    if not cv2.haveImageReader(args.image):
-        raise ConfigError(f"image: expected an image file, got {args.image!r}")
     cfg = launch.load_config(args)
     check_weights(cfg, args.checkpoint)
     model = init_detector(cfg, args.checkpoint, device=args.device, cfg_options={})
     try:
+        check_layers(model, args.layers or [])
         sampled = sample_image(model, args.image)
         layers = choose_layers(sampled, args.layers)
     except ValueError as error:
@@ -108,10 +117,6 @@ def main(args: argparse.Namespace) -> None:
     points = args.points
     if points is None:
         points = object_centers(sampled.instances, args.min_score, args.max_objects)
-    height, width = sampled.image.shape[:2]
-    outside = [p for p in points if not (0 <= p[0] <= width and 0 <= p[1] <= height)]
-    if outside:
-        raise ConfigError(f"--points: expected x up to {width} and y to {height}, got {outside}")
     if not points:
         raise ConfigError(
             f"nothing was detected with a score of {args.min_score}: lower --min-score, or give "

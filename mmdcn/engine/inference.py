@@ -8,15 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import cv2
 from mmdet.apis import DetInferencer
 from mmengine.config import Config
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mmdcn import files
 from mmdcn.engine import preflight
 from mmdcn.engine.preflight import ConfigError
 
-__all__ = ["Predicted", "build", "check_readable", "predict"]
+__all__ = ["Predicted", "build", "predict"]
+
+# The toolbox writes a picture under its image's name, and a .pgm has no colours.
+_DRAWABLE = tuple(suffix for suffix in files.IMAGE_SUFFIXES if suffix != ".pgm")
 
 
 @dataclass
@@ -67,17 +70,6 @@ def _name_classes(inferencer: DetInferencer, cfg: Config, checkpoint: str) -> No
     inferencer.visualizer.dataset_meta = inferencer.model.dataset_meta
 
 
-def check_readable(images: Sequence[Path]) -> None:
-    """Check that at least one of some files is an image, before a model is loaded.
-
-    Raises:
-        ConfigError: none is.
-    """
-    if not any(cv2.haveImageReader(str(path)) for path in images):
-        more = f", nor any of {len(images) - 1} others" if len(images) > 1 else ""
-        raise ConfigError(f"cannot read the image {images[0]}{more}")
-
-
 def predict(
     inferencer: DetInferencer,
     images: Sequence[Path],
@@ -103,7 +95,7 @@ def predict(
         task = progress.add_task("images", total=len(images))
         for first in range(0, len(images), batch_size):
             batch = images[first : first + batch_size]
-            readable = [path for path in batch if cv2.imread(str(path)) is not None]
+            readable = [path for path in batch if files.read_image(path) is not None]
             predicted.unreadable += [path for path in batch if path not in readable]
             if readable:
                 _predict_batch(inferencer, readable, out_dir, options)
@@ -116,14 +108,23 @@ def _predict_batch(
     inferencer: DetInferencer, batch: list[Path], out_dir: Path | None, options: dict
 ) -> None:
     options = {"batch_size": len(batch), **options}
-    names = [str(path) for path in batch]
     if out_dir is None:
-        inferencer(names, **options)
+        inferencer([str(path) for path in batch], **options)
         return
     out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unfinished_", dir=out_dir) as folder:
-        inferencer(names, out_dir=folder, **options)
-        for written in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-            target = out_dir / written.relative_to(folder)
+        results = Path(folder, "results")
+        inferencer([_drawable(path, Path(folder)) for path in batch], out_dir=results, **options)
+        for written in sorted(path for path in results.rglob("*") if path.is_file()):
+            target = out_dir / written.relative_to(results)
             target.parent.mkdir(parents=True, exist_ok=True)
             written.replace(target)
+
+
+def _drawable(path: Path, folder: Path) -> str:
+    """A name of an image by which a picture in colour can be written: where need be, a link's."""
+    if path.suffix.lower() in _DRAWABLE:
+        return str(path)
+    link = folder / f"{path.stem}.png"
+    link.symlink_to(path.absolute())
+    return str(link)

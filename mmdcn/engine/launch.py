@@ -299,7 +299,7 @@ def begin(
         log_to_stderr: what is logged meanwhile goes to the standard error.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, startup.end_interrupted)
+        signal.signal(signal.SIGINT, startup.end_at_once)
     args = parse_args()
     if getattr(args, "arguments_only", False):
         sys.exit(0)
@@ -336,7 +336,7 @@ def run(
     handler = signal.getsignal(signal.SIGINT)
     try:
         args = begin(parse_args, needs_toolbox=needs_toolbox, log_to_stderr=log_to_stderr)
-        if signal.getsignal(signal.SIGINT) is startup.end_interrupted:
+        if signal.getsignal(signal.SIGINT) is startup.end_at_once:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         status = main(args)
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from .detections import draw_instances, image_grid
 from .sampled_image import (
     SampledImage,
+    check_layers,
     choose_layers,
     figure_image,
     object_centers,
@@ -28,6 +29,7 @@ __all__ = [
     "Sampling",
     "SamplingPoints",
     "StackedPoints",
+    "check_layers",
     "choose_layers",
     "draw_instances",
     "draw_sampling_points",

@@ -1,6 +1,7 @@
 """The samples that a detector's deformable layers take of an image, as a figure and as a page."""
 
 import base64
+import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from mmdet.apis import inference_detector
 from mmengine.structures import InstanceData
 from torch import nn
 
+from mmdcn.files import read_image
 from mmdcn.visualization.sampling import (
     COLOR_MAP,
     Sampling,
@@ -72,7 +74,7 @@ def sample_image(model: nn.Module, path: str) -> SampledImage:
         >>> list(sample_image(model, "image.jpg").layers)  # doctest: +SKIP
         ['backbone.layer2.0.conv2', 'backbone.layer2.1.conv2']
     """
-    image = cv2.imread(path)
+    image = read_image(path)
     if image is None:
         raise ValueError(f"image: expected an image file, got {path!r}")
     with record_sampling(model) as layers:
@@ -112,6 +114,27 @@ def of_images(layers: dict[str, Sampling], batch: int) -> dict[str, Sampling]:
         "computes offsets of its own), got none: RoI pooling, sequences and volumes cannot be "
         "drawn on the image, and compiled models are not seen"
     )
+
+
+def check_layers(model: nn.Module, names: Sequence[str]) -> None:
+    """Check that a model has modules of some names, before it looks at an image.
+
+    Args:
+        model: the detector.
+        names: as :func:`choose_layers` takes them: ``NAME#2`` is the second call of NAME.
+
+    Raises:
+        ValueError: it has not.
+
+    Example:
+        >>> check_layers(nn.Sequential(nn.ReLU()), ["0", "0#2"])
+    """
+    there = dict(model.named_modules())
+    for name in names:
+        if name.partition("#")[0] not in there:
+            close = difflib.get_close_matches(name, there, n=3)
+            hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+            raise ValueError(f"layers: the model has no module {name!r}{hint}")
 
 
 def choose_layers(

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import signal
+import sys
 
 import pytest
 from mmengine.config import Config
@@ -236,6 +237,7 @@ def test_an_interruption_is_one_line_and_status_130(when, monkeypatch, capsys):
     does = {"arguments": argparse.Namespace, "imports": lambda: None, "main": lambda args: None}
     does[when] = interrupt
     monkeypatch.setattr(launch.startup, "load", does["imports"])
+    monkeypatch.setattr(launch.startup.os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as stop:
         launch.run(does["main"], does["arguments"], when_interrupted="call again")
     assert stop.value.code == 130

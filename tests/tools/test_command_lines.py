@@ -100,6 +100,20 @@ def test_every_program_ends_as_the_launcher_ends_it(program):
     assert ast.unparse(call.value.func) == "launch.run"
 
 
+@pytest.mark.parametrize("program", TOOLS, ids=name)
+def test_a_tool_ends_in_one_line_from_its_first_import_on(program):
+    """mmdcn's import sees to it that an interruption does not end in a traceback."""
+    body = [node for node in ast.parse(program.read_text()).body if not is_first_of_all(node)]
+    assert ast.unparse(body[0]) == "__arguments_first__ = True"
+    assert isinstance(body[1], ast.ImportFrom)
+    assert body[1].module.split(".")[0] == "mmdcn"
+
+
+def is_first_of_all(node: ast.stmt) -> bool:
+    """Whether Python lets nothing come before, as of a docstring."""
+    return isinstance(node, ast.Expr) or getattr(node, "module", None) == "__future__"
+
+
 MISTAKES = {
     "train.py": ["missing.py"],
     "test.py": ["missing.py", "missing.pth"],

@@ -29,6 +29,16 @@ def photos(project, tmp_path):
     return folder
 
 
+def cut_off(path):
+    """The beginning of an image file, of which OpenCV reads the part that is there."""
+    content = path.read_bytes()
+    return next(
+        content[:size]
+        for size in range(len(content) - 1, 0, -1)
+        if cv2.imdecode(np.frombuffer(content[:size], np.uint8), cv2.IMREAD_COLOR) is None
+    )
+
+
 def results(out):
     """The names in both folders of results, sorted."""
     return {path.name: sorted(p.name for p in path.iterdir()) for path in out.iterdir()}
@@ -68,14 +78,47 @@ def test_batches_change_nothing(model, photos, tmp_path, run_here):
 def test_a_pattern_and_a_file_as_a_command(project, model, photos):
     """The command, with its default folder, and an image that cannot be read among others."""
     (photos / "broken.png").write_bytes(b"\x89PNG")
-    inputs = [f"{photos}/**/[d-e].*", photos / "broken.png", photos / "more" / "d.png"]
+    (photos / "cut.jpg").write_bytes(cut_off(photos / "e.jpg"))
+    broken = [photos / "cut.jpg", photos / "broken.png"]
+    inputs = [f"{photos}/**/[d-e].*", *broken, photos / "more" / "d.png"]
     done = run_tool("image_demo.py", *inputs, *model, "--no-save-pred", cwd=project.root)
     assert done.returncode == 1
-    assert "3/3" in done.stdout  # the progress bar's
+    assert "4/4" in done.stdout  # the progress bar's
     assert "2 images: wrote outputs/vis\n" in done.stdout
-    assert done.stdout.splitlines()[-1] == f"error: cannot read the image {photos}/broken.png"
+    told = [f"error: cannot read the image {path}" for path in broken]
+    assert done.stdout.splitlines()[-2:] == told
     assert "Traceback" not in done.stdout
     assert results(project.root / "outputs") == {"vis": ["d.png", "e.jpg"]}
+
+
+def test_names_under_which_no_picture_can_be_written(model, photos, tmp_path, run_here):
+    """None without colours, and none without an ending."""
+    pixels = cv2.imread(str(photos / "e.jpg"))
+    cv2.imwrite(str(photos / "grey.pgm"), pixels[..., 0])
+    shutil.copy(photos / "e.jpg", photos / "no ending")
+    out = tmp_path / "out"
+    run_here("image_demo.py", photos / "grey.pgm", photos / "no ending", *model, "--out-dir", out)
+    assert results(out) == {
+        "vis": ["grey.png", "no ending.png"],
+        "preds": ["grey.json", "no ending.json"],
+    }
+    assert cv2.imread(str(out / "vis" / "no ending.png")).shape == pixels.shape
+
+
+def test_mistakes_in_images_are_seen_before_the_imports(model, photos, run_here, monkeypatch):
+    from mmdcn.engine import launch
+
+    monkeypatch.setattr(launch.startup, "load", lambda: pytest.fail("too late"))
+    cut = photos / "cut.jpg"
+    cut.write_bytes(cut_off(photos / "e.jpg"))
+    for command in (
+        ["image_demo.py", cut, *model],
+        ["visualize_sampling.py", *model, cut],
+        ["visualize_sampling.py", *model, photos / "notes.txt"],
+        ["visualize_sampling.py", *model, photos / "e.jpg", "--points", "71,3"],
+    ):
+        with pytest.raises(SystemExit, match=r"^error: (cannot read the |image: |--points: )"):
+            run_here(*command)
 
 
 def test_nothing_is_written_where_nothing_is_asked_for(model, photos, run_here, capsys, project):
@@ -92,6 +135,8 @@ MISTAKES = {
     "an empty folder": (["{photos}/empty"], [], "/empty': expected a folder with images (.jpg"),
     "a pattern that fits nothing": (["{photos}/*.gif"], [], "*.gif': expected an image, a folder"),
     "no image": (["{photos}/notes.txt"], [], "cannot read the image {photos}/notes.txt"),
+    "cut off": (["{photos}/cut.jpg"], [], "cannot read the image {photos}/cut.jpg"),
+    "empty": (["{photos}/empty.png"], [], "cannot read the image {photos}/empty.png"),
     "two of a name": (["{photos}/a.png", "{photos}/more/a.png"], [], "results of the same name"),
     "a file in the way": (
         ["{photos}"],
@@ -108,6 +153,8 @@ MISTAKES = {
 def test_a_mistake_gets_one_message(mistake, model, photos, run_here, tmp_path):
     (photos / "empty").mkdir()
     shutil.copy(photos / "a.png", photos / "more" / "a.png")
+    (photos / "empty.png").touch()
+    (photos / "cut.jpg").write_bytes(cut_off(photos / "e.jpg"))
     inputs, options, expected = MISTAKES[mistake]
     inputs, options = ([text.format(photos=photos) for text in part] for part in (inputs, options))
     out = [] if "--out-dir" in options else ["--out-dir", tmp_path / "never"]

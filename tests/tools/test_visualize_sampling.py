@@ -81,7 +81,15 @@ MISTAKES = {
     ),
     "nothing detected": (["--min-score", "1.1"], "nothing was detected with a score of 1.1"),
     "point outside": (["--points", "65,3"], "--points: expected x up to 64 and y to 64"),
-    "unknown layer": (["--layers", "layer4"], "--layers: expected some of backbone.layer4.0.conv2"),
+    "a layer that samples nothing": (
+        ["--layers", "backbone.layer4"],
+        "--layers: expected some of backbone.layer4.0.conv2",
+    ),
+    "no such layer": (
+        ["--layers", "backbone.layer4.0.conv"],
+        "--layers: the model has no module 'backbone.layer4.0.conv'; did you mean "
+        "'backbone.layer4.0.conv",
+    ),
 }
 
 
@@ -90,6 +98,16 @@ def test_a_mistake_gets_one_message(arguments, run_here, mistake):
     options, expected = MISTAKES[mistake]
     with pytest.raises(SystemExit, match=f"^error: {re.escape(expected)}"):
         run_here(*arguments, *options)
+
+
+def test_layers_are_looked_for_before_the_model_runs(arguments, run_here, monkeypatch):
+    from mmdcn import visualization
+
+    monkeypatch.setattr(visualization, "sample_image", lambda *_: pytest.fail("too late"))
+    with pytest.raises(SystemExit, match="--layers: the model has no module 'layer4'"):
+        run_here(*arguments, "--layers", "layer4")
+    with pytest.raises(pytest.fail.Exception):
+        run_here(*arguments, "--layers", "backbone.layer4.0.conv2#1")
 
 
 @pytest.mark.parametrize(
