@@ -71,7 +71,7 @@ class _Decoder:
         return self.decode(self.outputs(features), image_sizes)
 
     def outputs(self, features: Sequence[Tensor]) -> Sequence[Sequence[Tensor]]:
-        """The head's: for scores, boxes and perhaps factors, a tensor (N, C, H, W) of each level."""
+        """The head's: scores, boxes and perhaps factors, of each level a tensor (N, C, H, W)."""
         return self.head(features)
 
     def decode(self, outputs: Sequence[Sequence[Tensor]], image_sizes: Tensor) -> Detections:

@@ -95,8 +95,8 @@ def _extractors(roi_head: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module
 class RoIHeadDecoder:
     """``predict`` of mmdet's standard RoI head and of its cascade.
 
-    Their boxes and masks are decoded as ``BBoxHead`` and ``FCNMaskHead`` do it. A standard head is a
-    cascade of one stage.
+    Their boxes and masks are decoded as ``BBoxHead`` and ``FCNMaskHead`` do it. A standard head is
+    a cascade of one stage.
 
     Args:
         roi_head: one of these, with its extractors replaced.
@@ -149,7 +149,7 @@ class RoIHeadDecoder:
             image_sizes: (N, 2), height and width without padding.
         """
         count = proposals.boxes.shape[1]
-        logits = []
+        logits, encoded = [], None
         for stage, forward in enumerate(self._box_forwards):
             if stage > 0:
                 head = self._box_heads[stage - 1]

@@ -18,8 +18,8 @@ OPSET = 19
 #: A value of a graph; None is an input that is left out.
 Value = Any
 
-# ONNX's numbers of two element types, which Cast takes.
-_FLOAT, _INT64 = 1, 7
+# ONNX's number of an element type, which Cast takes.
+_INT64 = 7
 
 # By how much a bin is made smaller whose size says how many points are sampled in it: rounding
 # must not add a row of points to one of whole pixels.
@@ -53,33 +53,47 @@ def deform_conv2d(
     mask: Value,
 ) -> Value:
     """``DeformConv``, whose offsets have the order of ours."""
-    channels = graph.size(input, 1, "input")
-    offset_channels = graph.size(offset, 1, "offset")
-    group_channels, *kernel = (graph.size(weight, d, "weight") for d in (1, 2, 3))
+    kernel = [graph.size(weight, dimension, "weight") for dimension in (2, 3)]
+    groups = graph.size(input, 1, "input") // graph.size(weight, 1, "weight")
+    offset_groups = graph.size(offset, 1, "offset") // (2 * math.prod(kernel))
+    features = [input, weight, bias]
     mixed = graph.dtype(input) != graph.dtype(offset)
     if mixed:
-        input_, weight, bias = (_like(graph, t, offset) for t in (input, weight, bias))
-    else:
-        input_ = input
-    output = graph.op(
+        features = [None if t is None else graph.op("CastLike", t, offset) for t in features]
+    geometry = (kernel, stride, padding, dilation)
+    output = _deform_conv(graph, *features, offset, mask, groups, offset_groups, *geometry)
+    return graph.op("CastLike", output, input) if mixed else output
+
+
+def _deform_conv(
+    graph: Graph,
+    input: Value,
+    weight: Value,
+    bias: Value,
+    offset: Value,
+    mask: Value,
+    groups: int,
+    offset_groups: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Value:
+    """The node, whose inputs have one element type."""
+    return graph.op(
         "DeformConv",
-        input_,
+        input,
         weight,
         offset,
         bias,
         mask,
         dilations=list(dilation),
-        group=channels // group_channels,
-        kernel_shape=kernel,
-        offset_group=offset_channels // (2 * math.prod(kernel)),
+        group=groups,
+        kernel_shape=list(kernel_size),
+        offset_group=offset_groups,
         pads=[*padding, *padding],
         strides=list(stride),
     )
-    return _like(graph, output, input) if mixed else output
-
-
-def _like(graph: Graph, value: Value, other: Value) -> Value:
-    return None if value is None else graph.op("CastLike", value, other)
 
 
 # -------------------------------------------------------------------------------- DCNv3 and DCNv4
@@ -105,30 +119,27 @@ def deform_aggregate(
     """
     channels, groups = graph.size(input, 3, "input"), graph.size(offset, 3, "offset")
     taps = math.prod(kernel_size)
-    offset = _scaled(graph, offset, kernel_size, dilation, offset_scale, remove_center)
+    mixed = graph.dtype(input) != graph.dtype(offset)
+    features = graph.op("CastLike", input, offset) if mixed else input
+    weight = _constant(graph, torch.ones(channels, 1, *reversed(kernel_size)), offset)
+    points = [_scaled(graph, offset, kernel_size, dilation, offset_scale, remove_center), mask]
     if remove_center:
         # A tap that counts nothing.
-        offset, mask = (
-            _with_zeros(graph, t, number * (taps // 2), number)
-            for t, number in ((offset, 2), (mask, 1))
-        )
-    points = [
-        _columns_first(graph, _reshaped(graph, t, [0, 0, 0, groups * number * taps]))
-        for t, number in ((offset, 2), (mask, 1))
-    ]
-    weight = graph.constant(torch.ones(channels, 1, *reversed(kernel_size)))
-    if graph.dtype(weight) != graph.dtype(input):
-        weight = graph.op("CastLike", weight, input)
-    output = deform_conv2d(
-        graph,
-        _columns_first(graph, input),
-        points[0],
-        weight,
-        None,
-        *([*reversed(numbers)] for numbers in (stride, padding, dilation)),
-        points[1],
+        points = [_with_zeros(graph, t, n * (taps // 2), n) for t, n in zip(points, (2, 1))]
+    # (N, Ho, Wo, groups, ...) as (N, channels, Wo, Ho)
+    points = [_columns_first(graph, _reshaped(graph, t, [0, 0, 0, -1])) for t in points]
+    geometry = (list(reversed(each)) for each in (kernel_size, stride, padding, dilation))
+    output = _deform_conv(
+        *(graph, _columns_first(graph, features), weight, None, *points, channels, groups),
+        *geometry,
     )
-    return _columns_first(graph, output)
+    output = _columns_first(graph, output)
+    return graph.op("CastLike", output, input) if mixed else output
+
+
+def _constant(graph: Graph, values: torch.Tensor, like: Value) -> Value:
+    """A constant in the element type of another value."""
+    return graph.op("CastLike", graph.constant(values), like)
 
 
 def _columns_first(graph: Graph, value: Value) -> Value:
@@ -162,10 +173,8 @@ def _scaled(
     if remove_center:
         center = len(grid) // 2
         grid = torch.cat([grid[:center], grid[center + 1 :]])
-    scale, shift = (
-        graph.op("CastLike", graph.constant(values), offset)
-        for values in (torch.tensor(offset_scale), (offset_scale - 1) * grid.flatten())
-    )
+    scale = _constant(graph, torch.tensor(offset_scale), offset)
+    shift = _constant(graph, (offset_scale - 1) * grid.flatten(), offset)
     return graph.op("Add", graph.op("Mul", offset, scale), shift)
 
 
@@ -207,6 +216,7 @@ def deform_roi_pool(
         )
     mixed = graph.dtype(input) != graph.dtype(rois)
     features = graph.op("CastLike", input, rois) if mixed else input
+    bins = math.prod(output_size)
     corners, sizes = _bins(graph, rois, output_size, sampling_ratio)
     groups = 1 if offset is None else graph.size(offset, 1, "offset") // 2
     channels = graph.size(input, 1, "input")
@@ -216,9 +226,10 @@ def deform_roi_pool(
         moved = corners
         if offset is not None:
             moves = _slice(graph, offset, group, 2)
-            moves = _reshaped(graph, moves, [0, 2, math.prod(output_size)])
+            moves = _reshaped(graph, moves, [-1, 2, bins])
             moves = graph.op("Transpose", moves, perm=[0, 2, 1])
-            extent = graph.op("Mul", _extent(graph, rois), _number(graph, gamma, rois))
+            scale = _constant(graph, torch.tensor(gamma), rois)
+            extent = graph.op("Mul", _extent(graph, rois), scale)
             moved = graph.op("Add", corners, graph.op("Mul", moves, extent))
         boxes = graph.op("Concat", moved, graph.op("Add", moved, sizes), axis=2)
         pooled.append(
@@ -226,7 +237,7 @@ def deform_roi_pool(
                 "RoiAlign",
                 own,
                 _reshaped(graph, boxes, [-1, 4]),
-                _images(graph, rois, math.prod(output_size)),
+                _images(graph, rois, bins),
                 mode="avg",
                 output_height=1,
                 output_width=1,
@@ -235,11 +246,10 @@ def deform_roi_pool(
                 coordinate_transformation_mode="half_pixel",
             )
         )
-    each = channels // groups
-    pooled = [_reshaped(graph, p, [-1, math.prod(output_size), each]) for p in pooled]
+    pooled = [_reshaped(graph, p, [-1, bins, channels // groups]) for p in pooled]
     every = pooled[0] if groups == 1 else graph.op("Concat", *pooled, axis=2)
     every = graph.op("Transpose", every, perm=[0, 2, 1])
-    output = _reshaped(graph, every, [0, 0, *output_size])
+    output = _reshaped(graph, every, [-1, channels, *output_size])
     return graph.op("CastLike", output, input) if mixed else output
 
 
@@ -247,10 +257,6 @@ def _slice(graph: Graph, value: Value, part: int, length: int) -> Value:
     """One of the parts of so many channels each."""
     bounds = (graph.constant(torch.tensor([i])) for i in (part * length, (part + 1) * length, 1))
     return graph.op("Slice", value, *bounds)
-
-
-def _number(graph: Graph, value: float, like: Value) -> Value:
-    return graph.op("CastLike", graph.constant(torch.tensor(value)), like)
 
 
 def _corner(graph: Graph, rois: Value, first: int) -> Value:
@@ -277,8 +283,7 @@ def _bins(
         part = part * _SHRINK
     extent = _extent(graph, rois)
     starts, part = (
-        graph.op("Mul", extent, graph.op("CastLike", graph.constant(values), rois))
-        for values in (starts, part)
+        graph.op("Mul", extent, _constant(graph, values, rois)) for values in (starts, part)
     )
     return graph.op("Add", _corner(graph, rois, 1), starts), part
 

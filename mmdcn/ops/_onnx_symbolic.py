@@ -71,9 +71,7 @@ def _symbolic(name: str, kinds: tuple[str, ...]) -> Callable[..., Value]:
     build = getattr(_onnx_graphs, name)
 
     def translate(context: GraphContext, *given: Value) -> Value:
-        arguments = [
-            symbolic_helper._parse_arg(value, kind) for value, kind in zip(given, kinds)
-        ]
+        arguments = [symbolic_helper._parse_arg(value, kind) for value, kind in zip(given, kinds)]
         values = [
             None if kind == "v" and symbolic_helper._is_none(value) else value
             for value, kind in zip(arguments, kinds)
