@@ -162,6 +162,7 @@ def _problems() -> Iterator[Problem]:
         ("deform_conv1d", 1, 256, (4000,)),
         ("deform_conv3d", 1, 64, (8, 28, 28)),
         ("deform_conv3d", 1, 128, (4, 14, 14)),
+        ("deform_conv3d", 2, 32, (8, 16, 16)),
     ):
         label = f"{batch}, {channels}→{channels}, {'×'.join(map(str, size))}"
         bind = functools.partial(_convolution, batch, channels, size)

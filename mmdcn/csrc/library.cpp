@@ -57,7 +57,16 @@ STABLE_TORCH_LIBRARY(mmdcn, m) {
   // Implemented in Python (mmdcn/ops/_products.py), as nothing of torch's that is stable tells.
   m.def("cuda_settings() -> (bool tf32, bool matmul_tf32, bool cudnn, bool deterministic)");
   // Which of torch's operators computes a matrix product of a convolution on a CUDA device, where
-  // the CUDA library is loaded: see cuda/deform_conv/product.h for the names.
+  // the CUDA library is loaded: see cuda/deform_conv/product.h for the names. If torch refuses the
+  // call for some tensors, that is an error; but where it `may_be_replaced`, matmul computes the
+  // product, and is what is in force from then on.
   m.def("cuda_product(int device, str product, str arithmetic) -> str");
-  m.def("set_cuda_product(int device, str product, str arithmetic, str call) -> ()");
+  m.def(
+      "set_cuda_product(int device, str product, str arithmetic, str call, *, "
+      "bool may_be_replaced=False) -> ()");
+  // Says that this has happened, and why. Implemented in Python, as cuda_settings is.
+  m.def("cuda_product_replaced(int device, str product, str arithmetic, str call, str why) -> ()");
+  // Bytes of a convolution's columns that are worked on at a time, on all CUDA devices, in place of
+  // what their caches suggest; these count again if it is 0.
+  m.def("set_cuda_chunk(int bytes) -> ()");
 }

@@ -107,8 +107,9 @@ def service(device: torch.device) -> Service:
         service, is_final = _in_a_neutral_state(_decide, device)
         if is_final:
             DECIDED[device] = service
-        if service.problem:
-            _logger.warning(describe(device, service))
+        if is_final:
+            level = logging.WARNING if service.problem else logging.INFO
+            _logger.log(level, describe(device, service))
         return service
 
 

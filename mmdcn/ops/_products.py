@@ -4,7 +4,8 @@ Our kernels gather columns and scatter their gradients; the products between are
 ``csrc/cuda/deform_conv/product.h``). For each product and arithmetic there are several operators of
 torch's that could compute it. The first of :data:`CALLS` that gives the right result is taken,
 which a tiny call finds out once for each device; ``matmul`` is always the last, and works wherever
-torch does.
+torch does. Should torch refuse the one that was taken for some later tensors, ``matmul`` takes its
+place there and then, for good, with a warning.
 
 ============  ===========  ======================  =============================================
 product       arithmetic   calls, best first       why
@@ -171,18 +172,29 @@ def _number(device: torch.device) -> int:
     return -1 if device.type == "cpu" else device.index
 
 
+def tell_replaced(device: int, product: str, arithmetic: str, call: str, why: str) -> None:
+    """Say that torch has refused a call that was right at first, and what computes instead."""
+    _logger.warning(
+        f"{product} in {arithmetic} on cuda:{device}: by {CALLS[product][arithmetic][-1]} from now "
+        f"on, as torch refused {call}: {why.partition(chr(10))[0]}"
+    )
+
+
 def _first_right(device: torch.device, product: str, arithmetic: str, calls: tuple) -> str:
+    key = _number(device), product, arithmetic
     for call in calls[:-1]:
-        _OPERATORS.set_cuda_product(_number(device), product, arithmetic, call)
+        _OPERATORS.set_cuda_product(*key, call)
         try:
             problem = _problem(device, product, arithmetic)
         except BaseException:
-            _OPERATORS.set_cuda_product(_number(device), product, arithmetic, calls[-1])
+            _OPERATORS.set_cuda_product(*key, calls[-1])
             raise
         if problem is None:
+            # Of other tensors torch may still refuse it.
+            _OPERATORS.set_cuda_product(*key, call, may_be_replaced=True)
             return call
         _logger.info(f"{product} in {arithmetic} on {device}: not by {call}: {problem}")
-    _OPERATORS.set_cuda_product(_number(device), product, arithmetic, calls[-1])
+    _OPERATORS.set_cuda_product(*key, calls[-1])
     return calls[-1]
 
 

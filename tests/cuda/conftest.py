@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
 OPERATORS = ("deform_conv2d", "deform_conv_nd", "deform_aggregate", "deform_roi_pool")
 SCHEMAS = [*OPERATORS, *(f"{name}_backward" for name in OPERATORS)]
-SCHEMAS += ["cuda_product", "set_cuda_product"]
+SCHEMAS += ["cuda_product", "set_cuda_product", "set_cuda_chunk"]
 
 
 @pytest.fixture
@@ -114,4 +114,11 @@ def product_by():
 
     yield choose
     for key, call in before.items():
-        choose(*key, call)
+        torch.ops.mmdcn.set_cuda_product(0, *key, call, may_be_replaced=True)
+
+
+@pytest.fixture
+def chunks_of():
+    """``chunks_of(size)`` has convolutions work on so many bytes of columns at a time."""
+    yield torch.ops.mmdcn.set_cuda_chunk
+    torch.ops.mmdcn.set_cuda_chunk(0)

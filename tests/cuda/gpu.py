@@ -16,7 +16,7 @@ MARKS = [
 GIB = 2**30
 
 # Vectors of channels and single ones, groups of weights and of offsets, layouts, and three
-# dimensions; more than one chunk of columns needs the larger shapes further down.
+# dimensions; all in one chunk of columns.
 PROBLEMS = [
     Problem(2, 40, (20, 21), 24),
     Problem(1, 128, (50, 84), 128, channels_last=True),

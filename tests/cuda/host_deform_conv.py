@@ -3,7 +3,11 @@
 import torch
 from torch import Tensor
 
+from mmdcn.ops import _products
 from tests.ops.problems import wide
+
+# What torch's settings are in tests that say nothing else.
+EXACT = _products.Settings(tf32=False, matmul_tf32=False, cudnn=True, deterministic=False)
 
 # Bytes of columns, and of copies, at a time: single pixels, pieces of images, images, all.
 MEMORY = [(1, 1), (1000, 1), (3000, 3000), (20_000, 6000), (10**8, 10**8)]

@@ -1,10 +1,5 @@
-"""The CUDA source of deformable convolution, run on the host: kernels, products, registration.
+"""The CUDA source of deformable convolution, run on the host: kernels and registration."""
 
-What the products need of cuDNN and cuBLAS stands in for them: the same calls, by what the CPU has.
-"""
-
-import contextlib
-import itertools
 import math
 
 import pytest
@@ -13,9 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mmdcn.ops import _products
-from tests.cuda.host_deform_conv import MEMORY, host_deform_conv
+from tests.cuda.host_deform_conv import EXACT, MEMORY, host_deform_conv
 from tests.cuda.promises import assert_promises_kept
-from tests.cuda.stand_ins import stand_ins
 from tests.ops.problems import (
     DTYPES,
     LINE_VOLUME,
@@ -32,9 +26,6 @@ from tests.ops.problems import (
 
 # In fixed point sums have fewer bits than in float64.
 DETERMINISTIC_TOLERANCE = {**TOLERANCE, torch.float64: 1e-10}
-
-
-EXACT = _products.Settings(tf32=False, matmul_tf32=False, cudnn=True, deterministic=False)
 
 
 @pytest.fixture(autouse=True)
@@ -255,117 +246,6 @@ def test_deterministic_gradient_of_what_half_precision_cannot_hold_is_nan():
     grad_output = torch.full((1, 6, 7, 8), 6e4).half()
     results = run(host_deform_conv, tensors, grad_output, padding=1, deterministic=True)
     assert results["grad_input"].isnan().all()
-
-
-# ----------------------------------------------------------------------------------------- products
-
-
-@contextlib.contextmanager
-def calls_in_force(product: str, arithmetic: str, call: str):
-    """The call that computes a product, on the host; what stands in for it notes its calls."""
-    choose = torch.ops.mmdcn_host.set_cuda_product
-    with stand_ins() as made:
-        choose(-1, product, arithmetic, call)
-        assert torch.ops.mmdcn_host.cuda_product(-1, product, arithmetic) == call
-        try:
-            yield made
-        finally:
-            choose(-1, product, arithmetic, "matmul")
-
-
-CANDIDATES = [
-    *itertools.product(
-        ["output", "grad_columns"],
-        ["float32_beside_tf32", "tf32", "float16", "bfloat16"],
-        ["cudnn"],
-    ),
-    *itertools.product(["grad_weight"], ["float32_beside_tf32", "tf32"], ["convolution"]),
-    *itertools.product(["grad_weight"], ["float16", "bfloat16"], ["matmul_to_float"]),
-]
-
-
-@pytest.mark.parametrize("product, arithmetic, call", CANDIDATES, ids="-".join)
-@settings(max_examples=5)
-@given(problem=problems(ranks=(2, 3)), memory=st.sampled_from(MEMORY))
-def test_every_call_matches_reference(set_memory, product, arithmetic, call, problem, memory):
-    set_memory(*memory)
-    tf32, beside = arithmetic == "tf32", arithmetic == "float32_beside_tf32"
-    dtype = torch.float32 if tf32 or beside else getattr(torch, arithmetic)
-    options = {"allow_tf32": tf32, "matmul_tf32": beside}
-    with calls_in_force(product, arithmetic, call) as made:
-        compare(problem, dtype, host_deform_conv, **options)
-    if call != "convolution":
-        assert made
-    for name, *flags in made:
-        assert name == call
-        assert flags == ([tf32, False] if call == "cudnn" else [])
-
-
-def calls_under(made, dtype: torch.dtype = torch.float32, **settings) -> list:
-    """The calls of what stands in for cuDNN, under these of torch's settings."""
-    made.clear()
-    with _products.imposed(EXACT._replace(**settings)):
-        compare(Problem(), dtype, host_deform_conv)
-    return made
-
-
-def test_float32_is_exact_where_torch_multiplies_matrices_in_tf32():
-    with calls_in_force("output", "float32_beside_tf32", "cudnn") as made:
-        assert ("cudnn", False, False) in calls_under(made, matmul_tf32=True)
-        assert not calls_under(made)
-        assert not calls_under(made, tf32=True, matmul_tf32=True)
-        assert not calls_under(made, torch.float64, matmul_tf32=True)
-
-
-def test_what_was_not_chosen_is_not_called():
-    """Not even where matrices are multiplied in TF32, and convolutions are to be exact."""
-    with stand_ins() as made:
-        assert not calls_under(made, matmul_tf32=True)
-        assert not calls_under(made, tf32=True)
-
-
-@pytest.mark.parametrize("product", ["output", "grad_columns"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_settings_count_when_the_operator_runs(product, dtype):
-    arithmetic = "tf32" if dtype == torch.float32 else "float16"
-    with calls_in_force(product, arithmetic, "cudnn") as made:
-        assert set(calls_under(made, dtype, tf32=True)) == {("cudnn", True, False)}
-        made_so = calls_under(made, dtype, tf32=True, deterministic=True)
-        assert set(made_so) == {("cudnn", True, True)}
-        assert not calls_under(made, dtype, tf32=True, cudnn=False)
-
-
-def test_convolutions_are_told_to_be_deterministic():
-    with calls_in_force("grad_columns", "float16", "cudnn") as made:
-        compare(Problem(), torch.float16, host_deform_conv, deterministic=True)
-    assert made == [("cudnn", False, True)] * len(made) != []
-
-
-def test_torchs_settings_are_asked():
-    """Those of Python, through the dispatcher."""
-    with _products.imposed(None), calls_in_force("output", "float16", "cudnn") as made:
-        try:
-            for deterministic in (False, True):
-                torch.backends.cudnn.deterministic = deterministic
-                made.clear()
-                compare(Problem(), torch.float16, host_deform_conv)
-                assert {call[2] for call in made} == {deterministic}
-        finally:
-            torch.backends.cudnn.deterministic = False
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ((0, "outputs", "float32", "matmul"), "product: unknown: outputs"),
-        ((0, "output", "int8", "matmul"), "arithmetic: unknown: int8"),
-        ((0, "output", "float32", "gemm"), "call: unknown: gemm"),
-        ((64, "output", "float32", "matmul"), "no device has number 64"),
-    ],
-)
-def test_an_unknown_choice_is_refused(operators, arguments, message):
-    with pytest.raises(RuntimeError, match=message):
-        operators.set_cuda_product(*arguments)
 
 
 # --------------------------------------------------------------------------------------- sanitizers

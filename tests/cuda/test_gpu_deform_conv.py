@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmdcn.ops import deform_conv2d, reference
-from tests.cuda.gpu import MARKS, PROBLEMS, needs_memory
+from tests.cuda.gpu import MARKS, ONE_OF_EACH_RANK, PROBLEMS, needs_memory
 from tests.ops.problems import (
     DTYPES,
     NAMES,
@@ -91,6 +91,14 @@ def test_matches_cpu_on_real_sizes(dtype, channels_last, sizes):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_every_path_matches_reference(dtype, problem):
+    compare(problem, dtype, device="cuda")
+
+
+@pytest.mark.parametrize("size", [1, 20_000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("problem", ONE_OF_EACH_RANK, ids=str)
+def test_chunks_of_any_size_match_reference(chunks_of, dtype, problem, size):
+    chunks_of(size)
     compare(problem, dtype, device="cuda")
 
 

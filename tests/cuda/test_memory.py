@@ -42,7 +42,12 @@ def peak_bytes(function, *arguments, **options) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("batch", [1, 40])
-@pytest.mark.parametrize("problem", [Problem(1, 16, (24, 25), 8), VOLUME], ids=["2d", "volume"])
+@pytest.mark.parametrize(
+    "problem",
+    # Of the last, images that follow one another have addresses that 16 does not divide.
+    [Problem(1, 16, (24, 25), 8), VOLUME, Problem(1, 95, (5, 5), 2)],
+    ids=["2d", "volume", "odd"],
+)
 def test_memory_is_bounded_at_any_batch(
     host_operators, set_memory, problem, batch, channels_last, dtype, deterministic
 ):
@@ -69,3 +74,29 @@ def test_memory_is_bounded_at_any_batch(
     assert peak_bytes(forward, x, offset, weight, bias, *geometry, mask) <= allowed
     arguments = (grad_output, x, offset, weight, *geometry, mask, [True] * 4)
     assert peak_bytes(backward, *arguments, deterministic=deterministic) <= allowed
+
+
+@pytest.mark.parametrize("out_channels", [2, 64])
+def test_columns_and_their_product_are_bounded_together(host_operators, set_memory, out_channels):
+    """cuDNN's product of a chunk is copied into planes, and may be larger than the columns."""
+    chunk, copies = 2000, 5000
+    set_memory(chunk, copies)
+    problem = Problem(3, 2, (24, 25), out_channels, kernel=(1, 1), padding=(0, 0))
+    x, offset, weight, _, mask = (problem.tensors(torch.float16)[name].detach() for name in NAMES)
+    geometry = [list(numbers) for numbers in problem.arguments().values()]
+    taken = []
+
+    def convolution(self, *_, out):
+        taken.append((self.numel() + out.numel()) * out.element_size())
+        return out.zero_()
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("cudnn_convolution.out", convolution, "CPU")
+    host_operators.set_cuda_product(-1, "output", "float16", "cudnn")
+    try:
+        host_operators.deform_conv2d(x, offset.float(), weight, None, *geometry, mask.float())
+    finally:
+        host_operators.set_cuda_product(-1, "output", "float16", "matmul")
+        library._destroy()
+    assert len(taken) > 1
+    assert chunk // 2 < max(taken) <= chunk + copies

@@ -35,8 +35,8 @@ def small(operator: str, channels: int, groups: int = 2) -> Call:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     if operator in _CONVOLUTIONS:
-        size = (11,), (7, 6), (3, 5, 4)
-        size = size[_CONVOLUTIONS.index(operator)]
+        # A bias is added to vectors of pixels where these divide an image, as they do the second.
+        size = ((11,), (8, 6), (3, 5, 4))[_CONVOLUTIONS.index(operator)]
         return _convolution(operator, normal, 2, size, channels, groups, groups, channels, 3)
     if operator in ("dcnv3", "dcnv4"):
         return _aggregation(operator, normal, (7, 6), channels, groups)

@@ -16,7 +16,7 @@ import torch
 from mmdcn import machine
 from mmdcn.ops import _devices, _library
 
-from . import other_mmdcn, processes
+from . import other_mmdcn, processes, smoke
 from .profiling import short_name
 from .sections import SECTIONS, Case, NotRun, Wrong
 from .settings import Settings
@@ -82,7 +82,8 @@ def tests(settings: Settings) -> list[Case]:
         files = []
     else:
         files = sorted((Path(settings.tests) / "tests" / "cuda").glob("test_gpu_*.py"))
-        files = [path for path in files if path.name != "test_gpu_check.py"]
+        # What is tested of this program itself needs no GPU.
+        files = [path for path in files if not path.name.startswith("test_gpu_check")]
     if not files:
         return [Case("pytest", functools.partial(_raise, NotRun("no tests are at hand")))]
     if settings.tiny:  # All are skipped without a GPU, and one file shows that as well as many.
@@ -135,11 +136,6 @@ def sanitizers(settings: Settings) -> list[Case]:
     ]
 
 
-# Cases of the smoke test that a sanitizer runs, which is some ten times slower: one dtype of each
-# width and way of adding would do, but the kernels of float16 are not those of float32.
-_SANITIZED = 48
-
-
 def _sanitize(settings: Settings, tool: str) -> dict:
     program = find("compute-sanitizer")
     if program is None:
@@ -147,7 +143,8 @@ def _sanitize(settings: Settings, tool: str) -> dict:
     records = settings.file(f"{tool}.records")
     records.unlink(missing_ok=True)
     command = [program, "--tool", tool, "--report-api-errors", "no"]
-    command += _worker(settings, "smoke", records, 0, _SANITIZED)
+    # It is some ten times slower, and the kernels of bfloat16 and float64 are built like these.
+    command += _worker(settings, "smoke", records, 0, smoke.OF_TWO_DTYPES)
     # Without torch's memory pool every tensor is an allocation with borders that can be checked.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     _, output = processes.run(command, settings.file(f"{tool}.log"), env=environment)

@@ -221,6 +221,19 @@ def _offsets(results: list[dict]) -> list[str]:
     return table(["stage", "arithmetic", "σ", "forward, ms", "forward + backward, ms"], rows, 2)
 
 
+def _chunks(results: list[dict]) -> list[str]:
+    results = [r for r in results if "milliseconds" in r]
+    sizes = list(dict.fromkeys(s for r in results for s in r["milliseconds"]["forward"]))
+    rows = [
+        [r["stage"], r["arithmetic"], direction.replace("_", " + "), *map(_ms, taken.values())]
+        for r in results
+        for direction, taken in r["milliseconds"].items()
+    ]
+    header = ["stage", "arithmetic", "", *("default" if s == "0" else f"{s} MiB" for s in sizes)]
+    lines = ["Batch 8, NCHW, milliseconds, by the columns that are in memory at a time:", ""]
+    return lines + table(header, rows, left=3)
+
+
 def _others(results: list[dict]) -> list[str]:
     rows = []
     for result in results:
@@ -286,6 +299,7 @@ _TABLES: dict[str, Callable[[list[dict]], list[str]]] = {
     "passes": _passes,
     "product calls": _product_calls,
     "offsets": _offsets,
+    "chunks": _chunks,
     "other operators": _others,
     "detector": _detectors,
     "counters": _counters,

@@ -76,6 +76,7 @@ SECTIONS: dict[str, Section] = {
     "passes": Section("fast", "timed.passes", 30),
     "product calls": Section("fast", "sweeps.products", 35),
     "offsets": Section("fast", "sweeps.offsets", 25),
+    "chunks": Section("fast", "sweeps.chunks", 25),
     "other operators": Section("fast", "sweeps.other_operators", 50),
     "detector": Section("fast", "detector.cases", 80, 60),
     "counters": Section("fast", "programs.counters", 45, 40),

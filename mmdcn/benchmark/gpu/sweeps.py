@@ -1,4 +1,4 @@
-"""What the time depends on: offsets, and who multiplies; and the other operators' times."""
+"""What the time depends on: offsets, chunks, who multiplies; and the other operators' times."""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from . import profiling
 from .calls import float32_in
 from .sections import Case, NotRun, Wrong
 from .settings import Settings
-from .smoke import product_by, product_in_force
+from .smoke import in_chunks_of, product_by, product_in_force
 from .timed import DISTANCE, Checked, passes_of, results_of
 
 # The pass in which a product is computed, and little else.
@@ -26,6 +26,8 @@ _PASS_OF = {
     "grad_weight": "backward to weight",
 }
 _OFFSET_STDS = (0.0, 0.5, 2.0, 8.0)
+# MiB of columns at a time; 0: what follows from the device's cache.
+_CHUNKS = (0, 4, 8, 16, 24, 32, 48, 96)
 
 
 def products(settings: Settings) -> list[Case]:
@@ -100,6 +102,38 @@ def _offsets(settings: Settings, case: cases.Case, arithmetic: str, std: float) 
         samples = timing.interleave(calls, settings.target, settings.budget)
     found = {name: timing.median(taken) for name, taken in samples.items()}
     return checked.describe() | {"offset_std": std, "milliseconds": found}
+
+
+def chunks(settings: Settings) -> list[Case]:
+    """How many columns are in memory at a time: few stay in the cache, many fill the device."""
+    return [
+        Case(
+            f"{shape.name}, {arithmetic}",
+            functools.partial(_chunks, settings, replace(shape, batch=8), arithmetic),
+        )
+        for shape in settings.shapes
+        for arithmetic in ("float16", "float32")
+    ]
+
+
+def _chunks(settings: Settings, case: cases.Case, arithmetic: str) -> dict:
+    def in_chunks(size: int, step: Callable[[], object]) -> Callable[[], object]:
+        def call() -> object:
+            with in_chunks_of(settings, size << 20):
+                return step()
+
+        return call
+
+    found = {}
+    with float32_in(arithmetic):
+        checked = Checked(settings, case, arithmetic)
+        checked.expected = {}
+        steps = {"forward": checked.ours.infer, "forward_backward": checked.ours.train}
+        for direction, step in steps.items():
+            timed = {f"{size}": timing.Call(in_chunks(size, step)) for size in _CHUNKS}
+            samples = timing.interleave(timed, settings.target, settings.budget)
+            found[direction] = {size: timing.median(taken) for size, taken in samples.items()}
+    return checked.describe() | {"milliseconds": found}
 
 
 # ---------------------------------------------------------------------------- the other operators

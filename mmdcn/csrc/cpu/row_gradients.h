@@ -11,6 +11,7 @@ namespace {
 enum class Column {
   kNone,       // nothing but its gradients
   kStored,     // the modulated sample itself is stored, as a row of columns
+  kAdded,      // likewise, added to what is stored there
   kDepthwise,  // each of its channels has a weight, whose gradient is added up
 };
 
@@ -27,7 +28,7 @@ struct RowSamples {
   // that of the weighted sample.
   const A* gradient;
   const int64_t* row;
-  A* column;            // of Column::kStored, which begins at column + row[i]
+  A* column;            // of kStored and kAdded, which begins at column + row[i]
   const A* tap_weight;  // of Column::kDepthwise, of each channel
   A* grad_tap_weight;   // likewise, added to
   A* dots;              // Σ_c gradient[c] X(q)[c] for each corner q
@@ -66,7 +67,11 @@ __attribute__((always_inline)) inline void scatter_one(const RowSamples<S, A>& a
         store_register(target, load_register(target) + weight[q] * gradient);
       }
     }
-    if constexpr (kind == Column::kStored) store_register(at.column + at.row[i] + c, blended);
+    if constexpr (kind == Column::kStored || kind == Column::kAdded) {
+      A* target = at.column + at.row[i] + c;
+      if constexpr (kind == Column::kAdded) blended += load_register(target);
+      store_register(target, blended);
+    }
     if constexpr (depthwise) {
       A* target = at.grad_tap_weight + c;
       store_register(target, load_register(target) + outer * blended);
@@ -84,6 +89,7 @@ __attribute__((always_inline)) inline void scatter_one(const RowSamples<S, A>& a
       if constexpr (wants_input) grad_corner[q][c] += weight[q] * gradient;
     }
     if constexpr (kind == Column::kStored) at.column[at.row[i] + c] = blended;
+    if constexpr (kind == Column::kAdded) at.column[at.row[i] + c] += blended;
     if constexpr (depthwise) at.grad_tap_weight[c] += outer * blended;
   }
 }

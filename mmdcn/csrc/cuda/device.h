@@ -17,13 +17,16 @@ inline const void* pointer(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }
 
-inline bool is_aligned(const Tensor& tensor) {
-  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+// Whether the kernels can load vectors of so many bytes from a tensor's address: 16 are the most.
+inline bool is_aligned(const Tensor& tensor, int64_t bytes = 16) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
 }
 
-// The tensor itself if the kernels can load vectors from its address, or else a copy.
-inline Tensor aligned(const Tensor& tensor) {
-  return is_aligned(tensor) ? tensor : torch::stable::clone(tensor);
+// The tensor itself if it is so, or else a copy.
+inline Tensor aligned(const Tensor& tensor, int64_t bytes = 16) {
+  if (is_aligned(tensor, bytes)) return tensor;
+  return copied("to make an aligned copy of a tensor", tensor, tensor.scalar_type(),
+                [&] { return torch::stable::clone(tensor); });
 }
 
 inline Precision precision_of(const char* name, const Tensor& input) {

@@ -20,21 +20,15 @@ inline void check(cudaError_t error) {
 }
 
 // Launches a kernel on `blocks` blocks, or on as many as a grid can have, as kernels stride over
-// the rest. Each block has `shared_bytes` of shared memory in addition to what the kernel declares.
+// the rest.
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, size_t shared_bytes,
-            const Stream& stream, Arguments... arguments) {
+void launch(void (*kernel)(Parameters...), int64_t blocks, const Stream& stream,
+            Arguments... arguments) {
   constexpr int64_t kLargestGrid = 2147483647;
   const dim3 grid(static_cast<unsigned>(std::min(blocks, kLargestGrid)));
   // PyTorch sets the device in its own copy of the CUDA runtime, and this library has another.
   check(cudaSetDevice(stream.device));
-  // Beyond this, a kernel must be allowed the shared memory first, on each device.
-  constexpr size_t kAlwaysAllowed = 48 * 1024;
-  if (shared_bytes > kAlwaysAllowed) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)));
-  }
-  kernel<<<grid, DeviceContext::kThreads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(
+  kernel<<<grid, DeviceContext::kThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
       arguments...);
   check(cudaGetLastError());
 }

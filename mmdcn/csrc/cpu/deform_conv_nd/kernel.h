@@ -41,6 +41,7 @@ struct ConvNdBackward {
   // The sums over the range's channels, (N, samples, R, pixels) and (N, samples, pixels); or null.
   A* grad_offset;
   A* grad_mask;
+  A* grad_weight;  // (Co, C / groups, taps), of which the range's are stored; or null
 };
 
 template <int R, typename T>
@@ -65,15 +66,10 @@ struct ConvNdKernel {
 
   int64_t (*range_packed_size)(const Shape&, const ChannelRange&);
   void (*pack_range)(const Shape&, const T* weight, const ChannelRange&, A* packed);
-  int64_t (*backward_scratch_bytes)(const Shape&, int64_t widest_range);
-  // The gradients of input, offsets and modulations, summed over the output pixels of one image in
-  // order.
-  void (*backward_data)(const Shape&, const ConvNdBackward<A>&, const ChannelRange&, int64_t image,
-                        std::byte* scratch);
-  // The gradient of the weights of one tap, in (Co, C / groups, taps), summed over the output
-  // pixels of the batch in order.
-  void (*backward_weight)(const Shape&, const ConvNdBackward<A>&, const ChannelRange&, int64_t tap,
-                          T* grad_weight, std::byte* scratch);
+  int64_t (*backward_scratch_bytes)(const Shape&, const ConvNdBackward<A>&, const ChannelRange&);
+  // Images [begin, end), in order.
+  void (*backward)(const Shape&, const ConvNdBackward<A>&, const ChannelRange&, int64_t begin,
+                   int64_t end, std::byte* scratch);
 };
 
 #define MMDCN_DECLARE_KERNELS(capability) \

@@ -164,6 +164,11 @@ class SharedGradients {
   Buffer<A> partial_;
 };
 
+// The most shares of a batch that sum up gradients of the weight, and the memory that these take at
+// most, unless it is a single one.
+constexpr int64_t kMostShares = 8;
+constexpr int64_t kShareBytes = 16 << 20;
+
 // The backward pass of a batch. Gradients of no elements are not wanted.
 template <int R, typename T>
 class Backward {
@@ -176,7 +181,6 @@ class Backward {
         kernel_(MMDCN_CPU_KERNEL(deform_conv_nd, R, T)()),
         ranges_(channel_ranges(shape.channels)),
         range_count_(static_cast<int64_t>(ranges_.size())),
-        scratch_bytes_(kernel_.backward_scratch_bytes(shape, ranges_.front().end)),
         offset_(as_contiguous(offset)),
         weight_(as_contiguous(weight)),
         mask_(as_contiguous(mask)),
@@ -188,57 +192,48 @@ class Backward {
     tensors_.mask = mask_.has_value() ? const_data<acc_t>(*mask_) : nullptr;
   }
 
-  // The gradients of the input, the offsets and the modulations. Each thread computes those of some
-  // ranges of channels of some images alone.
-  void run_data(const ConvNdGradients& gradient) const {
-    std::vector<int64_t> packed_begin;
-    const Buffer<acc_t> packed = packed_weight(packed_begin);
+  // Each thread computes the gradients of some ranges of channels of some images alone. The
+  // gradient of the weight is summed over the images of a share, and then over the shares in order.
+  void run(const ConvNdGradients& gradient, bool wants_data, bool wants_weight) const {
+    std::vector<int64_t> packed_begin(range_count_, 0);
+    const Buffer<acc_t> packed = wants_data ? packed_weight(packed_begin) : Buffer<acc_t>(0);
     const int64_t elements = gradient.input.numel();
     const Buffer<acc_t> sums(elements);
     std::fill(sums.get(), sums.get() + elements, acc_t(0));
     const SharedGradients<R, acc_t> offset_sums(shape_, ranges_, gradient.offset, R);
     const SharedGradients<R, acc_t> mask_sums(shape_, ranges_, gradient.mask, 1);
-    const int64_t tasks = shape_.batch * range_count_;
+    const int64_t shares = share_count(wants_weight), weights = weight_.numel();
+    const Buffer<acc_t> weight_sums(wants_weight ? shares * weights : 0);
+    const int64_t tasks = shares * range_count_;
     torch::stable::parallel_for(
-        0, tasks, grain(tasks, 2 * pass_work(shape_)), [&](int64_t begin, int64_t end) {
-          const Buffer<std::byte> scratch(scratch_bytes_);
-          ConvNdBackward<acc_t> own = tensors_;
-          own.grad_input = elements > 0 ? sums.get() : nullptr;
+        0, tasks, grain(tasks, 3 * pass_work(shape_)), [&](int64_t begin, int64_t end) {
           for (int64_t task = begin; task < end; ++task) {
-            const int64_t index = task % range_count_;
+            const int64_t index = task % range_count_, share = task / range_count_;
             const ChannelRange& range = ranges_[index];
+            ConvNdBackward<acc_t> own = tensors_;
             own.weight = packed.get() + packed_begin[index];
+            own.grad_input = elements > 0 ? sums.get() : nullptr;
             own.grad_offset = offset_sums.target_for(range);
             own.grad_mask = mask_sums.target_for(range);
-            kernel_.backward_data(shape_, own, range, task / range_count_, scratch.get());
+            own.grad_weight = wants_weight ? weight_sums.get() + share * weights : nullptr;
+            const Buffer<std::byte> scratch(kernel_.backward_scratch_bytes(shape_, own, range));
+            kernel_.backward(shape_, own, range, share * shape_.batch / shares,
+                             (share + 1) * shape_.batch / shares, scratch.get());
           }
         });
     offset_sums.add_up();
     mask_sums.add_up();
     if (elements > 0) store_rows(kernel_, sums.get(), shape_.positions(), gradient.input);
-  }
-
-  // The gradient of the weight. Each thread computes that of some ranges of channels for some taps
-  // alone.
-  void run_weight(const Tensor& grad_weight) const {
-    const int64_t tasks = shape_.taps() * range_count_;
-    torch::stable::parallel_for(
-        0, tasks, grain(tasks, pass_work(shape_)), [&](int64_t begin, int64_t end) {
-          const Buffer<std::byte> scratch(scratch_bytes_);
-          for (int64_t task = begin; task < end; ++task) {
-            kernel_.backward_weight(shape_, tensors_, ranges_[task % range_count_],
-                                    task / range_count_, data<T>(grad_weight), scratch.get());
-          }
-        });
+    if (wants_weight) store_weight(weight_sums.get(), shares, data<T>(gradient.weight));
   }
 
  private:
-  // The weights of all ranges, packed, and the element that each range's begin with.
+  // The weights of all ranges, packed. Sets the element that each range's begin with.
   Buffer<acc_t> packed_weight(std::vector<int64_t>& packed_begin) const {
     int64_t size = 0;
-    for (const ChannelRange& range : ranges_) {
-      packed_begin.push_back(size);
-      size += kernel_.range_packed_size(shape_, range);
+    for (int64_t i = 0; i < range_count_; ++i) {
+      packed_begin[i] = size;
+      size += kernel_.range_packed_size(shape_, ranges_[i]);
     }
     Buffer<acc_t> packed(size);
     const int64_t range_grain = grain(range_count_, weight_.numel() * kElementWork);
@@ -251,11 +246,33 @@ class Backward {
     return packed;
   }
 
+  // In how many shares the images are gone through: as many as keep threads busy, and no more than
+  // there is memory for, as each has a gradient of the weight.
+  int64_t share_count(bool wants_weight) const {
+    if (!wants_weight) return shape_.batch;
+    const int64_t bytes = weight_.numel() * static_cast<int64_t>(sizeof(acc_t));
+    const int64_t fitting = std::clamp<int64_t>(kShareBytes / bytes, 1, kMostShares);
+    return std::min(shape_.batch, fitting);
+  }
+
+  // Adds up the gradients of the weight of all shares.
+  void store_weight(const acc_t* sums, int64_t shares, T* target) const {
+    const int64_t weights = weight_.numel();
+    torch::stable::parallel_for(0, weights, grain(weights, shares * weights * kElementWork),
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t i = begin; i < end; ++i) {
+                                    acc_t sum = sums[i];
+                                    for (int64_t k = 1; k < shares; ++k)
+                                      sum += sums[k * weights + i];
+                                    store(target + i, sum);
+                                  }
+                                });
+  }
+
   const DeformConvNdShape<R>& shape_;
   const ConvNdKernel<R, T> kernel_;
   const std::vector<ChannelRange> ranges_;
   const int64_t range_count_;
-  const int64_t scratch_bytes_;  // of one thread
   const Tensor offset_, weight_;
   const std::optional<Tensor> mask_;
   const Buffer<acc_t> input_, grad_output_;  // as rows
@@ -273,9 +290,11 @@ Gradients backward(const DeformConvNdShape<R>& shape, const Tensor& grad_output,
     gradient.zero();
     return gradient.result();
   }
-  const Backward<R, T> backward(shape, grad_output, input, offset, weight, mask);
-  if (wanted[0] || wanted[1] || (wanted[3] && mask.has_value())) backward.run_data(gradient);
-  if (wanted[2]) backward.run_weight(gradient.weight);
+  const bool wants_data = wanted[0] || wanted[1] || (wanted[3] && mask.has_value());
+  if (wants_data || wanted[2]) {
+    Backward<R, T>(shape, grad_output, input, offset, weight, mask)
+        .run(gradient, wants_data, wanted[2]);
+  }
   return gradient.result();
 }
 

@@ -37,7 +37,7 @@ void aggregate_forward(Precision precision, const AggregateProblem& problem, con
     using acc_t = typename decltype(acc)::type;
     constexpr int kVector = aggregate_vector(sizeof(scalar_t));
     const auto run = [&](auto kernel) {
-      launch(kernel, blocks_for(problem.shape), 0, stream, problem,
+      launch(kernel, blocks_for(problem.shape), stream, problem,
              static_cast<const scalar_t*>(input), static_cast<const acc_t*>(offset),
              static_cast<const acc_t*>(mask), static_cast<scalar_t*>(output));
     };
@@ -56,7 +56,7 @@ void aggregate_backward(Precision precision, const AggregateProblem& problem,
     using acc_t = typename decltype(acc)::type;
     constexpr int kVector = aggregate_vector(sizeof(scalar_t));
     const auto run = [&](auto kernel) {
-      launch(kernel, blocks_for(problem.shape), 0, stream, problem,
+      launch(kernel, blocks_for(problem.shape), stream, problem,
              static_cast<const scalar_t*>(grad_output), static_cast<const scalar_t*>(input),
              static_cast<const acc_t*>(offset), static_cast<const acc_t*>(mask),
              static_cast<acc_t*>(grad_input), static_cast<acc_t*>(grad_offset),

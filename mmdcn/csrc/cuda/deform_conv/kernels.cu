@@ -78,8 +78,8 @@ void gather(Precision precision, const ConvProblem<R>& problem, const PixelRange
     using acc_t = typename decltype(acc)::type;
     const auto run = [&](auto vector, auto column) {
       using column_t = typename decltype(column)::type;
-      launch(gather_kernel<vector(), R, scalar_t, acc_t, column_t>, blocks, 0, stream, problem,
-             range, static_cast<const scalar_t*>(input), static_cast<const acc_t*>(offset),
+      launch(gather_kernel<vector(), R, scalar_t, acc_t, column_t>, blocks, stream, problem, range,
+             static_cast<const scalar_t*>(input), static_cast<const acc_t*>(offset),
              static_cast<const acc_t*>(mask), static_cast<column_t*>(columns));
     };
     constexpr int kVector = 16 / sizeof(scalar_t);
@@ -102,7 +102,7 @@ void scatter(Precision precision, const ConvProblem<R>& problem, const PixelRang
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
     const auto run = [&](auto kernel) {
-      launch(kernel, blocks, 0, stream, problem, range, static_cast<const scalar_t*>(grad_columns),
+      launch(kernel, blocks, stream, problem, range, static_cast<const scalar_t*>(grad_columns),
              static_cast<const scalar_t*>(input), static_cast<const acc_t*>(offset),
              static_cast<const acc_t*>(mask), grad_input, static_cast<acc_t*>(grad_offset),
              static_cast<acc_t*>(grad_mask));
@@ -128,7 +128,7 @@ void find_magnitudes(Precision precision, const ConvProblem<R>& problem, const v
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
-    launch(magnitudes_kernel<R, scalar_t, acc_t>, blocks_over(elements), 0, stream, problem,
+    launch(magnitudes_kernel<R, scalar_t, acc_t>, blocks_over(elements), stream, problem,
            static_cast<const scalar_t*>(grad_output), static_cast<const scalar_t*>(weight),
            static_cast<const acc_t*>(mask), magnitudes);
   });
@@ -140,7 +140,7 @@ void from_fixed(Precision precision, const ConvProblem<R>& problem, const GradIn
   const int64_t elements = problem.shape.batch * problem.positions * problem.shape.channels;
   dispatch(precision, [&](auto, auto acc) {
     using acc_t = typename decltype(acc)::type;
-    launch(from_fixed_kernel<R, acc_t>, blocks_over(elements), 0, stream, problem, grad_input,
+    launch(from_fixed_kernel<R, acc_t>, blocks_over(elements), stream, problem, grad_input,
            static_cast<acc_t*>(sum));
   });
 }
@@ -149,7 +149,7 @@ void accumulate(Precision precision, int64_t elements, const void* values, void*
                 const Stream& stream) {
   dispatch(precision, [&](auto, auto acc) {
     using acc_t = typename decltype(acc)::type;
-    launch(accumulate_kernel<acc_t>, blocks_over(elements), 0, stream, elements,
+    launch(accumulate_kernel<acc_t>, blocks_over(elements), stream, elements,
            static_cast<const acc_t*>(values), static_cast<acc_t*>(sum));
   });
 }
@@ -161,7 +161,7 @@ void add_bias(Precision precision, int64_t elements, int64_t channels, int64_t i
     using acc_t = typename decltype(acc)::type;
     constexpr int kVector = 16 / sizeof(scalar_t);
     const auto run = [&](auto kernel, int vector) {
-      launch(kernel, blocks_over(elements / vector), 0, stream, elements, channels, inner,
+      launch(kernel, blocks_over(elements / vector), stream, elements, channels, inner,
              static_cast<const scalar_t*>(bias), static_cast<scalar_t*>(output));
     };
     adds_bias_to_vectors(kVector, channels, inner)

@@ -2,6 +2,8 @@
 // and products.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -16,6 +18,14 @@
 
 namespace mmdcn::cuda {
 namespace {
+
+// Bytes of columns to work on at a time, in place of what the device suggests, unless it is 0.
+std::atomic<int64_t> imposed_chunk{0};
+
+void set_cuda_chunk(int64_t bytes) {
+  STD_TORCH_CHECK(bytes >= 0, "mmdcn::set_cuda_chunk: bytes: expected 0 or more, got ", bytes);
+  imposed_chunk = bytes;
+}
 
 template <int R>
 ProductShape product_shape(const ConvProblem<R>& problem) {
@@ -47,7 +57,13 @@ struct Context {
   }
 
   Chunks chunks(const ConvProblem<R>& problem, int64_t element_size) const {
-    const int64_t most = chunk_bytes(stream.device) / (problem.row * element_size);
+    const int64_t imposed = imposed_chunk;
+    const int64_t bytes = imposed > 0 ? imposed : chunk_bytes(stream.device);
+    // A product that is copied into planes takes memory beside its columns; where a pixel has many
+    // more outputs than inputs, most of it.
+    const int64_t with_product = (problem.row + problem.shape.out_channels) * element_size;
+    const int64_t most =
+        std::min(bytes / (problem.row * element_size), (bytes + copy_bytes()) / with_product);
     return Chunks(problem.shape.batch, problem.pixels, most);
   }
 };
@@ -323,6 +339,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv_nd_backward(
 
 }  // namespace
 }  // namespace mmdcn::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(mmdcn, CompositeExplicitAutograd, m) {
+  m.impl("set_cuda_chunk", TORCH_BOX(&mmdcn::cuda::set_cuda_chunk));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(mmdcn, CUDA, m) {
   m.impl("deform_conv2d", TORCH_BOX(&mmdcn::cuda::deform_conv2d));

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <exception>
 #include <string>
 
 #include "../../integers.h"
@@ -15,9 +16,10 @@ namespace {
 
 constexpr int kMostDevices = 64;
 
-// The calls in force, kMatmul being number 0. The first device is the CPU, which has number -1 and
-// is where the tests run.
+// The calls in force, kMatmul being number 0; kReplaceable is added where they may be replaced. The
+// first device is the CPU, which has number -1 and is where the tests run.
 std::atomic<int> chosen[1 + kMostDevices][kProducts][kArithmetics];
+constexpr int kReplaceable = kCalls;
 
 const char* const kProductNames[kProducts] = {"output", "grad_columns", "grad_weight"};
 const char* const kArithmeticNames[kArithmetics] = {"float64", "float32",  "tf32",
@@ -37,16 +39,17 @@ std::atomic<int>& choice(int64_t device, int product, int arithmetic) {
   return chosen[1 + device][product][arithmetic];
 }
 
-void set_cuda_product(int64_t device, std::string product, std::string arithmetic,
-                      std::string call) {
+void set_cuda_product(int64_t device, std::string product, std::string arithmetic, std::string call,
+                      bool may_be_replaced) {
   choice(device, number_of("product", product, kProductNames),
          number_of("arithmetic", arithmetic, kArithmeticNames)) =
-      number_of("call", call, kCallNames);
+      number_of("call", call, kCallNames) + (may_be_replaced ? kReplaceable : 0);
 }
 
 std::string cuda_product(int64_t device, std::string product, std::string arithmetic) {
   return kCallNames[choice(device, number_of("product", product, kProductNames),
-                           number_of("arithmetic", arithmetic, kArithmeticNames))];
+                           number_of("arithmetic", arithmetic, kArithmeticNames)) %
+                    kReplaceable];
 }
 
 // What torch's settings say: see library.cpp.
@@ -114,6 +117,39 @@ void matmul(const Tensor& left, const Tensor& right, const Tensor& result) {
   call("aten::bmm", "out", left, right, result);
 }
 
+// Puts matmul into force for a product, and has it said.
+void replace(const ProductCalls& calls, Product product, const std::string& why) {
+  using torch::stable::detail::from;
+  const int number = static_cast<int>(product), arithmetic = static_cast<int>(calls.arithmetic);
+  const int by_matmul = static_cast<int>(Call::kMatmul);
+  if (choice(calls.device, number, arithmetic).exchange(by_matmul) == by_matmul) return;
+  std::array<StableIValue, 5> stack{
+      from(int64_t{calls.device}), from(std::string(kProductNames[number])),
+      from(std::string(kArithmeticNames[arithmetic])),
+      from(std::string(kCallNames[static_cast<int>(calls.of(product).call)])), from(why)};
+  // A process without Python has nobody to say it.
+  torch_call_dispatcher("mmdcn::cuda_product_replaced", "", stack.data(), TORCH_ABI_VERSION);
+}
+
+// Computes a product as was chosen: by matmul, or by another call. The tensors that this was tried
+// with say little of all others, so that torch may refuse it now, which is an error unless it may
+// be replaced: then matmul computes the product, and is in force from then on.
+template <typename ByOther, typename ByMatmul>
+void compute(const ProductCalls& calls, Product product, const ByOther& by_other,
+             const ByMatmul& by_matmul) {
+  const ProductCalls::Choice& chosen = calls.of(product);
+  if (chosen.call == Call::kMatmul) return by_matmul();
+  std::string why;
+  try {
+    return by_other();
+  } catch (const std::exception& error) {
+    if (!chosen.may_be_replaced) throw;
+    why = error.what();
+  }
+  by_matmul();
+  replace(calls, product, why);
+}
+
 // Pixels of `channels` channels each, as one image of width 1, channels last.
 Tensor as_image(const Tensor& tensor, int64_t channels, int64_t pixels, int64_t first = 0) {
   return view(tensor, {1, channels, pixels, 1}, {pixels * channels, 1, channels, channels}, first);
@@ -179,32 +215,9 @@ void matmul_output(const ProductShape& shape, const Tensor& columns, int64_t ima
   }
 }
 
-}  // namespace
-
-ProductCalls::ProductCalls(Precision precision, bool tf32, bool matmul_tf32, bool deterministic,
-                           int device) {
-  const Settings settings = precision == Precision::kFloat64 ? Settings{} : settings_now();
-  this->tf32 = tf32 || settings.tf32;
-  this->deterministic = deterministic || settings.deterministic;
-  const Arithmetic arithmetic =
-      arithmetic_of(precision, this->tf32, matmul_tf32 || settings.matmul_tf32);
-  const auto chosen_call = [&](Product product) {
-    const auto call = static_cast<Call>(
-        choice(device, static_cast<int>(product), static_cast<int>(arithmetic)).load());
-    const bool by_cudnn = call == Call::kCudnn || call == Call::kConvolution;
-    return by_cudnn && !settings.cudnn ? Call::kMatmul : call;
-  };
-  output = chosen_call(Product::kOutput);
-  grad_columns = chosen_call(Product::kGradColumns);
-  grad_weight = chosen_call(Product::kGradWeight);
-}
-
-void multiply_output(const ProductCalls& calls, const ProductShape& shape, const Tensor& columns,
-                     int64_t images, int64_t pixels, const Tensor& weight, const Tensor& output,
-                     bool channels_last, int64_t pixel) {
-  if (calls.output != Call::kCudnn) {
-    return matmul_output(shape, columns, images, pixels, weight, output, channels_last, pixel);
-  }
+void cudnn_output(const ProductCalls& calls, const ProductShape& shape, const Tensor& columns,
+                  int64_t images, int64_t pixels, const Tensor& weight, const Tensor& output,
+                  bool channels_last, int64_t pixel) {
   const int64_t channels = shape.all_out_channels();
   const Tensor image = as_image(columns, shape.row(), images * pixels);
   const Tensor kernel = as_kernel(weight, channels, shape.columns);
@@ -221,40 +234,76 @@ void multiply_output(const ProductCalls& calls, const ProductShape& shape, const
   torch::stable::copy_(planes, result);
 }
 
+}  // namespace
+
+ProductCalls::ProductCalls(Precision precision, bool tf32, bool matmul_tf32, bool deterministic,
+                           int device)
+    : device(device) {
+  const Settings settings = precision == Precision::kFloat64 ? Settings{} : settings_now();
+  this->tf32 = tf32 || settings.tf32;
+  this->deterministic = deterministic || settings.deterministic;
+  arithmetic = arithmetic_of(precision, this->tf32, matmul_tf32 || settings.matmul_tf32);
+  for (int product = 0; product < kProducts; ++product) {
+    const int number = choice(device, product, static_cast<int>(arithmetic));
+    const auto call = static_cast<Call>(number % kReplaceable);
+    const bool by_cudnn = call == Call::kCudnn || call == Call::kConvolution;
+    choices[product] = {by_cudnn && !settings.cudnn ? Call::kMatmul : call, number >= kReplaceable};
+  }
+}
+
+void multiply_output(const ProductCalls& calls, const ProductShape& shape, const Tensor& columns,
+                     int64_t images, int64_t pixels, const Tensor& weight, const Tensor& output,
+                     bool channels_last, int64_t pixel) {
+  compute(
+      calls, Product::kOutput,
+      [&] {
+        cudnn_output(calls, shape, columns, images, pixels, weight, output, channels_last, pixel);
+      },
+      [&] { matmul_output(shape, columns, images, pixels, weight, output, channels_last, pixel); });
+}
+
 void multiply_grad_columns(const ProductCalls& calls, const ProductShape& shape,
                            const Tensor& grad_output, int64_t pixel, int64_t pixels,
                            const Tensor& weight, const Tensor& grad_columns) {
-  const int64_t channels = shape.all_out_channels();
-  if (calls.grad_columns != Call::kCudnn) {
-    return matmul(outputs_of(shape, pixels).in(grad_output, pixel * channels),
-                  weights_of(shape).in(weight), columns_of(shape, pixels).in(grad_columns));
-  }
-  const Tensor transposed = as_contiguous(weights_of(shape).transposed().in(weight));
-  convolve(calls, shape.groups, as_image(grad_output, channels, pixels, pixel * channels),
-           as_kernel(transposed, shape.row(), shape.out_channels),
-           as_image(grad_columns, shape.row(), pixels));
+  const int64_t channels = shape.all_out_channels(), first = pixel * channels;
+  compute(
+      calls, Product::kGradColumns,
+      [&] {
+        const Tensor transposed = as_contiguous(weights_of(shape).transposed().in(weight));
+        convolve(calls, shape.groups, as_image(grad_output, channels, pixels, first),
+                 as_kernel(transposed, shape.row(), shape.out_channels),
+                 as_image(grad_columns, shape.row(), pixels));
+      },
+      [&] {
+        matmul(outputs_of(shape, pixels).in(grad_output, first), weights_of(shape).in(weight),
+               columns_of(shape, pixels).in(grad_columns));
+      });
 }
 
 void multiply_grad_weight(const ProductCalls& calls, const ProductShape& shape,
                           const Tensor& columns, const Tensor& grad_output, int64_t pixel,
                           int64_t pixels, const Tensor& grad_weight) {
   const int64_t channels = shape.all_out_channels(), first = pixel * channels;
-  if (calls.grad_weight == Call::kConvolution) {
-    const Tensor kernel = as_kernel(grad_weight, channels, shape.columns);
-    Tensor result = kernel;
-    const Tensor gradient = convolution_grad_kernel(
-        shape.groups, as_image(grad_output, channels, pixels, first),
-        as_image(columns, shape.row(), pixels), converted(kernel, columns.scalar_type()));
-    torch::stable::copy_(result, gradient);
-    return;
-  }
   const Tensor left = outputs_of(shape, pixels).transposed().in(grad_output, first);
   const Tensor right = columns_of(shape, pixels).in(columns);
   const Tensor result = weights_of(shape).in(grad_weight);
-  if (calls.grad_weight == Call::kMatmulToFloat) {
-    return call("aten::bmm", "dtype_out", left, right, ScalarType::Float, result);
-  }
-  matmul(converted(left, columns.scalar_type()), right, result);
+  compute(
+      calls, Product::kGradWeight,
+      [&] {
+        if (calls.of(Product::kGradWeight).call == Call::kMatmulToFloat) {
+          return call("aten::bmm", "dtype_out", left, right, ScalarType::Float, result);
+        }
+        const Tensor kernel = as_kernel(grad_weight, channels, shape.columns);
+        Tensor target = kernel;
+        const Tensor gradient = convolution_grad_kernel(
+            shape.groups, as_image(grad_output, channels, pixels, first),
+            as_image(columns, shape.row(), pixels), converted(kernel, columns.scalar_type()));
+        torch::stable::copy_(target, gradient);
+      },
+      [&] {
+        const ScalarType type = grad_weight.scalar_type();
+        matmul(converted(left, type), converted(right, type), result);
+      });
 }
 
 }  // namespace mmdcn::cuda

@@ -3,7 +3,8 @@
 // Each product can be computed by more than one of torch's operators. Which of them is right on a
 // device, with the libraries that it has, is found out at the first call there
 // (mmdcn/ops/_products.py lists them, best first, with the reasons); until then, and where all
-// others fail, it is kMatmul, which works wherever torch does.
+// others fail, it is kMatmul, which works wherever torch does. So it is, too, from the first
+// tensors on that torch refuses what was chosen for.
 #pragma once
 
 #include "../types.h"
@@ -44,8 +45,16 @@ struct ProductShape {
 
 // How the products of one call of an operator are computed on a device.
 struct ProductCalls {
-  Call output, grad_columns, grad_weight;
+  struct Choice {
+    Call call;
+    bool may_be_replaced;  // by kMatmul, if torch refuses the call
+  };
+  Choice choices[kProducts];
   bool tf32, deterministic;
+  int device;
+  Arithmetic arithmetic;
+
+  const Choice& of(Product product) const { return choices[static_cast<int>(product)]; }
 
   // As torch's settings say now. `tf32`, `matmul_tf32` and `deterministic` are what the caller
   // wants whatever they say: to multiply float32 in TF32, in convolutions and in products of
@@ -55,7 +64,7 @@ struct ProductCalls {
   // Whether the gradient of the weight takes columns and grad_output in the type of offsets.
   bool wide_columns(Precision precision) const {
     const bool half = precision == Precision::kFloat16 || precision == Precision::kBFloat16;
-    return half && grad_weight == Call::kMatmul;
+    return half && of(Product::kGradWeight).call == Call::kMatmul;
   }
 };
 
@@ -72,7 +81,7 @@ void multiply_grad_columns(const ProductCalls& calls, const ProductShape& shape,
                            const Tensor& weight, const Tensor& grad_columns);
 
 // grad_weight = columns * grad_output, which is channels last, and is read from pixel number
-// `pixel` on. The result is in the type of offsets.
+// `pixel` on. The result is in the type of offsets; where wide_columns(), the factors are, too.
 void multiply_grad_weight(const ProductCalls& calls, const ProductShape& shape,
                           const Tensor& columns, const Tensor& grad_output, int64_t pixel,
                           int64_t pixels, const Tensor& grad_weight);

@@ -31,15 +31,23 @@ inline Tensor channels_last_view(const Tensor& tensor) {
   return view(tensor, size, stride);
 }
 
+// The bytes that the address of a tensor (N, C, ...) must be a multiple of where channels are last:
+// those of the widest vector that the channels of a pixel divide into, as the kernels load none
+// that do not. So if the first image is aligned, all are.
+inline int64_t alignment_for(const Tensor& tensor) {
+  const int64_t pixel = tensor.size(1) * tensor.element_size();
+  return std::min(pixel & -pixel, INT64_C(16));
+}
+
 // Whether the kernels can take a tensor as it is: its channels are last, and its address is one
 // that they can load vectors from.
 inline bool is_usable(const Tensor& tensor) {
-  return is_aligned(tensor) && channels_last_view(tensor).is_contiguous();
+  return is_aligned(tensor, alignment_for(tensor)) && channels_last_view(tensor).is_contiguous();
 }
 
 // The same elements as the kernels take them: a copy, where they are not so already.
 inline Tensor channels_last(const Tensor& any) {
-  return aligned(as_contiguous(channels_last_view(any)));
+  return aligned(as_contiguous(channels_last_view(any)), alignment_for(any));
 }
 
 // Some images of a batch, by their numbers.

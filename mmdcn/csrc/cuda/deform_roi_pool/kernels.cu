@@ -35,7 +35,7 @@ void roi_pool_forward(Precision precision, const DeformRoIPoolShape& shape, cons
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
     const auto run = [&](auto kernel) {
-      launch(kernel, blocks_for(shape), 0, stream, shape, static_cast<const scalar_t*>(input),
+      launch(kernel, blocks_for(shape), stream, shape, static_cast<const scalar_t*>(input),
              static_cast<const acc_t*>(rois), static_cast<const acc_t*>(offset),
              static_cast<scalar_t*>(output));
     };
@@ -54,7 +54,7 @@ void roi_pool_backward(Precision precision, const DeformRoIPoolShape& shape,
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
     const auto run = [&](auto kernel) {
-      launch(kernel, blocks_for(shape), 0, stream, shape, static_cast<const scalar_t*>(grad_output),
+      launch(kernel, blocks_for(shape), stream, shape, static_cast<const scalar_t*>(grad_output),
              static_cast<const scalar_t*>(input), static_cast<const acc_t*>(rois),
              static_cast<const acc_t*>(offset), static_cast<acc_t*>(grad_input),
              static_cast<acc_t*>(grad_offset));
