@@ -117,7 +117,7 @@ CONFIGS = {
 
 # The layers whose outputs are scores and boxes, and those that give offsets.
 _LAST = ("_cls", "_reg", "_cls_out", "_init_out", "_refine_out", "reg_refine")
-_EXPONENTS = ("tood_reg", "vfnet_reg", "vfnet_reg_refine")
+_EXPONENTS = ("tood_reg",)
 _OFFSETS = ("conv_offset", "spatial_conv_offset")
 
 
@@ -147,7 +147,7 @@ def build(cfg: Config) -> nn.Module:
     for name, module in detector.named_modules():
         last = name.rpartition(".")[2]
         if last.endswith(_LAST) and isinstance(module, nn.Conv2d | nn.Linear):
-            # Of some heads an exponential is the box, which must not be thousands of pixels wide.
+            # Of TOOD an exponential is the box, which must not be thousands of pixels wide.
             nn.init.normal_(module.weight, std=0.05 if last in _EXPONENTS else 0.2)
             nn.init.normal_(module.bias, std=0.2)
         elif last in _OFFSETS or name.endswith("reg_offset_module.2"):
