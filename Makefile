@@ -3,6 +3,7 @@
 # make benchmark  the operator and whole detectors against their peers: docs/benchmarks/cpu.md
 # make test-torch TORCH=2.10.0   operators and layers, from the wheel, under another torch
 # make fuzz SECONDS=600   random problems, malformed calls and damaged checkpoints, a third each
+# make evidence   deformable layers against plain ones on transformed digits: docs/evidence.md
 # make zoo        every deformable config of mmdet against mmcv's kernels: docs/zoo.md
 # make lint       ruff and clang-format
 # make docs       the documentation as a site: build/docs/index.html
@@ -28,7 +29,7 @@ CXX_SOURCES := $(shell find mmdcn tests -name '*.cpp' -o -name '*.h' -o -name '*
 
 MEASURED := work_dirs/benchmark
 
-.PHONY: demo test test-slow test-torch benchmark fuzz zoo lint format docs wheel release-check \
+.PHONY: demo test test-slow test-torch benchmark evidence fuzz zoo lint format docs wheel release-check \
     check environment clean
 
 environment: $(INSTALLED)
@@ -82,6 +83,9 @@ SECONDS ?= 60
 fuzz: $(INSTALLED)
 	@for kind in operators malformed checkpoints; do OMP_NUM_THREADS=1 \
 	    $(RUN) tools/fuzz.py $$kind --seconds $$(($(SECONDS) / 3)) $(ARGS) || exit 1; done
+
+evidence: $(INSTALLED)
+	@$(RUN) tools/evidence.py $(ARGS)
 
 zoo: $(INSTALLED)
 	@$(RUN) tools/check_zoo.py --out docs/zoo.md $(ARGS)

@@ -38,7 +38,7 @@ def machine(device: torch.device) -> dict:
     cpu = _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
     facts = {
         "cpu": cpu,
-        "cores": _cores(),
+        "cores": cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "os": _operating_system(),
     }
@@ -137,7 +137,7 @@ def driver() -> str | None:
     return answer[0] if answer else None
 
 
-def _cores() -> int:
+def cores() -> int:
     """The number of cores that this process may use, where the system tells."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

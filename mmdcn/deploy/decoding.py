@@ -19,7 +19,17 @@ from . import operators
 from .operators import UNUSED
 from .refusals import ExportError
 
-__all__ = ["Detections", "Suppression", "at", "check_coder", "decode", "large_enough", "positive"]
+__all__ = [
+    "Detections",
+    "Suppression",
+    "at",
+    "candidates",
+    "check_coder",
+    "clip",
+    "decode",
+    "large_enough",
+    "positive",
+]
 
 # Those that shift a box of the prior's kind: others may read the prior's values.
 _CODERS = (DeltaXYWHBBoxCoder, DistancePointBBoxCoder)
@@ -76,8 +86,11 @@ def decode(coder: Any, priors: Tensor, encoded: Tensor, image_sizes: Tensor) -> 
     # Without `max_shape` it is one way for all images.
     boxes = coder.decode(priors.reshape(-1, priors.shape[-1]), encoded.reshape(-1, 4))
     boxes = get_box_tensor(boxes).reshape(encoded.shape)
-    if not coder.clip_border:
-        return boxes
+    return clip(boxes, image_sizes) if coder.clip_border else boxes
+
+
+def clip(boxes: Tensor, image_sizes: Tensor) -> Tensor:
+    """What lies within the images of boxes (N, M, 4); `image_sizes` (N, 2): height and width."""
     limits = image_sizes.flip(1).repeat(1, 2).to(boxes.dtype)[:, None]
     return torch.minimum(boxes.clamp(min=0), limits)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from mmdet.models.dense_heads import RPNHead
+from mmdet.models.dense_heads import GFLHead, RepPointsHead, RPNHead, TOODHead
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from .decoding import (
     at,
     candidates,
     check_coder,
+    clip,
     decode,
     large_enough,
     positive,
@@ -44,11 +45,15 @@ class _Decoder:
         ExportError: it has settings that this does not follow.
     """
 
+    #: Whether the head's ``bbox_coder`` makes the boxes.
+    uses_coder = True
+
     def __init__(self, head: nn.Module, where: str) -> None:
         self.head = head
         settings: Mapping = head.test_cfg or {}
         settings_at = f"the test_cfg of {where}"
-        check_coder(head.bbox_coder, where)
+        if self.uses_coder:
+            check_coder(head.bbox_coder, where)
         if getattr(head.loss_cls, "custom_cls_channels", False):
             raise ExportError(f"{where}.loss_cls: {type(head.loss_cls).__name__} is not supported")
         self.suppression = Suppression.of(settings, settings_at)
@@ -56,14 +61,21 @@ class _Decoder:
         self.min_bbox_size = settings.get("min_bbox_size", -1)
         self.score_thr = settings.get("score_thr", 0)
 
-    def __call__(self, outputs: Sequence[Sequence[Tensor]], image_sizes: Tensor) -> Detections:
-        """Decode a batch.
+    def __call__(self, features: Sequence[Tensor], image_sizes: Tensor) -> Detections:
+        """Detections of a batch.
 
         Args:
-            outputs: of the head: for scores, boxes and perhaps factors, a tensor (N, C, H, W) for
-                each level.
+            features: of each level, (N, C, H, W).
             image_sizes: (N, 2), height and width without padding.
         """
+        return self.decode(self.outputs(features), image_sizes)
+
+    def outputs(self, features: Sequence[Tensor]) -> Sequence[Sequence[Tensor]]:
+        """The head's: scores, boxes and perhaps factors, of each level a tensor (N, C, H, W)."""
+        return self.head(features)
+
+    def decode(self, outputs: Sequence[Sequence[Tensor]], image_sizes: Tensor) -> Detections:
+        """Detections from the head's outputs."""
         raise NotImplementedError
 
     def _priors(self, scores: Sequence[Tensor]) -> list[Tensor]:
@@ -85,6 +97,11 @@ def _rows(x: Tensor, width: int) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, width)
 
 
+def _centers(priors: Tensor) -> Tensor:
+    """The centers (..., 2) of priors (..., 4)."""
+    return (priors[..., :2] + priors[..., 2:]) / 2
+
+
 class _BaseDenseHeadDecoder(_Decoder):
     """``BaseDenseHead._predict_by_feat_single``: of RetinaNet, FCOS, ATSS, VFNet and more."""
 
@@ -97,12 +114,14 @@ class _BaseDenseHeadDecoder(_Decoder):
                 f"the network's input here, got {self.min_bbox_size}"
             )
 
-    def __call__(self, outputs: Sequence[Sequence[Tensor]], image_sizes: Tensor) -> Detections:
+    def decode(self, outputs: Sequence[Sequence[Tensor]], image_sizes: Tensor) -> Detections:
         scores, encoded, *factors = outputs
         factors = factors[0] if factors and factors[0] is not None else [None] * len(scores)
-        levels = map(self._of_level, scores, encoded, factors, self._priors(scores))
-        best, labels, priors, encoded = (torch.cat(parts, dim=1) for parts in zip(*levels))
-        boxes = decode(self.head.bbox_coder, priors, encoded, image_sizes)
+        levels = []
+        for level, given in enumerate(zip(scores, encoded, factors, self._priors(scores))):
+            best, labels, *found = self._of_level(*given)
+            levels.append((best, labels, self._boxes(level, *found, image_sizes)))
+        best, labels, boxes = (torch.cat(parts, dim=1) for parts in zip(*levels))
         best = candidates(best, large_enough(boxes, self.min_bbox_size))
         classes = torch.arange(self.head.num_classes, device=labels.device)
         by_class = candidates(best[:, None], labels[:, None] == classes[:, None])
@@ -126,13 +145,101 @@ class _BaseDenseHeadDecoder(_Decoder):
         if factors is not None:
             weights = _rows(factors, 1).sigmoid()
             best = candidates(best * at(weights, indices)[:, :, 0], best > UNUSED)
-        return best, labels, priors[indices], at(_rows(encoded, 4), indices)
+        return best, labels, priors[indices], at(_rows(encoded, self._encoded_size), indices)
+
+    @property
+    def _encoded_size(self) -> int:
+        """How many numbers are predicted for a box."""
+        return 4
+
+    def _boxes(self, level: int, priors: Tensor, encoded: Tensor, image_sizes: Tensor) -> Tensor:
+        """Boxes (N, K, 4) of a level from priors (N, K, 2 or 4) and what is predicted for each."""
+        return decode(self.head.bbox_coder, priors, encoded, image_sizes)
+
+
+class _GFLDecoder(_BaseDenseHeadDecoder):
+    """``GFLHead._predict_by_feat_single``: distances are means of distributions."""
+
+    @property
+    def _encoded_size(self) -> int:
+        return 4 * (self.head.reg_max + 1)
+
+    def _activated(self, scores: Tensor) -> Tensor:
+        return scores.sigmoid()
+
+    def _boxes(self, level: int, priors: Tensor, encoded: Tensor, image_sizes: Tensor) -> Tensor:
+        stride = self.head.prior_generator.strides[level][0]
+        distances = self.head.integral(encoded).reshape(*encoded.shape[:2], 4) * stride
+        return decode(self.head.bbox_coder, _centers(priors), distances, image_sizes)
+
+
+class _RepPointsDecoder(_BaseDenseHeadDecoder):
+    """``RepPointsHead._predict_by_feat_single``: the head's own points make the box."""
+
+    uses_coder = False
+
+    def _boxes(self, level: int, priors: Tensor, encoded: Tensor, image_sizes: Tensor) -> Tensor:
+        boxes = encoded * self.head.point_strides[level] + priors.repeat(1, 1, 2)
+        return clip(boxes, image_sizes)
+
+
+class _TOODDecoder(_BaseDenseHeadDecoder):
+    """``TOODHead``: it moves each box to one of its neighbours, before anything is chosen.
+
+    The head's own ``forward`` goes through the images of a batch in a loop, whose number would not
+    stay open; all else in it is done here in the same way, by the head's layers.
+    """
+
+    uses_coder = False
+
+    def __init__(self, head: nn.Module, where: str) -> None:
+        super().__init__(head, where)
+        if head.anchor_type == "anchor_based":
+            check_coder(head.bbox_coder, where)
+
+    def outputs(self, features: Sequence[Tensor]) -> Sequence[Sequence[Tensor]]:
+        return tuple(zip(*(self._of_features(level, x) for level, x in enumerate(features))))
+
+    def _of_features(self, level: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities (N, classes, H, W), and boxes (N, 4, H, W) in steps of the level."""
+        head = self.head
+        interactive = []
+        for convolution in head.inter_convs:
+            x = convolution(x)
+            interactive.append(x)
+        seen = torch.cat(interactive, dim=1)
+        mean = seen.mean(dim=(2, 3), keepdim=True)
+        of_class = head.tood_cls(head.cls_decomp(seen, mean)).sigmoid()
+        scores = (of_class * head.cls_prob_module(seen).sigmoid()).sqrt()
+        boxes = self._regressed(level, head.tood_reg(head.reg_decomp(seen, mean)))
+        moved = head.deform_sampling(boxes, head.reg_offset_module(seen))
+        inverted = (moved[:, :2] > moved[:, 2:]).any(dim=1, keepdim=True)
+        return scores, torch.where(inverted, boxes, moved)
+
+    def _regressed(self, level: int, encoded: Tensor) -> Tensor:
+        head, size = self.head, encoded.shape[2:]
+        stride = head.prior_generator.strides[level][0]
+        priors = head.prior_generator.single_level_grid_priors(size, level, device=encoded.device)
+        if head.anchor_type == "anchor_free":
+            x, y = (_centers(priors) / stride).unflatten(0, size).unbind(dim=2)
+            left, top, right, bottom = head.scales[level](encoded.exp()).unbind(dim=1)
+            return torch.stack([x - left, y - top, x + right, y + bottom], dim=1)
+        rows = _rows(head.scales[level](encoded), 4)
+        every = priors.expand(rows.shape[0], -1, -1).flatten(0, 1)
+        boxes = get_box_tensor(head.bbox_coder.decode(every, rows.flatten(0, 1))) / stride
+        return boxes.reshape(-1, *size, 4).permute(0, 3, 1, 2).contiguous()
+
+    def _activated(self, scores: Tensor) -> Tensor:
+        return scores
+
+    def _boxes(self, level: int, priors: Tensor, encoded: Tensor, image_sizes: Tensor) -> Tensor:
+        return encoded * self.head.prior_generator.strides[level][0]
 
 
 class _RPNDecoder(_Decoder):
     """``RPNHead._predict_by_feat_single``: levels are the groups of suppression."""
 
-    def __call__(self, outputs: Sequence[Sequence[Tensor]], image_sizes: Tensor) -> Detections:
+    def decode(self, outputs: Sequence[Sequence[Tensor]], image_sizes: Tensor) -> Detections:
         scores, encoded = outputs[:2]
         found, boxes = [], []
         for x, deltas, priors in zip(scores, encoded, self._priors(scores)):
@@ -147,8 +254,14 @@ class _RPNDecoder(_Decoder):
         return Detections(at(every.flatten(1, 2), places), kept, torch.zeros_like(places))
 
 
-# In this order, as one is a subclass of the other.
-_DECODERS = ((RPNHead, _RPNDecoder), (BaseDenseHead, _BaseDenseHeadDecoder))
+# Those methods of each that must be its own, in an order in which subclasses come first.
+_DECODERS = (
+    (RPNHead, (), _RPNDecoder),
+    (GFLHead, ("anchor_center",), _GFLDecoder),
+    (TOODHead, ("forward", "deform_sampling", "anchor_center"), _TOODDecoder),
+    (RepPointsHead, ("_bbox_decode",), _RepPointsDecoder),
+    (BaseDenseHead, (), _BaseDenseHeadDecoder),
+)
 
 
 def decoder_of(head: nn.Module, where: str) -> _Decoder:
@@ -161,8 +274,8 @@ def decoder_of(head: nn.Module, where: str) -> _Decoder:
     Raises:
         ExportError: the head decodes in a way of its own, or has settings that are not followed.
     """
-    for ancestor, decoder in _DECODERS:
-        if inherits(head, ancestor, _METHODS):
+    for ancestor, methods, decoder in _DECODERS:
+        if inherits(head, ancestor, (*_METHODS, *methods)):
             return decoder(head, where)
     raise ExportError(
         f"{where}: {type(head).__name__} decodes in a way of its own, which has no counterpart "

@@ -117,7 +117,7 @@ class EndToEnd(nn.Module):
         if self.with_preprocessing:
             images = self.preprocessing(images, image_sizes)
         features = self.detector.extract_feat(images)
-        found = self._decode(getattr(self.detector, self._dense)(features), image_sizes)
+        found = self._decode(features, image_sizes)
         if self._second is not None:
             found = self._second.boxes(features, found, image_sizes)
         outputs = _without_unused(found)

@@ -176,10 +176,10 @@ class _Names(TorchDispatchMode):
 
 
 def _is_deformable(network: Exportable, example: tuple[Tensor, ...]) -> bool:
-    """Whether the network calls the operator that becomes ``DeformConv``."""
+    """Whether the network calls an operator that becomes ``DeformConv``."""
     with torch.no_grad(), _Names() as names:
         network(*example)
-    return "mmdcn::deform_conv2d" in names.called
+    return not names.called.isdisjoint(("mmdcn::deform_conv2d", "mmdcn::deform_aggregate"))
 
 
 def _refuse_other_operators(model) -> None:

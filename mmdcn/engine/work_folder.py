@@ -20,8 +20,12 @@ SETTINGS = "settings.json"
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, what: str = "demo") -> Iterator[None]:
     """Make a folder that is this process's alone within the block, however the process ends.
+
+    Args:
+        folder: to be made, unless it is there.
+        what: what may be running in it.
 
     Raises:
         ConfigError: it cannot be written, or another process has it.
@@ -38,7 +42,7 @@ def lock(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"another demo is running in {folder}; choose another --work-dir"
+                f"another {what} is running in {folder}; choose another --work-dir"
             ) from None
         yield
 

@@ -3,22 +3,35 @@
 Nobody needs to import this: torch's exporter, as soon as it is imported, does
 (:mod:`mmdcn.ops._onnx_exporters`).
 
-:func:`mmdcn.ops.deform_conv2d`, and hence every layer, becomes the standard operator ``DeformConv``
-(opset 19 and newer). It has no inputs in mixed precision: half-precision features beside float32
-coordinates are computed in float32, and the result is rounded as ours is. For opset 18 and older,
-the exporter finds no translation and raises its own error, which names the operator.
+:func:`mmdcn.ops.deform_conv2d`, and hence every layer of v1 and v2, becomes the standard operator
+``DeformConv`` (opset 19 and newer), and so do :func:`mmdcn.ops.dcnv3` and :func:`mmdcn.ops.dcnv4`.
+It has no inputs in mixed precision: half-precision features beside float32 coordinates are computed
+in float32, and the result is rounded as ours is. :func:`mmdcn.ops.deform_roi_pool` becomes
+``RoiAlign``, unless position-sensitive. :func:`mmdcn.ops.deform_conv3d` has no counterpart. For
+opset 18 and older, the exporter finds no translation and raises its own error, which names the
+operator.
 
 It needs the packages onnx and onnxscript, as torch's exporter does.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from . import deform_conv  # noqa: F401  # registers the operator
+from . import (  # noqa: F401  # registers the operators
+    _onnx_graphs,
+    deform_aggregate,
+    deform_conv,
+    deform_conv_nd,
+    deform_roi_pool,
+)
 
 try:
     import onnxscript
+    from onnxscript import ir
     from onnxscript.onnx_opset import opset19
 
     # The exporter reads this registry at every export. Its public interface is a translation table,
@@ -31,8 +44,28 @@ except ModuleNotFoundError as error:
     ) from error
 
 
-@onnx_impl(torch.ops.mmdcn.deform_conv2d.default, trace_only=True, opset_introduced=19)
-def deform_conv2d(
+class _Graph:
+    """The graph that the exporter is building, as :mod:`~._onnx_graphs` takes it."""
+
+    def op(self, name: str, *inputs: Any, **attributes: Any) -> Any:
+        return getattr(opset19, name)(*inputs, **attributes)
+
+    def constant(self, values: torch.Tensor) -> Any:
+        return opset19.Constant(value=ir.tensor(values.numpy()))
+
+    def size(self, value: Any, dimension: int, name: str) -> int:
+        return value.shape[dimension]
+
+    def dtype(self, value: Any) -> Any:
+        return value.dtype
+
+
+def _translates(operator: torch._ops.OpOverload) -> Any:
+    return onnx_impl(operator, trace_only=True, opset_introduced=_onnx_graphs.OPSET)
+
+
+@_translates(torch.ops.mmdcn.deform_conv2d.default)
+def deform_conv2d_as_onnx(
     input: onnxscript.FLOAT,
     offset: onnxscript.FLOAT,
     weight: onnxscript.FLOAT,
@@ -42,22 +75,51 @@ def deform_conv2d(
     dilation: Sequence[int],
     mask: onnxscript.FLOAT | None = None,
 ) -> onnxscript.FLOAT:
-    """``mmdcn::deform_conv2d`` as ``DeformConv``, whose offsets have the order of mmdcn's."""
-    kernel = list(weight.shape[2:])
-    features = (input, weight, bias)
-    mixed = input.dtype != offset.dtype
-    if mixed:
-        features = [t if t is None else opset19.CastLike(t, offset) for t in features]
-    output = opset19.DeformConv(
-        *features[:2],
-        offset,
-        features[2],
-        mask,
-        dilations=dilation,
-        group=input.shape[1] // weight.shape[1],
-        kernel_shape=kernel,
-        offset_group=offset.shape[1] // (2 * kernel[0] * kernel[1]),
-        pads=[*padding, *padding],
-        strides=stride,
+    return _onnx_graphs.deform_conv2d(
+        _Graph(), input, offset, weight, bias, stride, padding, dilation, mask
     )
-    return opset19.CastLike(output, input) if mixed else output
+
+
+@_translates(torch.ops.mmdcn.deform_aggregate.default)
+def deform_aggregate_as_onnx(
+    input: onnxscript.FLOAT,
+    offset: onnxscript.FLOAT,
+    mask: onnxscript.FLOAT,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    offset_scale: float,
+    remove_center: bool,
+) -> onnxscript.FLOAT:
+    geometry = (kernel_size, stride, padding, dilation, offset_scale, remove_center)
+    return _onnx_graphs.deform_aggregate(_Graph(), input, offset, mask, *geometry)
+
+
+@_translates(torch.ops.mmdcn.deform_roi_pool.default)
+def deform_roi_pool_as_onnx(
+    input: onnxscript.FLOAT,
+    rois: onnxscript.FLOAT,
+    offset: onnxscript.FLOAT | None,
+    output_size: Sequence[int],
+    spatial_scale: float,
+    sampling_ratio: int,
+    gamma: float,
+    position_sensitive: bool,
+) -> onnxscript.FLOAT:
+    numbers = (output_size, spatial_scale, sampling_ratio, gamma, position_sensitive)
+    return _onnx_graphs.deform_roi_pool(_Graph(), input, rois, offset, *numbers)
+
+
+@_translates(torch.ops.mmdcn.deform_conv_nd.default)
+def deform_conv_nd_as_onnx(
+    input: onnxscript.FLOAT,
+    offset: onnxscript.FLOAT,
+    weight: onnxscript.FLOAT,
+    bias: onnxscript.FLOAT | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mask: onnxscript.FLOAT | None = None,
+) -> onnxscript.FLOAT:
+    return _onnx_graphs.deform_conv_nd()

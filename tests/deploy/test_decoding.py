@@ -79,6 +79,8 @@ def test_fewer_candidates_than_places():
         ("faster-rcnn", {"model.roi_head.bbox_head.bbox_coder.clip_border": False}),
         ("mask-rcnn", {"model.roi_head.mask_head.class_agnostic": True}),
         ("mask-rcnn", {"model.roi_head.mask_roi_extractor": None}),  # shared
+        ("tood", {"model.bbox_head.anchor_type": "anchor_based"}),
+        ("reppoints", {"model.bbox_head.transform_method": "minmax"}),
     ],
 )
 def test_settings_are_followed(name, options):
@@ -124,6 +126,7 @@ def test_no_detection():
             "bbox_roi_extractor: .*, got GenericRoIExtractor",
         ),
         ("faster-rcnn", {"model.roi_head.type": "DoubleHeadRoIHead"}, "got DoubleHeadRoIHead"),
+        ("atss", {"model.bbox_head.type": "PAAHead"}, "model.bbox_head: PAAHead decodes in a way"),
     ],
 )
 def test_what_is_not_followed_is_named(name, options, expected):

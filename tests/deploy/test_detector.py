@@ -158,11 +158,23 @@ def test_images_that_it_does_not_take(one_stage, shape, dtype, sizes, expected):
         file(torch.zeros(shape, dtype=dtype).numpy(), torch.full((sizes, 2), 64).numpy())
 
 
+# Heads and necks that have deformable convolutions of their own.
+DEFORMABLE_HEADS = ("vfnet", "reppoints", "tood", "dyhead")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", tiny.CONFIGS)
-@pytest.mark.parametrize("layer", [None, "DCN", "DCNv2"])
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        *((name, layer) for name in tiny.CONFIGS for layer in (None, "DCN", "DCNv2")),
+        ("retinanet", "DCNv3"),
+        ("retinanet", "DCNv4"),
+    ],
+)
 def test_every_detector_with_every_layer(tmp_path, plugin_in_mmdet, name, layer):
     cfg = tiny.config(name, layer)
     detector, file, _ = written(cfg, tmp_path / "model.onnx")
+    operators = [node.op_type for node in onnx.load(file.path).graph.node]
+    assert ("DeformConv" in operators) == (layer is not None or name in DEFORMABLE_HEADS)
     for sizes in BATCHES:
         assert same(detector, file, *tiny.images(*sizes)).detections > 10 * len(sizes)

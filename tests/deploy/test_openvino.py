@@ -11,7 +11,7 @@ from torch import nn
 
 from mmdcn.deploy import openvino as ours
 from mmdcn.engine.preflight import ConfigError
-from mmdcn.ops import deform_conv2d
+from mmdcn.ops import dcnv3, deform_conv2d, deform_roi_pool
 
 
 class Convolutions(nn.Module):
@@ -49,6 +49,35 @@ def test_deformable_convolutions(tmp_path):
     outputs = ours.compile_model(path)([value.numpy() for value in given]).values()
     for output, value in zip(outputs, expected, strict=True):
         assert torch.allclose(torch.from_numpy(output), value, atol=1e-5)
+
+
+class Others(nn.Module):
+    """Channels that are sampled by themselves, and pooling at moved bins."""
+
+    def forward(self, x, offset, mask, features, rois, moves):
+        options = dict(kernel_size=(3, 5), padding=(1, 2), group=2, offset_scale=0.5)
+        return (
+            dcnv3(x, offset, mask, **options),
+            deform_roi_pool(features, rois, moves, output_size=(3, 7), spatial_scale=0.5),
+        )
+
+
+def test_dcnv3_and_roi_pooling(tmp_path):
+    start = torch.rand(9, 2) * 15
+    rois = torch.cat([torch.arange(9)[:, None] % 2, start, start + 4 + torch.rand(9, 2) * 9], dim=1)
+    given = (
+        torch.randn(2, 9, 10, 6),
+        torch.randn(2, 9, 10, 60) * 2,
+        torch.rand(2, 9, 10, 30),
+        torch.randn(2, 4, 16, 18),
+        rois,
+        torch.randn(9, 4, 3, 7),
+    )
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(Others(), given, path, dynamo=True, verbose=False)
+    outputs = ours.compile_model(path)([value.numpy() for value in given]).values()
+    for output, value in zip(outputs, Others()(*given), strict=True):
+        assert torch.allclose(torch.from_numpy(output), value, atol=1e-4)
 
 
 def test_what_cannot_be_read_or_written(tmp_path):

@@ -38,9 +38,38 @@ model['roi_head'].update(
     mask_head=dict(in_channels=32, conv_out_channels=16, num_convs=1, num_classes=3))
 """
 
+_CASCADE = """
+model['rpn_head'] = dict(
+    in_channels=32, feat_channels=32, anchor_generator=dict(strides=[4, 8]))
+model['roi_head'] = dict(
+    num_stages=2,
+    stage_loss_weights=[1, 0.5],
+    bbox_roi_extractor=dict(out_channels=32, featmap_strides=[4, 8], finest_scale=8),
+    bbox_head=[
+        dict(
+            type='Shared2FCBBoxHead', in_channels=32, fc_out_channels=32, num_classes=3,
+            reg_class_agnostic=agnostic,
+            bbox_coder=dict(
+                type='DeltaXYWHBBoxCoder',
+                target_means=[0.0] * 4, target_stds=[std, std, 2 * std, 2 * std]))
+        for agnostic, std in ((False, 0.1), (True, 0.05))],
+    mask_roi_extractor=dict(out_channels=32, featmap_strides=[4, 8], finest_scale=8),
+    mask_head=dict(in_channels=32, conv_out_channels=16, num_convs=1, num_classes=3))
+model['test_cfg'] = dict(rpn=dict(nms_pre=200, max_per_img=60), rcnn=dict(max_per_img=40))
+"""
+
 _ONE_STAGE = """
 model['bbox_head'] = dict(
     in_channels=32, feat_channels=32, stacked_convs=1, num_classes=3, {0})
+model['test_cfg'] = dict(nms_pre=200, max_per_img=40)
+"""
+
+_DYHEAD = """
+model['neck'] = [
+    dict(type='FPN', in_channels=[8, 16], out_channels=32, start_level=0, num_outs=2),
+    dict(type='DyHead', in_channels=32, out_channels=32, num_blocks=1)]
+model['bbox_head'] = dict(
+    in_channels=32, feat_channels=32, num_classes=3, anchor_generator=dict(strides=[4, 8]))
 model['test_cfg'] = dict(nms_pre=200, max_per_img=40)
 """
 
@@ -60,10 +89,36 @@ CONFIGS = {
         "atss/atss_r50_fpn_1x_coco.py",
         _ONE_STAGE.format("anchor_generator=dict(strides=[4, 8])"),
     ),
+    "gfl": (
+        "gfl/gfl_r50_fpn_1x_coco.py",
+        _ONE_STAGE.format("anchor_generator=dict(strides=[4, 8])"),
+    ),
+    "vfnet": (
+        "vfnet/vfnet_r50_fpn_1x_coco.py",
+        _ONE_STAGE.format(
+            "strides=[4, 8], regress_ranges=((-1, 64), (64, 1e8)), anchor_generator=dict("
+            "type='AnchorGenerator', ratios=[1.0], octave_base_scale=8, scales_per_octave=1, "
+            "center_offset=0.0, strides=[4, 8])"
+        ),
+    ),
+    "reppoints": (
+        "reppoints/reppoints-moment_r50_fpn_1x_coco.py",
+        _ONE_STAGE.format("point_feat_channels=32, point_strides=[4, 8]"),
+    ),
+    "tood": (
+        "tood/tood_r50_fpn_1x_coco.py",
+        _ONE_STAGE.format("num_dcn=1, anchor_generator=dict(strides=[4, 8])").replace(
+            "stacked_convs=1", "stacked_convs=2"
+        ),
+    ),
+    "dyhead": ("dyhead/atss_r50_fpn_dyhead_1x_coco.py", _DYHEAD),
+    "cascade-mask-rcnn": ("cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py", _CASCADE),
 }
 
-# The layers whose outputs are scores and boxes.
-_LAST = ("rpn_cls", "rpn_reg", "fc_cls", "fc_reg", "_cls", "_reg", "conv_cls", "conv_reg")
+# The layers whose outputs are scores and boxes, and those that give offsets.
+_LAST = ("_cls", "_reg", "_cls_out", "_init_out", "_refine_out", "reg_refine")
+_EXPONENTS = ("tood_reg",)
+_OFFSETS = ("conv_offset", "spatial_conv_offset")
 
 
 @functools.cache
@@ -92,9 +147,10 @@ def build(cfg: Config) -> nn.Module:
     for name, module in detector.named_modules():
         last = name.rpartition(".")[2]
         if last.endswith(_LAST) and isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.normal_(module.weight, std=0.2)
+            # Of TOOD an exponential is the box, which must not be thousands of pixels wide.
+            nn.init.normal_(module.weight, std=0.05 if last in _EXPONENTS else 0.2)
             nn.init.normal_(module.bias, std=0.2)
-        elif last.startswith("conv_offset"):
+        elif last in _OFFSETS or name.endswith("reg_offset_module.2"):
             nn.init.normal_(module.weight, std=0.05)
     return detector
 

@@ -60,14 +60,17 @@ NO_IMAGE = "mmdcn: CUDA refused to launch a kernel: no kernel image is available
 
 
 def test_a_gpu_on_which_our_kernels_run(gpu, monkeypatch, caplog):
-    """Torch's calls for the products are chosen with that, once."""
+    """It is said once, and torch's calls for the products are chosen with that, once."""
+    caplog.set_level(logging.INFO)
     chosen = []
     monkeypatch.setattr(_products, "choose", chosen.append)
     for operator in OPERATORS:
         assert _devices.server(operator, GPU) == _devices.OURS
     assert chosen == [GPU]
     assert gpu == [GPU, GPU]  # An error of a kernel shows when it has run; of others', before.
-    assert not caplog.records
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert "cuda:1" in record.getMessage() and "mmdcn" in record.getMessage()
 
 
 def test_a_gpu_on_which_they_do_not_run(gpu, monkeypatch, caplog):

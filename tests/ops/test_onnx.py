@@ -18,7 +18,7 @@ pytest.importorskip("onnxruntime", minversion=ONNXRUNTIME_WITH_DEFORM_CONV)
 import onnx
 import onnxruntime
 
-from mmdcn.ops import deform_conv1d, deform_conv2d
+from mmdcn.ops import dcnv3, dcnv4, deform_conv1d, deform_conv2d, deform_conv3d, deform_roi_pool
 from tests.ops.problems import Problem
 from tests.programs import run_python
 from tests.pytorch.models import PACKS, backbone, scatter_samples
@@ -105,6 +105,127 @@ def test_standard_operator(case, dynamo, tmp_path):
         "offset_group": problem.deform_groups,
     }
     compare(path, model, model.inputs)
+
+
+class OfTensors(nn.Module):
+    """A function, all of whose arguments but tensors are constants."""
+
+    def __init__(self, function, **arguments) -> None:
+        super().__init__()
+        self.function, self.arguments = function, arguments
+
+    def forward(self, *tensors):
+        return self.function(*tensors, **self.arguments)
+
+
+def aggregation(groups, kernel, stride, padding, dilation, scale, remove_center, dtype):
+    """A call of DCNv3 of two images of 9 × 14 pixels, and its tensors."""
+    module = OfTensors(
+        dcnv3,
+        kernel_size=kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        group=groups,
+        offset_scale=scale,
+        remove_center=remove_center,
+    )
+    height, width = (
+        (size + 2 * pad - dil * (k - 1) - 1) // step + 1
+        for size, pad, dil, k, step in zip((9, 14), padding, dilation, kernel, stride)
+    )
+    samples = groups * (kernel[0] * kernel[1] - remove_center)
+    offset, mask = torch.randn(2, height, width, 2 * samples), torch.rand(2, height, width, samples)
+    return module, (torch.randn(2, 9, 14, 12).to(dtype), 2 * offset, mask)
+
+
+AGGREGATIONS = {
+    "3×3": (2, (3, 3), (1, 1), (1, 1), (1, 1), 1.0, False, torch.float32),
+    "nothing square": (3, (3, 5), (2, 1), (1, 3), (2, 1), 0.7, True, torch.float32),
+    "an even kernel": (4, (2, 3), (1, 2), (0, 1), (1, 2), 2.5, False, torch.float32),
+    "half precision": (2, (3, 3), (1, 1), (1, 1), (1, 1), 1.0, True, torch.float16),
+}
+
+
+@BOTH_EXPORTERS
+@pytest.mark.parametrize("case", AGGREGATIONS)
+def test_dcnv3(case, dynamo, tmp_path):
+    model, inputs = aggregation(*AGGREGATIONS[case])
+    path = tmp_path / "model.onnx"
+    export(model, inputs, path, dynamo)
+    assert "DeformConv" in {node.op_type for node in standard(path).graph.node}
+    compare(path, model, inputs, 2e-3 if inputs[0].dtype == torch.float16 else 1e-4)
+
+
+@BOTH_EXPORTERS
+def test_dcnv4(dynamo, tmp_path):
+    """Whose channels are padded to a multiple of eight."""
+    model = OfTensors(dcnv4, kernel_size=3, padding=1, group=2)
+    inputs, path = (torch.randn(2, 7, 8, 6), torch.randn(2, 7, 8, 56)), tmp_path / "model.onnx"
+    export(model, inputs, path, dynamo)
+    standard(path)
+    compare(path, model, inputs)
+
+
+POOLS = {
+    "adaptive, without offsets": (None, dict(output_size=7)),
+    "adaptive, offset groups": (4, dict(output_size=(3, 7), gamma=0.3)),
+    "fixed": (2, dict(output_size=(3, 7), sampling_ratio=2)),
+}
+
+
+def regions(count: int) -> torch.Tensor:
+    start = torch.rand(count, 2) * 20
+    images = torch.randint(0, 2, (count, 1)).float()
+    return torch.cat([images, start, start + 4 + torch.rand(count, 2) * 25], dim=1)
+
+
+@BOTH_EXPORTERS
+@pytest.mark.parametrize("case", POOLS)
+def test_roi_pooling(case, dynamo, tmp_path):
+    offset_channels, arguments = POOLS[case]
+    inputs = [torch.randn(2, 8, 20, 22), regions(20)]
+    if offset_channels is not None:
+        inputs.append(torch.randn(20, offset_channels, *arguments["output_size"]))
+    model, path = OfTensors(_pool, spatial_scale=0.5, **arguments), tmp_path / "model.onnx"
+    export(model, tuple(inputs), path, dynamo)
+    assert "RoiAlign" in {node.op_type for node in standard(path).graph.node}
+    compare(path, model, tuple(inputs))
+
+
+def _pool(input, rois, offset=None, **arguments):
+    return deform_roi_pool(input, rois, offset, **arguments)
+
+
+def test_a_bin_of_whole_pixels_gets_no_row_of_points_more(tmp_path):
+    """Where corners are rounded, which at these places make a bin larger than two pixels."""
+    corner = torch.rand(50, 2) * 5
+    regions = torch.cat([torch.zeros(50, 1), corner, corner + 14], dim=1)
+    inputs = (torch.randn(1, 3, 20, 20), regions, torch.randn(50, 2, 7, 7))
+    model, path = OfTensors(_pool, output_size=7), tmp_path / "model.onnx"
+    # Only those of which PyTorch has two points to a bin as well.
+    exact = (regions[:, 3:] - 0.5 - (regions[:, 1:3] - 0.5) == 14).all(dim=1)
+    inputs = (inputs[0], inputs[1][exact], inputs[2][exact])
+    assert exact.sum() > 5
+    export(model, inputs, path, True)
+    compare(path, model, inputs)
+
+
+@BOTH_EXPORTERS
+def test_what_has_no_counterpart_says_why(dynamo, tmp_path):
+    volume = (torch.randn(1, 2, 4, 4, 4), torch.randn(1, 81, 4, 4, 4), torch.randn(2, 2, 3, 3, 3))
+    pooled = (torch.randn(2, 8, 20, 22), regions(3))
+    for model, inputs, expected in (
+        (OfTensors(deform_conv3d, padding=1), volume, "over three dimensions has no counterpart"),
+        (
+            OfTensors(_pool, output_size=2, position_sensitive=True),
+            pooled,
+            "position-sensitive RoI pooling has no counterpart",
+        ),
+    ):
+        with pytest.raises(Exception, match=expected):
+            export(model, inputs, tmp_path / "model.onnx", dynamo)
+    assert not list(tmp_path.iterdir())
 
 
 def test_sequences_are_images_of_height_one(tmp_path):

@@ -1,0 +1,136 @@
+"""The arguments of `tools/evidence.py`, which are read before torch is imported."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from mmdcn import files
+from mmdcn.benchmark.values import number, one_of, several
+from mmdcn.errors import InputError
+
+PARTS = ("scratch", "upright", "frozen", "long", "layers", "cost")
+ARMS = (
+    *("plain", "plain-size", "plain-time", "dilated", "transformer", "modulation"),
+    *("dcn", "dcnv2", "dcnv2-groups", "dcnv4", "branch", "norm"),
+)
+WORK_DIR, OUT = Path("work_dirs/evidence"), Path("docs/evidence")
+QUICK_WORK_DIR = Path("work_dirs/evidence-quick")
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Measure what deformable layers do under geometric transformation, against "
+        "plain ones and controls, and write a report. Each finished run is kept: the same command "
+        "goes on after an interruption.",
+    )
+    add = parser.add_argument
+    add(
+        "--parts",
+        type=several(one_of(*PARTS)),
+        default=list(PARTS),
+        metavar="PART,…",
+        help=f"of {', '.join(PARTS)} (default: all)",
+    )
+    add(
+        "--arms",
+        type=several(one_of(*ARMS)),
+        metavar="ARM,…",
+        help=f"of {', '.join(ARMS)} (default: all)",
+    )
+    add("--seeds", type=number(int, 1), help="of every arm (default: 5 of the main arms, 3 else)")
+    add(
+        "--quick",
+        action="store_true",
+        help="one seed, a tenth of the epochs: minutes, to see it work; no evidence",
+    )
+    add(
+        "--workers",
+        type=number(int, 1),
+        help="runs side by side, of one thread each (default: as many as there are cores)",
+    )
+    add("--work-dir", type=Path, help=f"of the runs (default: {WORK_DIR}, or {QUICK_WORK_DIR})")
+    add(
+        "--out",
+        type=Path,
+        metavar="NAME",
+        help=f"writes NAME.md, and JSON and pictures into NAME/ (default: {OUT}; with --quick, in "
+        "--work-dir)",
+    )
+    add("--digits", type=Path, metavar="FOLDER", help="that keeps the digits (default: ~/.cache)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--dry-run", action="store_true", help="print the runs and what they cost, and end"
+    )
+    what.add_argument(
+        "--report-only", action="store_true", help="write the report of the runs that are finished"
+    )
+    args = parser.parse_args(arguments)
+    if args.work_dir is None:
+        args.work_dir = QUICK_WORK_DIR if args.quick else WORK_DIR
+    if args.out is None:
+        args.out = args.work_dir / "evidence" if args.quick else OUT
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the arguments say.
+
+    Raises:
+        InputError: see :mod:`~.runner` and :mod:`~.digits`; or nothing is chosen.
+    """
+    from mmdcn import machine
+    from mmdcn.engine import work_folder
+
+    from . import digits, grid, layers, progress, report, runner
+    from .jobs import digit_jobs
+
+    parts = [part for part in args.parts if part in grid.PARTS]
+    choice = grid.Choice(parts, args.arms, args.seeds, args.quick)
+    jobs = digit_jobs(choice, args.digits)
+    if parts and not jobs:
+        raise InputError(f"--arms: none of {', '.join(args.arms)} is in {', '.join(args.parts)}")
+    workers = args.workers or machine.cores()
+    due = runner.unfinished(jobs, args.work_dir)
+    if args.dry_run:
+        print(*grid.plan(choice, {job.run for job in due}, workers), sep="\n")
+        return
+    files.check_folder(args.work_dir, "--work-dir")
+    files.check_folder(args.out.parent, "--out")
+    with work_folder.lock(args.work_dir, "benchmark"):
+        if due and not args.report_only:
+            digits.load(args.digits)  # before anything is begun
+            os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the workers
+            with progress.reporter(due) as told:
+                runner.run(due, args.work_dir, workers, told)
+        cost = _cost(args)
+        everything = digit_jobs(grid.Choice(seeds=args.seeds, quick=args.quick), args.digits)
+        looked = None
+        if "layers" in args.parts and not args.quick:
+            looked = layers.measure(args.work_dir, digits.load(args.digits))
+        written = report.write(
+            everything, args.work_dir, args.out, cost=cost, looked=looked, quick=args.quick
+        )
+    print(*written, sep="\n")
+    sys.stdout.flush()
+
+
+def _cost(args: argparse.Namespace) -> dict | None:
+    """The costs of the arms, measured unless they are known; None where they are not wanted."""
+    from . import cost
+
+    path = args.work_dir / "cost.json"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        found = json.loads(path.read_text())
+        if found["run"] == cost.settings():
+            return found
+    if args.report_only or "cost" not in args.parts:
+        return None
+    print("times of all arms, in turns", file=sys.stderr, flush=True)
+    found = cost.measure(0.2 if args.quick else 2.0)
+    files.write(path, json.dumps(found, indent=1) + "\n")
+    return found
