@@ -114,7 +114,13 @@ def messages_of_the_package() -> str:
 OTHERS = (
     *("is not a supported wheel", "pkg_resources", "mmcv._ext", "is not in the", "Weights only"),
     *("does not support to load", "Not implemented yet", "source state_dict", "no kernel image"),
-    *("NOT_IMPLEMENTED", "Unknown builtin op", "expected dtype float16", "The loss is NaN"),
+    *(
+        "NOT_IMPLEMENTED",
+        "Unknown builtin op",
+        "Unknown type name",
+        "expected dtype float16",
+        "The loss is NaN",
+    ),
     "in_channels: expected a multiple",
     "offset.shape[1] is not valid",
 )
