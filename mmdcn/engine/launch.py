@@ -79,6 +79,9 @@ def _check_name(text: str) -> None:
     configs = next((c for f in folders if (c := Path(f, ".mim", "configs")).is_dir()), None)
     if configs is None or (configs / name).is_file():
         return
+    if not name:
+        example = "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
+        raise InputError(f"expected a name like `mmdet::{example}`, got {text!r}")
     known = [path.relative_to(configs).as_posix() for path in configs.glob("*/*.py")]
     close = difflib.get_close_matches(name, known)
     hint = f"; did you mean {' or '.join(f'{package}::{one}' for one in close)}?" if close else ""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
+import mmengine
 
 from mmdcn.markdown import table
 
@@ -95,7 +95,7 @@ def published(config: str) -> Published:
         KeyError: the metafile does not know it.
     """
     metafile = (mmdet_configs() / config).with_name("metafile.yml")
-    models = yaml.safe_load(metafile.read_text())["Models"]
+    models = mmengine.load(metafile)["Models"]
     entry = {model["Config"]: model for model in models}[f"configs/{config}"]
     metrics = {name: ap for found in entry["Results"] for name, ap in found["Metrics"].items()}
     metadata = entry["Metadata"]
