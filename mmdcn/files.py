@@ -146,8 +146,8 @@ def write(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def write_figure(path: Path, figure: Figure) -> None:
-    """Write a figure as PNG."""
+def write_figure(path: Path, figure: Figure, dpi: int = 100) -> None:
+    """Write a figure as PNG, the same for the same figure whatever matplotlib's version says."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     write(path, buffer.getvalue())

@@ -142,3 +142,13 @@ def _round_on_cuda(
 def median(samples: Iterable[float]) -> float:
     """The median, which one disturbed sample does not move."""
     return statistics.median(samples)
+
+
+#: A median is marked where the quartiles are further apart than this part of it.
+SCATTER = 0.2
+SCATTER_MARK = "~"
+
+
+def scatters(lower: float, median: float, upper: float) -> bool:
+    """Whether samples of these quartiles scatter so much that their medians do not compare."""
+    return upper - lower > SCATTER * median

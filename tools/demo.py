@@ -53,7 +53,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from rich.console import Console
 from rich.table import Table
 
-from mmdcn import machine
+from mmdcn import machine, timing
 from mmdcn.datasets import warped_shapes
 from mmdcn.engine import preflight, work_folder
 from mmdcn.engine.preflight import ConfigError
@@ -77,9 +77,6 @@ METRICS = {
 }
 # What came out, in each model's folder, once it is finished.
 RESULT = "result.json"
-# A time per iteration is marked where the quartiles are further apart than this part of the median.
-SCATTER = 0.2
-SCATTER_MARK = "~"
 
 console = Console()
 
@@ -296,7 +293,7 @@ their colour is the modulation.
 def scatters(result: dict) -> bool:
     """Whether the times of iterations scatter so much that they do not compare."""
     lower, upper = result["seconds_per_iteration_quartiles"]
-    return upper - lower > SCATTER * result["seconds_per_iteration"]
+    return timing.scatters(lower, result["seconds_per_iteration"], upper)
 
 
 def scatter_note(models: dict[str, dict]) -> str:
@@ -304,7 +301,8 @@ def scatter_note(models: dict[str, dict]) -> str:
     if not any(map(scatters, models.values())):
         return ""
     return (
-        f"{SCATTER_MARK} half of the iterations spread over more than {SCATTER:.0%} of the median, "
+        f"{timing.SCATTER_MARK} half of the iterations spread over more than {timing.SCATTER:.0%} "
+        "of the median, "
         "as beside other work: these times do not compare.\n"
     )
 
@@ -315,7 +313,7 @@ def table_rows(models: dict[str, dict]) -> list[list[str]]:
     for name, result in models.items():
         # CocoMetric says -1 where there is no object of that size.
         metrics = [f"{result[m]:.3f}" if result[m] >= 0 else "–" for m in METRICS]
-        milliseconds = f"{SCATTER_MARK * scatters(result)}"
+        milliseconds = f"{timing.SCATTER_MARK * scatters(result)}"
         milliseconds += f"{result['seconds_per_iteration'] * 1000:.0f}"
         rows.append([name, *metrics, f"{result['parameters'] / 1e6:.2f} M", milliseconds])
     return rows

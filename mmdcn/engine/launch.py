@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import importlib.util
 import logging
 import os
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmdcn import startup
 from mmdcn.engine import environment
-from mmdcn.errors import InputError, LibraryError, first_line
+from mmdcn.errors import InputError, LibraryError, did_you_mean, first_line
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -83,8 +82,7 @@ def _check_name(text: str) -> None:
         example = "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
         raise InputError(f"expected a name like `mmdet::{example}`, got {text!r}")
     known = [path.relative_to(configs).as_posix() for path in configs.glob("*/*.py")]
-    close = difflib.get_close_matches(name, known)
-    hint = f"; did you mean {' or '.join(f'{package}::{one}' for one in close)}?" if close else ""
+    hint = did_you_mean(name, known, lambda one: f"{package}::{one}")
     raise InputError(f"{package} has no config {name!r}{hint}")
 
 

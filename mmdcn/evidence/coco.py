@@ -78,13 +78,6 @@ class Published:
     milliseconds: float | None
 
 
-def mmdet_configs() -> Path:
-    """The folder of the installed mmdet's own configs."""
-    import mmdet
-
-    return Path(mmdet.__file__).parent / ".mim" / "configs"
-
-
 def published(config: str) -> Published:
     """What mmdet's metafile says of a config.
 
@@ -93,8 +86,11 @@ def published(config: str) -> Published:
 
     Raises:
         KeyError: the metafile does not know it.
+        ImportError: mmdet is not installed.
     """
-    metafile = (mmdet_configs() / config).with_name("metafile.yml")
+    from mmdcn.zoo import FOLDER
+
+    metafile = (FOLDER / config).with_name("metafile.yml")
     models = mmengine.load(metafile)["Models"]
     entry = {model["Config"]: model for model in models}[f"configs/{config}"]
     metrics = {name: ap for found in entry["Results"] for name, ap in found["Metrics"].items()}

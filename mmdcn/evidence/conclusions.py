@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .cost import scatters
+from mmdcn.timing import scatters
+
 from .nets import ARMS
 from .results import COLUMNS, Results, Test
 from .spread import Estimate
@@ -159,7 +160,7 @@ def _cost(cost: dict) -> Iterator[str]:
     arms, plain = cost["arms"], cost["arms"]["plain"]
 
     def times(arm: str, what: str) -> str:
-        if scatters(arms[arm][what]) or scatters(plain[what]):
+        if scatters(*arms[arm][what]) or scatters(*plain[what]):
             return ""
         ratio = arms[arm][what][1] / plain[what][1]
         return f", {ratio:.2f}× the time of {what.removesuffix('_ms')}"

@@ -13,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmdcn import machine, timing
 
 from .nets import ARMS, DigitNet, each_convolution
+from .runner import one_thread
 from .training import BATCH
 from .transforms import CANVAS
 
 VERSION = 1
 MMCV = "dcnv2 by mmcv"
-SCATTER = 0.2
 
 
 def settings() -> dict:
@@ -46,17 +46,13 @@ def measure(seconds: float = 1.0) -> dict:
             networks[name] = arm.build()
     for network in networks.values():
         network.to(memory_format=torch.channels_last)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         budget = timing.Budget(seconds)
         calls = {name: timing.Call(_step(n, images, labels)) for name, n in networks.items()}
         training = timing.interleave(calls, torch.device("cpu"), budget)
         calls = {name: timing.Call(_inference(n, images)) for name, n in networks.items()}
         inference = timing.interleave(calls, torch.device("cpu"), budget)
         by_mmcv = _dcnv2_by_mmcv(networks["dcnv2"], images, labels, budget)
-    finally:
-        torch.set_num_threads(threads)
     arms = {
         name: {
             "parameters": sum(p.numel() for p in network.parameters()),
@@ -96,11 +92,6 @@ def _inference(network: nn.Module, images: Tensor) -> Callable[[], None]:
         network.eval()(images)
 
     return infer
-
-
-def scatters(quartiles: list[float]) -> bool:
-    """Whether samples scatter so much that their medians do not compare."""
-    return quartiles[2] - quartiles[0] > SCATTER * quartiles[1]
 
 
 def _quartiles(samples: list[float]) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -28,13 +27,6 @@ COLOURS = {
     "branch": "0.3",
     "norm": "0.6",
 }
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as PNG, the same for the same figures whatever matplotlib's version says."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def strengths(results: Results, lines: Sequence[tuple[str, str]], title: str) -> Figure:

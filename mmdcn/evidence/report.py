@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmdcn.files import write as write_file
+from mmdcn.files import write_figure
 from mmdcn.markdown import table
+from mmdcn.timing import SCATTER_MARK, scatters
 
 from . import coco, layers, plots
 from .conclusions import conclusions
-from .cost import MMCV, scatters
+from .cost import MMCV
 from .grid import MAIN, PARTS, SEEDS
 from .jobs import DigitJob
 from .nets import ARMS
@@ -87,7 +89,7 @@ def write(
     written = []
     for name, figure in _figures(results).items():
         written.append(target / name)
-        write_file(written[-1], plots.png(figure))
+        write_figure(written[-1], figure, dpi=110)
     written.append(target / "runs.json")
     write_file(written[-1], _json(results, cost, looked))
     written.append(target.with_suffix(".md"))
@@ -180,7 +182,7 @@ def _cost(cost: dict) -> list[str]:
         row = [ARMS[name].title, f"{figures['parameters']:,}"]
         row.append(f"{figures['multiply_adds'] / 1e6:.1f}")
         row += [
-            f"{'~' * scatters(figures[what])}{figures[what][1]:.2f}"
+            f"{SCATTER_MARK * scatters(*figures[what])}{figures[what][1]:.2f}"
             for what in ("training_ms", "inference_ms")
         ]
         rows.append(row)
@@ -190,8 +192,8 @@ def _cost(cost: dict) -> list[str]:
         "## What it costs",
         "",
         f"For one image of a batch of {BATCH}, one thread of {machine['cpu']}: medians of calls "
-        "taken in turns. ~ marks times of which half spread over more than a fifth of the median, "
-        "as beside other work: these do not compare.",
+        f"taken in turns. {SCATTER_MARK} marks times of which half spread over more than a fifth "
+        "of the median, as beside other work: these do not compare.",
         "",
         *table(header, rows),
         "",

@@ -68,7 +68,7 @@ class Results:
         """The accuracy of each seed in percent; empty where there is none."""
         kind, strength = test
         return {
-            seed: result["accuracy"][kind][f"{strength:g}" if strength == 0 else str(strength)]
+            seed: result["accuracy"][kind][str(strength)]
             for seed, result in self.by_arm.get((part, arm), {}).items()
         }
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdcn.errors import InputError
+from mmdcn.files import once_complete
 
 from .digits import FOLDS, Digits
 from .nets import ARMS, is_added, is_offset
@@ -181,8 +182,6 @@ def weights_file(run: Run, folder: Path) -> Path:
 
 
 def save_weights(network: nn.Module, path: Path) -> None:
-    from mmdcn.files import once_complete
-
     with once_complete(path) as temporary:
         torch.save(network.state_dict(), temporary)
 

@@ -218,6 +218,10 @@ def deform_roi_pool(
     features = graph.op("CastLike", input, rois) if mixed else input
     bins = math.prod(output_size)
     corners, sizes = _bins(graph, rois, output_size, sampling_ratio)
+    images = _images(graph, rois, bins)
+    if offset is not None:
+        scale = _constant(graph, torch.tensor(gamma), rois)
+        extent = graph.op("Mul", _extent(graph, rois), scale)
     groups = 1 if offset is None else graph.size(offset, 1, "offset") // 2
     channels = graph.size(input, 1, "input")
     pooled = []
@@ -228,8 +232,6 @@ def deform_roi_pool(
             moves = _slice(graph, offset, group, 2)
             moves = _reshaped(graph, moves, [-1, 2, bins])
             moves = graph.op("Transpose", moves, perm=[0, 2, 1])
-            scale = _constant(graph, torch.tensor(gamma), rois)
-            extent = graph.op("Mul", _extent(graph, rois), scale)
             moved = graph.op("Add", corners, graph.op("Mul", moves, extent))
         boxes = graph.op("Concat", moved, graph.op("Add", moved, sizes), axis=2)
         pooled.append(
@@ -237,7 +239,7 @@ def deform_roi_pool(
                 "RoiAlign",
                 own,
                 _reshaped(graph, boxes, [-1, 4]),
-                _images(graph, rois, bins),
+                images,
                 mode="avg",
                 output_height=1,
                 output_width=1,

@@ -16,7 +16,7 @@ It needs the packages onnx and onnxscript, as torch's exporter does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,20 +64,26 @@ def _translates(operator: torch._ops.OpOverload) -> Any:
     return onnx_impl(operator, trace_only=True, opset_introduced=_onnx_graphs.OPSET)
 
 
-@_translates(torch.ops.mmdcn.deform_conv2d.default)
-def deform_conv2d_as_onnx(
-    input: onnxscript.FLOAT,
-    offset: onnxscript.FLOAT,
-    weight: onnxscript.FLOAT,
-    bias: onnxscript.FLOAT | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    mask: onnxscript.FLOAT | None = None,
-) -> onnxscript.FLOAT:
-    return _onnx_graphs.deform_conv2d(
-        _Graph(), input, offset, weight, bias, stride, padding, dilation, mask
-    )
+def _convolution(build: Callable[..., Any]) -> Callable[..., Any]:
+    """The translation of a convolution's operator, all of which have the same arguments."""
+
+    def as_onnx(
+        input: onnxscript.FLOAT,
+        offset: onnxscript.FLOAT,
+        weight: onnxscript.FLOAT,
+        bias: onnxscript.FLOAT | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        mask: onnxscript.FLOAT | None = None,
+    ) -> onnxscript.FLOAT:
+        return build(_Graph(), input, offset, weight, bias, stride, padding, dilation, mask)
+
+    return as_onnx
+
+
+_translates(torch.ops.mmdcn.deform_conv2d.default)(_convolution(_onnx_graphs.deform_conv2d))
+_translates(torch.ops.mmdcn.deform_conv_nd.default)(_convolution(_onnx_graphs.deform_conv_nd))
 
 
 @_translates(torch.ops.mmdcn.deform_aggregate.default)
@@ -109,17 +115,3 @@ def deform_roi_pool_as_onnx(
 ) -> onnxscript.FLOAT:
     numbers = (output_size, spatial_scale, sampling_ratio, gamma, position_sensitive)
     return _onnx_graphs.deform_roi_pool(_Graph(), input, rois, offset, *numbers)
-
-
-@_translates(torch.ops.mmdcn.deform_conv_nd.default)
-def deform_conv_nd_as_onnx(
-    input: onnxscript.FLOAT,
-    offset: onnxscript.FLOAT,
-    weight: onnxscript.FLOAT,
-    bias: onnxscript.FLOAT | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    mask: onnxscript.FLOAT | None = None,
-) -> onnxscript.FLOAT:
-    return _onnx_graphs.deform_conv_nd()

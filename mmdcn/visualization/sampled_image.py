@@ -1,7 +1,6 @@
 """The samples that a detector's deformable layers take of an image, as a figure and as a page."""
 
 import base64
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from mmdet.apis import inference_detector
 from mmengine.structures import InstanceData
 from torch import nn
 
+from mmdcn.errors import did_you_mean
 from mmdcn.files import read_image
 from mmdcn.visualization.sampling import (
     COLOR_MAP,
@@ -132,8 +132,7 @@ def check_layers(model: nn.Module, names: Sequence[str]) -> None:
     there = dict(model.named_modules())
     for name in names:
         if name.partition("#")[0] not in there:
-            close = difflib.get_close_matches(name, there, n=3)
-            hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+            hint = did_you_mean(name, there)
             raise ValueError(f"layers: the model has no module {name!r}{hint}")
 
 

@@ -13,6 +13,8 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import nn
 
+from mmdcn.files import read_image
+
 from .detections import draw_instances, image_grid
 from .sampling import draw_sampling_points, points_in_image, record_sampling
 
@@ -99,4 +101,4 @@ def large_objects(
 
 
 def read_rgb(path: str) -> np.ndarray:
-    return cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB)
+    return cv2.cvtColor(read_image(path), cv2.COLOR_BGR2RGB)

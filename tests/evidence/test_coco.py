@@ -9,7 +9,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from mmdcn import plugin
+from mmdcn import plugin, zoo
 from mmdcn.evidence import coco
 
 OURS = [
@@ -52,7 +52,7 @@ def test_keys_and_shapes_are_those_of_mmdet_with_mmcvs_layers(config):
 
     plugin.uninstall()
     try:
-        theirs = Config.fromfile(coco.mmdet_configs() / config)
+        theirs = Config.fromfile(zoo.FOLDER / config)
         expected = shapes(theirs)
         assert mmcv.ops.DeformConv2dPack.__module__.startswith("mmcv.")
     finally:

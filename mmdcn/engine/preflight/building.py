@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import logging
 import traceback
 import warnings
@@ -21,7 +20,7 @@ from mmengine.optim import OptimWrapper, build_optim_wrapper
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mmdcn.errors import first_line
+from mmdcn.errors import did_you_mean, first_line
 
 from .nodes import Problems, children, join
 
@@ -167,8 +166,7 @@ def optimizer_problems(cfg: Config, model: nn.Module) -> Problems:
         return
     name = (cfg.optim_wrapper.get("optimizer") or {}).get("type")
     if isinstance(name, str) and OPTIMIZERS.get(name) is None:
-        close = difflib.get_close_matches(name, OPTIMIZERS.module_dict)
-        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+        hint = did_you_mean(name, OPTIMIZERS.module_dict)
         yield "optim_wrapper.optimizer.type", f"no optimizer named {name!r} is registered{hint}"
         return
     try:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from mmdcn.errors import did_you_mean
 
 from .nodes import Problems, children, join
 
@@ -42,8 +43,7 @@ def missing_types(node: Any, where: str) -> Problems:
             return
         known = set(registry.module_dict) | set(MODELS.module_dict) | set(MODELS.parent.module_dict)
     kind = {"dcn": "convolution", "conv_cfg": "convolution"}.get(key, "module")
-    close = difflib.get_close_matches(name, known)
-    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    hint = did_you_mean(name, known)
     yield (
         f"{where}.type",
         f"no {kind} named {name!r} is registered{hint} (a module of yours must be imported through "

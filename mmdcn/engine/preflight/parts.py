@@ -8,7 +8,6 @@ the arguments are held against their signatures.
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +17,8 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS, METRICS, TRANSFORMS, VISBACKENDS, Registry
 from mmengine.runner import Runner
 from torch import nn
+
+from mmdcn.errors import did_you_mean
 
 from .building import MISTAKES, sentence, silence
 from .nodes import Problems, children, each, join, some
@@ -122,7 +123,7 @@ def _argument_problems(
             kind = scoped.get(name)
             known = {*scoped.module_dict, *registry.module_dict}
         if kind is None:
-            hint = _hint(name, known)
+            hint = did_you_mean(name, known)
             yield f"{where}.type", f"no {registry.name} named {name!r} is registered{hint}"
             return
     if kind is None:
@@ -138,21 +139,14 @@ def _argument_problems(
         taken = [*signature.parameters, *inspect.signature(Runner.save_checkpoint).parameters]
         for key in arguments:
             if key not in taken:
-                yield (
-                    where,
-                    f"{kind.__name__}: unexpected keyword argument {key!r}{_hint(key, taken)}",
-                )
+                hint = did_you_mean(key, taken)
+                yield where, f"{kind.__name__}: unexpected keyword argument {key!r}{hint}"
     try:
         (signature.bind if is_whole else signature.bind_partial)(**arguments)
     except TypeError as error:
         unknown = [key for key in arguments if key not in signature.parameters]
-        hint = _hint(unknown[0], signature.parameters) if unknown else ""
+        hint = did_you_mean(unknown[0], signature.parameters) if unknown else ""
         yield where, f"{getattr(kind, '__name__', kind)}: {error}{hint}"
-
-
-def _hint(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known))
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -196,8 +190,9 @@ def _monitor_problems(cfg: Config, evaluators: Sequence[Mapping]) -> Problems:
                     continue
                 if classwise and name.endswith("_precision"):
                     continue
+                hint = did_you_mean(name, known)
                 yield (
                     f"{where}.{key}",
-                    f"no result of the evaluation is called {name!r}{_hint(name, known)} (it gives "
+                    f"no result of the evaluation is called {name!r}{hint} (it gives "
                     f"{some(known)})",
                 )
