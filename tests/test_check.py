@@ -137,3 +137,9 @@ def test_a_gpu_is_described(monkeypatch):
     assert check.description(torch.device("cuda", 0)) == (
         "Tesla T4, compute capability 7.5, driver 550.54 (up to CUDA 12.4)"
     )
+
+
+@pytest.mark.parametrize("library", ["libmissing.so.1", "libc.so.6"])
+def test_what_a_driver_does_not_tell_is_unknown(monkeypatch, library):
+    monkeypatch.setattr(_devices, "_DRIVER", library)
+    assert _devices.driver_cuda() == "unknown"

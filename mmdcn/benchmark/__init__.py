@@ -10,10 +10,9 @@
 :mod:`~.detectors`       whole detectors, in training and at inference
 :mod:`~.tables`          all that as Markdown
 :mod:`~.report`          the published page, its picture, and README's table
-:mod:`~.paper`           what the operator takes on a GPU, computed from counted instructions
 :mod:`~.random_weights`  of the detectors
 :mod:`~.cli`             the arguments of `python -m mmdcn.benchmark`, or `tools/benchmark.py`
-:mod:`~.gpu`             all that `tools/gpu_check.py` adds: checks and timings on a GPU
+:mod:`~.gpu`             all that `tools/gpu_check.py` adds: checks and timings on a GPU, their page
 ======================== ==========================================================================
 
 Machines are noisy, so no figure stands alone: each is a median, beside those of the peers that were

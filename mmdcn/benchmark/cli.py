@@ -29,7 +29,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     _add_family(commands)
     _add_detectors(commands)
     _add_report(commands)
-    _add_paper(commands)
+    _add_gpu(commands)
     args = parser.parse_args(arguments)
     args.parser = commands.choices[args.command]
     return args
@@ -371,30 +371,36 @@ def _run_report(args: argparse.Namespace) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------------------------- on paper
+# ---------------------------------------------------------------------------------------- on a GPU
 
 
-def _add_paper(commands: argparse._SubParsersAction) -> None:
+def _add_gpu(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
-        "paper",
-        help="the operator on a GPU, computed on paper from counted instructions: nothing is run",
-        description="Compute what the operator's steps would take on an H100, beside those of "
-        "torchvision's, from counted instructions and stated rates. Nothing is measured.",
+        "gpu",
+        help="a page and a picture from what tools/gpu_check.sh found on a GPU",
+        description="Write a page of what tools/gpu_check.sh found: one Markdown page, one "
+        "picture, and one JSON of all. Of a section that several have, the last counts.",
     )
-    parser.set_defaults(run=_run_paper)
+    parser.set_defaults(run=_run_gpu)
     parser.add_argument(
-        "--page",
+        "runs",
+        type=values.json_file,
+        nargs="+",
+        metavar="RUN.json",
+        help="gpu_check_correct.json and gpu_check_fast.json, or a page's JSON",
+    )
+    parser.add_argument(
+        "--out",
         type=Path,
-        help="a Markdown file whose block between the markers is made anew (default: print it)",
+        required=True,
+        metavar="NAME",
+        help="writes NAME.json, NAME.md and NAME.png",
     )
 
 
-def _run_paper(args: argparse.Namespace) -> int:
-    from .paper import page as paper
+def _run_gpu(args: argparse.Namespace) -> int:
+    from .gpu import page
 
-    if args.page is None:
-        print(paper.block())
-    else:
-        paper.publish(args.page)
-        print(args.page)
+    files.check_folder(args.out.parent, "--out")
+    print(*page.publish(page.merge(args.runs), args.out), sep="\n")
     return 0

@@ -11,6 +11,7 @@ somebody traces: to ``torch.compile`` the answer is a constant.
 
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import logging
 import threading
@@ -25,6 +26,7 @@ from ._determinism import products_are_refused
 
 _logger = logging.getLogger("mmdcn")
 
+_DRIVER = "libcuda.so.1"
 OURS, MMCV, REFERENCE = "mmdcn's kernels", "mmcv's kernels", "the reference"
 
 
@@ -271,5 +273,11 @@ def first_line(error: Exception) -> str:
 
 def driver_cuda() -> str:
     """The newest CUDA that the driver knows, "12.4" for example."""
-    version = torch._C._cuda_getDriverVersion()
-    return f"{version // 1000}.{version % 1000 // 10}"
+    version = ctypes.c_int()
+    try:  # torch asks the driver, and does not tell.
+        status = ctypes.CDLL(_DRIVER).cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return "unknown"
+    if status != 0:
+        return "unknown"
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"

@@ -113,12 +113,48 @@ bool covers(Draw& draw, const ConvProblem<R>& problem, const Inputs<T>& in) {
   return right;
 }
 
+// Whether matrices are transposed, with gaps between the rows of the result or without.
+template <typename Several>
+bool transposes(Draw& draw) {
+  const int64_t count = draw.between(1, 2), rows = draw.between(1, 150);
+  const int64_t columns = draw.between(1, 150), row_stride = rows + draw.between(0, 5);
+  const Transposition sizes(count, rows, columns, row_stride, row_stride * columns);
+  const std::vector<double> from = draw.normal<double>(count * rows * columns, 1);
+  std::vector<float> one(count * row_stride * columns), several(one.size());
+  host_transpose<HostContext<1, 1>>(sizes, data(from), data(one));
+  host_transpose<Several>(sizes, data(from), data(several));
+  bool right = one == several;
+  for (int64_t i = 0; i < count * rows * columns; ++i) {
+    const int64_t row = i / columns % rows, column = i % columns;
+    const int64_t place = (i / (rows * columns) * columns + column) * row_stride + row;
+    right = right && one[place] == static_cast<float>(from[i]);
+  }
+  if (!right) std::printf("transposition\n");
+  return right;
+}
+
+// Whether numbers of any size are divided as they should be.
+bool divides(Draw& draw) {
+  constexpr int64_t kNumbers[] = {0, 1, INT64_C(0x7FFFFFFF), INT64_C(0x80000000), INT64_C(1) << 40};
+  const int64_t divisor = draw.between(1, 1 << draw.between(0, 30)) << draw.between(0, 8);
+  const Divisor by(divisor);
+  const int64_t near = divisor * draw.between(0, 1 << 20);
+  bool right = true;
+  for (const int64_t number : kNumbers) right = right && by.divide(number) == number / divisor;
+  for (int64_t number = near > 0 ? near - 1 : 0; number <= near + 1; ++number) {
+    right = right && by.divide(number) == number / divisor;
+  }
+  if (!right) std::printf("divisor %ld\n", static_cast<long>(divisor));
+  return right;
+}
+
 struct Check {
   template <typename Several, typename T>
   static bool agrees(unsigned seed) {
     const bool plane = agrees_over<2, Several, T>(seed);
     const bool volume = agrees_over<3, Several, T>(seed);
-    return plane && volume;
+    Draw draw(seed);
+    return plane && volume && transposes<Several>(draw) && divides(draw);
   }
 
   template <int R, typename Several, typename T>

@@ -106,7 +106,8 @@ def product_by():
     """``product_by(product, arithmetic, call)`` has a call compute a product during the test."""
     device = torch.device("cuda", 0)
     # The first call on a device chooses them, which must not come later.
-    assert _devices.service(device).kernels, _devices.describe(device)
+    service = _devices.service(device)
+    assert service.kernels, _devices.describe(device, service)
     before = _products.chosen(device)
 
     def choose(product: str, arithmetic: str, call: str) -> None:

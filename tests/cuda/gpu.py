@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 
+from mmdcn.ops import _devices
 from tests.ops.problems import NAMES, Problem, wide
 
 MARKS = [
@@ -39,6 +40,8 @@ def detached(problem: Problem, dtype: torch.dtype) -> list:
 
 def operators_of(problem: Problem) -> tuple:
     """The compiled operator, that of the backward pass, and their geometry."""
+    # The products are chosen at a device's first call, which is not one of the compiled operator.
+    _devices.service(torch.device("cuda", 0))
     name = "deform_conv2d" if problem.rank == 2 else "deform_conv_nd"
     geometry = [list(numbers) for numbers in problem.arguments().values()]
     operators = torch.ops.mmdcn

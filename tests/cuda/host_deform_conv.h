@@ -4,6 +4,7 @@
 #include "../../mmdcn/csrc/cuda/deform_conv/gather.h"
 #include "../../mmdcn/csrc/cuda/deform_conv/scatter.h"
 #include "../../mmdcn/csrc/cuda/elementwise.h"
+#include "../../mmdcn/csrc/cuda/transpose.h"
 #include "host_context.h"
 
 namespace mmdcn::cuda {
@@ -17,9 +18,12 @@ struct HostDeformConv {
                      const acc_t* offset, const acc_t* mask, column_t* columns) {
     const int64_t elements = range.count * problem.row;
     poison(columns, elements);
-    using Storage = GatherStorage<acc_t, R>;
+    struct Storage {
+      ColumnSample<acc_t, R> sample[kMostGatherSamples];
+    };
+    const int samples = gather_samples(divide(problem.deform_group_channels, V));
     run_blocks<Ctx, Storage>(kFewBlocks, [&](const Ctx& ctx, Storage& storage) {
-      gather_block<V>(ctx, problem, range, input, offset, mask, columns, storage);
+      gather_block<V>(ctx, problem, range, input, offset, mask, columns, storage.sample, samples);
     });
     expect_stored(columns, elements);
   }
@@ -72,5 +76,23 @@ struct HostDeformConv {
     }
   }
 };
+
+// Transposes, and checks that each element that it should write was written once.
+template <typename Ctx, typename from_t, typename to_t>
+void host_transpose(const Transposition& sizes, const from_t* from, to_t* to) {
+  const auto each_row = [&](const auto& visit) {
+    for (int64_t matrix = 0; matrix < sizes.count; ++matrix) {
+      for (int64_t row = 0; row < sizes.columns; ++row) {
+        visit(to + matrix * sizes.matrix_stride + row * sizes.row_stride, sizes.rows);
+      }
+    }
+  };
+  each_row([](to_t* row, int64_t elements) { poison(row, elements); });
+  using Storage = TransposeStorage<to_t>;
+  run_blocks<Ctx, Storage>(kFewBlocks, [&](const Ctx& ctx, Storage& storage) {
+    transpose_block(ctx, sizes, from, to, storage);
+  });
+  each_row([](const to_t* row, int64_t elements) { expect_stored(row, elements); });
+}
 
 }  // namespace mmdcn::cuda

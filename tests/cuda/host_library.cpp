@@ -117,6 +117,18 @@ void accumulate(Precision precision, int64_t elements, const void* values, void*
   });
 }
 
+void transpose(Precision precision, const Transposition& sizes, bool from_sums, const void* from,
+               void* to, const Stream&) {
+  dispatch(precision, [&](auto scalar, auto acc) {
+    using scalar_t = typename decltype(scalar)::type;
+    const auto run = [&](auto type) {
+      using from_t = typename decltype(type)::type;
+      host_transpose<One>(sizes, static_cast<const from_t*>(from), static_cast<scalar_t*>(to));
+    };
+    from_sums ? run(acc) : run(scalar);
+  });
+}
+
 void add_bias(Precision precision, int64_t elements, int64_t channels, int64_t inner,
               const void* bias, void* output, const Stream&) {
   dispatch(precision, [&](auto scalar, auto acc) {

@@ -54,7 +54,7 @@ def _facts(settings: Settings) -> dict:
         names = ("driver", "largest clock", "largest memory clock", "power limit")
         facts |= dict(zip(names, (part.strip() for part in output.split(","))))
     serves = _devices.service(settings.target)
-    facts["what computes"] = _devices.describe(settings.target)
+    facts["what computes"] = _devices.describe(settings.target, serves)
     if not serves.kernels:
         raise Wrong([serves.problem], facts)
     return facts

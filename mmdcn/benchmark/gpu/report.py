@@ -14,19 +14,26 @@ def markdown(report: dict) -> str:
     lines = [f"# mmdcn on a GPU: part {report['part']}", ""]
     if report["device"] != "cuda":
         lines += ["A rehearsal on the CPU in tiny sizes: no figure here means anything.", ""]
-    lines += _facts(report) + _sections(report) + _findings(report)
-    for name, write in _TABLES.items():
-        results = list(_results(report, name))
-        if results:
-            lines += [f"## {name[0].upper()}{name[1:]}", "", *write(results), ""]
+    lines += facts(report) + _sections(report) + findings(report) + tables(report, _TABLES)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _facts(report: dict) -> list[str]:
-    facts = {}
+def tables(report: dict, sections: Iterable[str]) -> list[str]:
+    """Lines with a table for each of these sections that has results."""
+    lines = []
+    for name in sections:
+        results = list(_results(report, name))
+        if results:
+            lines += [f"## {name[0].upper()}{name[1:]}", "", *_TABLES[name](results), ""]
+    return lines
+
+
+def facts(report: dict) -> list[str]:
+    """Lines with a table of the machine and its versions."""
+    found = {}
     for result in _results(report, "environment"):
-        facts |= result
-    return [*table(["", ""], ((k, _cell(v)) for k, v in facts.items()), left=2), ""]
+        found |= result
+    return [*table(["", ""], ((k, _cell(v)) for k, v in found.items()), left=2), ""]
 
 
 def _sections(report: dict) -> list[str]:
@@ -44,8 +51,8 @@ def _sections(report: dict) -> list[str]:
     return ["## Sections", "", *table(["section", "status", "time", "cases"], rows, left=4), ""]
 
 
-def _findings(report: dict) -> list[str]:
-    """Everything that did not pass, and why."""
+def findings(report: dict) -> list[str]:
+    """Lines with everything that did not pass, and why."""
     rows = []
     for name, entry in report["sections"].items():
         reasons: dict[tuple, list[str]] = {}

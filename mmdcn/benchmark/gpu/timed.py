@@ -73,11 +73,15 @@ class Checked:
                 peer, tensors = Mmdcn(), {name: t.cpu() for name, t in tensors.items()}
         with float32_in("float32"):
             found = results_of(peer.bind(exact, tensors))
+        if isinstance(peer, Torchvision) and not tensors["offset"].any():
+            # At whole coordinates a sample may lie exactly one pixel outside, where torchvision's
+            # operator gives the offset no gradient.
+            del found["grad_offset"]
         where = " on the CPU" if isinstance(peer, Mmdcn) else ""
         return f"{peer.name}{where}", {name: t.to(self.device) for name, t in found.items()}
 
     def check(self, results: dict[str, Tensor]) -> dict[str, float]:
-        distances = {n: distance(t, self.expected[n]) for n, t in results.items()}
+        distances = {n: distance(results[n], t) for n, t in self.expected.items()}
         bound = DISTANCE[self.arithmetic]
         # `>` would not do, as the distance may be NaN.
         wrong = [f"{n}: distance {d:.1e}" for n, d in distances.items() if not d <= bound]

@@ -20,17 +20,23 @@ inline void check(cudaError_t error) {
 }
 
 // Launches a kernel on `blocks` blocks, or on as many as a grid can have, as kernels stride over
-// the rest.
+// the rest. Each has so many bytes of shared memory beside what the kernel declares.
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, const Stream& stream,
-            Arguments... arguments) {
+void launch_with_memory(void (*kernel)(Parameters...), int64_t blocks, size_t shared_bytes,
+                        const Stream& stream, Arguments... arguments) {
   constexpr int64_t kLargestGrid = 2147483647;
   const dim3 grid(static_cast<unsigned>(std::min(blocks, kLargestGrid)));
   // PyTorch sets the device in its own copy of the CUDA runtime, and this library has another.
   check(cudaSetDevice(stream.device));
-  kernel<<<grid, DeviceContext::kThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
+  kernel<<<grid, DeviceContext::kThreads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(
       arguments...);
   check(cudaGetLastError());
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, const Stream& stream,
+            Arguments... arguments) {
+  launch_with_memory(kernel, blocks, 0, stream, arguments...);
 }
 
 inline int device_attribute(int device, cudaDeviceAttr which) {

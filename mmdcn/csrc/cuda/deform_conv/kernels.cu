@@ -13,9 +13,10 @@ namespace {
 template <int V, int R, typename scalar_t, typename acc_t, typename column_t>
 MMDCN_KERNEL_OF(R == 2 ? 4 : 2)
 gather_kernel(const ConvProblem<R> problem, const PixelRange range, const scalar_t* input,
-              const acc_t* offset, const acc_t* mask, column_t* columns) {
-  __shared__ GatherStorage<acc_t, R> storage;
-  gather_block<V>(DeviceContext{}, problem, range, input, offset, mask, columns, storage);
+              const acc_t* offset, const acc_t* mask, column_t* columns, const int samples) {
+  extern __shared__ uint4 memory[];
+  gather_block<V>(DeviceContext{}, problem, range, input, offset, mask, columns,
+                  reinterpret_cast<ColumnSample<acc_t, R>*>(memory), samples);
 }
 
 template <int V, typename Sum, int R, typename scalar_t, typename acc_t>
@@ -52,6 +53,13 @@ MMDCN_KERNEL add_bias_kernel(int64_t elements, int64_t channels, int64_t inner,
   add_bias_block<V, acc_t>(DeviceContext{}, elements, channels, inner, bias, output);
 }
 
+template <typename from_t, typename to_t>
+__global__ void __launch_bounds__(DeviceContext::kThreads, sizeof(from_t) == 8 ? 2 : 4)
+    transpose_kernel(const Transposition sizes, const from_t* from, to_t* to) {
+  __shared__ TransposeStorage<to_t> storage;
+  transpose_block(DeviceContext{}, sizes, from, to, storage);
+}
+
 // Blocks for work on so many elements, by threads that stride over them.
 int64_t blocks_over(int64_t elements) {
   // A large GPU of today, filled.
@@ -59,11 +67,20 @@ int64_t blocks_over(int64_t elements) {
   return std::min(kMostBlocks, tiles(elements, DeviceContext::kThreads));
 }
 
+// The samples that a gathering block locates together: fewer where there would not be two blocks
+// for each multiprocessor.
+int samples_of_a_block(int64_t all, int64_t vectors, int device) {
+  int samples = gather_samples(vectors);
+  const int64_t blocks = 2 * device_attribute(device, cudaDevAttrMultiProcessorCount);
+  while (samples > kLeastGatherSamples && tiles(all, samples) < blocks) samples /= 2;
+  return samples;
+}
+
 }  // namespace
 
 int64_t chunk_bytes(int device) {
   constexpr int64_t kLeast = INT64_C(16) << 20, kMost = INT64_C(48) << 20;
-  return std::clamp(int64_t{device_attribute(device, cudaDevAttrL2CacheSize)} / 2, kLeast, kMost);
+  return std::clamp(int64_t{device_attribute(device, cudaDevAttrL2CacheSize)}, kLeast, kMost);
 }
 
 int64_t copy_bytes() { return INT64_C(8) << 20; }
@@ -72,15 +89,18 @@ template <int R>
 void gather(Precision precision, const ConvProblem<R>& problem, const PixelRange& range,
             const void* input, const void* offset, const void* mask, void* columns, bool wide,
             const Stream& stream) {
-  const int64_t blocks = tiles(samples_of(problem, range), kGatherSamples);
+  const int64_t all = samples_of(problem, range);
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
     using acc_t = typename decltype(acc)::type;
     const auto run = [&](auto vector, auto column) {
       using column_t = typename decltype(column)::type;
-      launch(gather_kernel<vector(), R, scalar_t, acc_t, column_t>, blocks, stream, problem, range,
-             static_cast<const scalar_t*>(input), static_cast<const acc_t*>(offset),
-             static_cast<const acc_t*>(mask), static_cast<column_t*>(columns));
+      const int samples =
+          samples_of_a_block(all, problem.deform_group_channels / vector(), stream.device);
+      launch_with_memory(gather_kernel<vector(), R, scalar_t, acc_t, column_t>, tiles(all, samples),
+                         samples * sizeof(ColumnSample<acc_t, R>), stream, problem, range,
+                         static_cast<const scalar_t*>(input), static_cast<const acc_t*>(offset),
+                         static_cast<const acc_t*>(mask), static_cast<column_t*>(columns), samples);
     };
     constexpr int kVector = 16 / sizeof(scalar_t);
     const bool whole = problem.divides_into(kVector);
@@ -96,7 +116,7 @@ void scatter(Precision precision, const ConvProblem<R>& problem, const PixelRang
              const void* grad_columns, const void* input, const void* offset, const void* mask,
              const GradInput& grad_input, void* grad_offset, void* grad_mask,
              const Stream& stream) {
-  const int64_t blocks = tiles(samples_of(problem, range), kScatterSamples<R>);
+  const int64_t blocks = tiles(samples_of(problem, range), kScatterSamples);
   const bool adds_vectors = !grad_input.sum || adds_vectors_at_once(stream.device);
   dispatch(precision, [&](auto scalar, auto acc) {
     using scalar_t = typename decltype(scalar)::type;
@@ -151,6 +171,19 @@ void accumulate(Precision precision, int64_t elements, const void* values, void*
     using acc_t = typename decltype(acc)::type;
     launch(accumulate_kernel<acc_t>, blocks_over(elements), stream, elements,
            static_cast<const acc_t*>(values), static_cast<acc_t*>(sum));
+  });
+}
+
+void transpose(Precision precision, const Transposition& sizes, bool from_sums, const void* from,
+               void* to, const Stream& stream) {
+  dispatch(precision, [&](auto scalar, auto acc) {
+    using scalar_t = typename decltype(scalar)::type;
+    const auto run = [&](auto type) {
+      using from_t = typename decltype(type)::type;
+      launch(transpose_kernel<from_t, scalar_t>, tiles_of(sizes), stream, sizes,
+             static_cast<const from_t*>(from), static_cast<scalar_t*>(to));
+    };
+    from_sums ? run(acc) : run(scalar);
   });
 }
 

@@ -3,12 +3,14 @@
 
 #include <cstdint>
 
+#include "../transpose.h"
 #include "problem.h"
 
 namespace mmdcn::cuda {
 
-// Bytes of columns to work on at a time, so that they stay in the device's second-level cache from
-// the kernel that writes them to the one that reads them.
+// Bytes of columns to work on at a time: as many as the device's second-level cache holds, within
+// bounds. Larger chunks need fewer launches, and memory; the rest of the columns' way through
+// memory is what smaller ones would spare.
 int64_t chunk_bytes(int device);
 
 // Memory that a call may take for copies and sums of its images, in bytes, unless one image takes
@@ -58,6 +60,11 @@ void from_fixed(Precision precision, const ConvProblem<R>& problem, const GradIn
 // sum += values, of so many elements of the type of offsets.
 void accumulate(Precision precision, int64_t elements, const void* values, void* sum,
                 const Stream& stream);
+
+// Matrices of elements of the precision's type, transposed to others of it. Where `from_sums`, what
+// is transposed is in the type of offsets.
+void transpose(Precision precision, const Transposition& sizes, bool from_sums, const void* from,
+               void* to, const Stream& stream);
 
 // output[i][channel][j] += bias[channel], `inner` being the number of j, in the input's type.
 void add_bias(Precision precision, int64_t elements, int64_t channels, int64_t inner,

@@ -47,7 +47,7 @@ struct Context {
         precision(precision_of(op, input)),
         device(input),
         stream(device.current_stream()),
-        calls(precision, tf32, matmul_tf32, deterministic, stream.device) {}
+        calls(precision, tf32, matmul_tf32, deterministic, stream) {}
 
   // The problem of some images alone.
   ConvProblem<R> problem(const Images& images) const {
@@ -82,13 +82,13 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& offset, const 
   const Tensor output = new_tensor(input, output_size(shape), input.scalar_type(), format);
   if (output.numel() == 0) return output;
 
-  const Tensor weights = channels_last(weight);
+  const Tensor weights = channels_last(weight, context.stream);
   const int64_t image_bytes = copied_bytes(input, is_usable(input)) + copied_bytes(offset, mask);
   for_each_span(shape.batch, images_at_a_time(shape.batch, image_bytes), [&](const Images& span) {
     const ConvProblem<R> problem = context.problem(span);
-    const Tensor features = channels_last(span.of(input)), result = span.of(output);
-    const Tensor offsets = as_contiguous(span.of(offset));
-    const std::optional<Tensor> masks = as_contiguous(span.of(mask));
+    const Tensor features = channels_last(span.of(input), context.stream);
+    const Tensor offsets = as_planes(span.of(offset), context.stream), result = span.of(output);
+    const std::optional<Tensor> masks = as_planes(span.of(mask), context.stream);
     context.chunks(problem, input.element_size()).for_each([&](const Chunk& chunk) {
       const PixelRange range = chunk.range(problem.pixels);
       const Tensor columns = new_tensor(input, {range.count, problem.row}, input.scalar_type());
@@ -123,7 +123,7 @@ class Backward {
            const std::optional<Tensor>& grad_weight_sum, const Tensor& grad_mask)
       : context_(context),
         deterministic_(deterministic),
-        weight_(channels_last(weight)),
+        weight_(channels_last(weight, context.stream)),
         grad_input_(grad_input),
         grad_offset_(grad_offset),
         grad_mask_(grad_mask),
@@ -132,17 +132,16 @@ class Backward {
   void run(const Images& span, const Tensor& grad_output, const Tensor& input, const Tensor& offset,
            const std::optional<Tensor>& mask) {
     const ConvProblem<R> problem = context_.problem(span);
-    const Tensor features = channels_last(span.of(input));
-    const Tensor gradients = channels_last(span.of(grad_output));
-    const Tensor offsets = as_contiguous(span.of(offset));
-    const std::optional<Tensor> masks = as_contiguous(span.of(mask));
+    const Stream& stream = context_.stream;
+    const Tensor features = channels_last(span.of(input), stream);
+    const Tensor gradients = channels_last(span.of(grad_output), stream);
+    const Tensor offsets = as_planes(span.of(offset), stream);
+    const std::optional<Tensor> masks = as_planes(span.of(mask), stream);
     const bool to_input = grad_input_.numel() > 0;
     const bool to_samples = to_input || grad_offset_.numel() > 0 || grad_mask_.numel() > 0;
     const bool wide =
         grad_weight_sum_.has_value() && context_.calls.wide_columns(context_.precision);
-    const Tensor wide_gradients = wide ? converted(gradients, offset.scalar_type()) : gradients;
-
-    PlanesOfSpan grad_offset(grad_offset_, span), grad_mask(grad_mask_, span);
+    PlanesOfSpan grad_offset(grad_offset_, span, stream), grad_mask(grad_mask_, span, stream);
     InputSum sum(*this, problem, span, gradients, masks, offset.scalar_type());
     const int64_t element_size = wide ? offset.element_size() : input.element_size();
     context_.chunks(problem, element_size).for_each([&](const Chunk& chunk) {
@@ -153,7 +152,7 @@ class Backward {
         gather(context_.precision, problem, range, features.const_data_ptr(),
                offsets.const_data_ptr(), pointer(masks), columns.mutable_data_ptr(), wide,
                context_.stream);
-        add_to_weight(problem, range, columns, wide_gradients);
+        add_to_weight(problem, range, columns, gradients);
       }
       if (!to_samples) return;
       const Tensor columns = new_tensor(input, {range.count, problem.row}, input.scalar_type());
@@ -173,8 +172,16 @@ class Backward {
                      const Tensor& gradients) {
     const Tensor& sum = *grad_weight_sum_;
     const Tensor result = first_chunk_ ? sum : new_tensor(sum, sizes_of(sum), sum.scalar_type());
-    multiply_grad_weight(context_.calls, product_shape(problem), columns, gradients, range.first,
-                         range.count, result);
+    if (columns.scalar_type() == gradients.scalar_type()) {
+      multiply_grad_weight(context_.calls, product_shape(problem), columns, gradients, range.first,
+                           range.count, result);
+    } else {
+      const int64_t channels = problem.shape.out_channels;
+      const Tensor of_range =
+          view(gradients, {range.count, channels}, {channels, 1}, range.first * channels);
+      multiply_grad_weight(context_.calls, product_shape(problem), columns,
+                           converted(of_range, columns.scalar_type()), 0, range.count, result);
+    }
     if (!first_chunk_) {
       accumulate(context_.precision, sum.numel(), result.const_data_ptr(), sum.mutable_data_ptr(),
                  context_.stream);
@@ -186,7 +193,8 @@ class Backward {
   class InputSum {
     const Backward& backward_;
     const ConvProblem<R>& problem_;
-    std::optional<Tensor> result_;  // channels last, as the gradient is returned
+    std::optional<Tensor> gradient_;  // of the span, as it is returned
+    std::optional<Tensor> result_;    // the same memory, channels last
     std::optional<Tensor> sum_, fixed_, magnitudes_;
 
    public:
@@ -194,9 +202,9 @@ class Backward {
              const Tensor& gradients, const std::optional<Tensor>& masks, ScalarType type)
         : backward_(backward), problem_(problem) {
       if (backward.grad_input_.numel() == 0) return;
-      result_ = channels_last_view(span.of(backward.grad_input_));
-      const bool apart =
-          result_->scalar_type() != type || !is_usable(span.of(backward.grad_input_));
+      gradient_ = span.of(backward.grad_input_);
+      result_ = channels_last_view(*gradient_);
+      const bool apart = result_->scalar_type() != type || !is_usable(*gradient_);
       sum_ = apart ? new_tensor(*result_, sizes_of(*result_), type) : *result_;
       if (!backward.deterministic_) {
         torch::stable::zero_(*sum_);
@@ -229,7 +237,7 @@ class Backward {
                    backward_.context_.stream);
       }
       if (sum_->mutable_data_ptr() != result_->mutable_data_ptr()) {
-        torch::stable::copy_(*result_, *sum_);
+        copy_features(*sum_, *gradient_, backward_.context_.stream);
       }
     }
   };
@@ -237,8 +245,7 @@ class Backward {
 
 // Bytes that the copies and sums of one image take in the backward pass.
 int64_t backward_image_bytes(const Tensor& grad_output, const Tensor& input, const Tensor& offset,
-                             const std::optional<Tensor>& mask, bool to_input, bool deterministic,
-                             bool wide_gradients) {
+                             const std::optional<Tensor>& mask, bool to_input, bool deterministic) {
   const auto image = [](const Tensor& tensor) { return tensor.numel() / tensor.size(0); };
   int64_t bytes =
       copied_bytes(input, is_usable(input)) + copied_bytes(grad_output, is_usable(grad_output));
@@ -246,7 +253,6 @@ int64_t backward_image_bytes(const Tensor& grad_output, const Tensor& input, con
     bytes += image(input) * offset.element_size();
   }
   if (to_input && deterministic) bytes += image(input) * sizeof(int64_t);
-  if (wide_gradients) bytes += image(grad_output) * offset.element_size();
   // Offsets and masks as planes, and their gradients.
   return bytes + 2 * copied_bytes(offset, mask);
 }
@@ -289,9 +295,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     }
     Backward<R> pass(context, deterministic, weight, grad_input, grad_offset, grad_weight_sum,
                      grad_mask);
-    const bool wide = to_weight && context.calls.wide_columns(context.precision);
     const int64_t bytes =
-        backward_image_bytes(grad_output, input, offset, mask, to_input, deterministic, wide);
+        backward_image_bytes(grad_output, input, offset, mask, to_input, deterministic);
     for_each_span(shape.batch, images_at_a_time(shape.batch, bytes),
                   [&](const Images& span) { pass.run(span, grad_output, input, offset, mask); });
     if (to_weight) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../deform_conv_nd_shape.h"
+#include "../../integers.h"
 #include "../types.h"
 
 namespace mmdcn::cuda {
@@ -20,6 +21,8 @@ struct ConvProblem {
   int64_t deform_group_channels;  // input channels that share their samples
   int64_t columns;                // summands of an output element: taps * group_channels
   int64_t row;                    // elements of the columns of one pixel: groups * columns
+  Divisor by_samples, by_taps, by_pixels;
+  Divisor by_out_size[R], by_kernel[R];
 
   explicit ConvProblem(const DeformConvNdShape<R>& shape)
       : shape(shape),
@@ -31,7 +34,15 @@ struct ConvProblem {
         group_out_channels(shape.group_out_channels()),
         deform_group_channels(shape.deform_group_channels()),
         columns(taps * group_channels),
-        row(shape.groups * columns) {}
+        row(shape.groups * columns),
+        by_samples(samples),
+        by_taps(taps),
+        by_pixels(pixels) {
+    for (int d = 0; d < R; ++d) {
+      by_out_size[d] = Divisor(shape.out_size[d]);
+      by_kernel[d] = Divisor(shape.kernel[d]);
+    }
+  }
 
   // Whether vectors of this many channels never reach across the border of a group or offset group.
   bool divides_into(int64_t vector) const {

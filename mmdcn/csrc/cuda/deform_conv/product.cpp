@@ -10,6 +10,7 @@
 #include <string>
 
 #include "../../integers.h"
+#include "layouts.h"
 
 namespace mmdcn::cuda {
 namespace {
@@ -122,9 +123,9 @@ void replace(const ProductCalls& calls, Product product, const std::string& why)
   using torch::stable::detail::from;
   const int number = static_cast<int>(product), arithmetic = static_cast<int>(calls.arithmetic);
   const int by_matmul = static_cast<int>(Call::kMatmul);
-  if (choice(calls.device, number, arithmetic).exchange(by_matmul) == by_matmul) return;
+  if (choice(calls.stream.device, number, arithmetic).exchange(by_matmul) == by_matmul) return;
   std::array<StableIValue, 5> stack{
-      from(int64_t{calls.device}), from(std::string(kProductNames[number])),
+      from(int64_t{calls.stream.device}), from(std::string(kProductNames[number])),
       from(std::string(kArithmeticNames[arithmetic])),
       from(std::string(kCallNames[static_cast<int>(calls.of(product).call)])), from(why)};
   // A process without Python has nobody to say it.
@@ -185,6 +186,19 @@ Tensor convolution_grad_kernel(int64_t groups, const Tensor& grad_output, const 
   return torch::stable::detail::to<Tensor>(stack[1]);
 }
 
+// The weights, (groups, out_channels, columns), as (groups, columns, out_channels).
+Tensor transposed_weight(const ProductCalls& calls, const ProductShape& shape,
+                         const Tensor& weight) {
+  if (!transposes(shape.out_channels, shape.columns)) {
+    return as_contiguous(weights_of(shape).transposed().in(weight));
+  }
+  const Tensor result =
+      new_tensor(weight, {shape.groups, shape.columns, shape.out_channels}, weight.scalar_type());
+  transpose(calls.precision, {shape.groups, shape.out_channels, shape.columns}, false,
+            weight.const_data_ptr(), result.mutable_data_ptr(), calls.stream);
+  return result;
+}
+
 void matmul_output(const ProductShape& shape, const Tensor& columns, int64_t images, int64_t pixels,
                    const Tensor& weight, const Tensor& output, bool channels_last, int64_t pixel) {
   const int64_t channels = shape.all_out_channels();
@@ -231,20 +245,25 @@ void cudnn_output(const ProductCalls& calls, const ProductShape& shape, const Te
   Tensor planes =
       view(output, {images, pixels, channels}, {channels * shape.pixels, 1, shape.pixels},
            pixel + first_image * (channels - 1) * shape.pixels);
-  torch::stable::copy_(planes, result);
+  if (!transposes(pixels, channels)) {
+    torch::stable::copy_(planes, result);
+    return;
+  }
+  transpose(calls.precision, {images, pixels, channels, shape.pixels, channels * shape.pixels},
+            false, result.const_data_ptr(), planes.mutable_data_ptr(), calls.stream);
 }
 
 }  // namespace
 
 ProductCalls::ProductCalls(Precision precision, bool tf32, bool matmul_tf32, bool deterministic,
-                           int device)
-    : device(device) {
+                           const Stream& stream)
+    : precision(precision), stream(stream) {
   const Settings settings = precision == Precision::kFloat64 ? Settings{} : settings_now();
   this->tf32 = tf32 || settings.tf32;
   this->deterministic = deterministic || settings.deterministic;
   arithmetic = arithmetic_of(precision, this->tf32, matmul_tf32 || settings.matmul_tf32);
   for (int product = 0; product < kProducts; ++product) {
-    const int number = choice(device, product, static_cast<int>(arithmetic));
+    const int number = choice(stream.device, product, static_cast<int>(arithmetic));
     const auto call = static_cast<Call>(number % kReplaceable);
     const bool by_cudnn = call == Call::kCudnn || call == Call::kConvolution;
     choices[product] = {by_cudnn && !settings.cudnn ? Call::kMatmul : call, number >= kReplaceable};
@@ -269,7 +288,7 @@ void multiply_grad_columns(const ProductCalls& calls, const ProductShape& shape,
   compute(
       calls, Product::kGradColumns,
       [&] {
-        const Tensor transposed = as_contiguous(weights_of(shape).transposed().in(weight));
+        const Tensor transposed = transposed_weight(calls, shape, weight);
         convolve(calls, shape.groups, as_image(grad_output, channels, pixels, first),
                  as_kernel(transposed, shape.row(), shape.out_channels),
                  as_image(grad_columns, shape.row(), pixels));

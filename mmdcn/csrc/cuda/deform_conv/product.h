@@ -51,7 +51,8 @@ struct ProductCalls {
   };
   Choice choices[kProducts];
   bool tf32, deterministic;
-  int device;
+  Precision precision;
+  Stream stream;
   Arithmetic arithmetic;
 
   const Choice& of(Product product) const { return choices[static_cast<int>(product)]; }
@@ -59,7 +60,8 @@ struct ProductCalls {
   // As torch's settings say now. `tf32`, `matmul_tf32` and `deterministic` are what the caller
   // wants whatever they say: to multiply float32 in TF32, in convolutions and in products of
   // matrices, and to add in a fixed order. Without cuDNN, all products are products of matrices.
-  ProductCalls(Precision precision, bool tf32, bool matmul_tf32, bool deterministic, int device);
+  ProductCalls(Precision precision, bool tf32, bool matmul_tf32, bool deterministic,
+               const Stream& stream);
 
   // Whether the gradient of the weight takes columns and grad_output in the type of offsets.
   bool wide_columns(Precision precision) const {

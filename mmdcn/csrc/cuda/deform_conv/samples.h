@@ -11,7 +11,8 @@
 
 namespace mmdcn::cuda {
 
-constexpr int kPixels = 32;
+constexpr int kLog2Pixels = 5;
+constexpr int kPixels = 1 << kLog2Pixels;
 
 // Samples are numbered (block of kPixels pixels, sample of a pixel, pixel): their number.
 template <int R>
@@ -28,13 +29,13 @@ struct SampleIndex {
   bool exists;           // false beyond the range's last pixel
 
   MMDCN_BLOCK SampleIndex(const ConvProblem<R>& problem, const PixelRange& range, int64_t number) {
-    const int64_t line = divide(number, kPixels);
-    const int64_t tile = divide(line, problem.samples);
+    const int64_t line = number >> kLog2Pixels;
+    const int64_t tile = problem.by_samples.divide_small(line);
     sample = line - tile * problem.samples;
-    const int64_t in_range = tile * kPixels + (number - line * kPixels);
+    const int64_t in_range = tile * kPixels + (number & (kPixels - 1));
     exists = in_range < range.count;
     const int64_t in_batch = exists ? range.first + in_range : range.first;
-    image = divide(in_batch, problem.pixels);
+    image = problem.by_pixels.divide(in_batch);
     pixel = in_batch - image * problem.pixels;
     column = in_range * problem.row;
   }
@@ -68,7 +69,7 @@ template <int R, typename acc_t>
 MMDCN_BLOCK void locate(const ConvProblem<R>& problem, const SampleIndex<R>& index,
                         const acc_t* offset, const acc_t* mask, ColumnSample<acc_t, R>& sample,
                         acc_t (&fraction)[R]) {
-  const int64_t deform_group = divide(index.sample, problem.taps);
+  const int64_t deform_group = problem.by_taps.divide_small(index.sample);
   const int64_t tap = index.sample - deform_group * problem.taps;
   sample.exists = index.exists;
   sample.channel = deform_group * problem.deform_group_channels;
@@ -81,8 +82,8 @@ MMDCN_BLOCK void locate(const ConvProblem<R>& problem, const SampleIndex<R>& ind
   int64_t pixel = index.pixel, rest = tap;
   MMDCN_UNROLL
   for (int d = R - 1; d >= 0; --d) {
-    const int64_t next_pixel = divide(pixel, problem.shape.out_size[d]);
-    const int64_t next_rest = divide(rest, problem.shape.kernel[d]);
+    const int64_t next_pixel = problem.by_out_size[d].divide(pixel);
+    const int64_t next_rest = problem.by_kernel[d].divide_small(rest);
     const int64_t base = problem.shape.axis[d].base(pixel - next_pixel * problem.shape.out_size[d],
                                                     rest - next_rest * problem.shape.kernel[d]);
     p[d] = static_cast<acc_t>(base) + delta[d * problem.pixels];

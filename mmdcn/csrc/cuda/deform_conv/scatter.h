@@ -7,15 +7,14 @@
 
 namespace mmdcn::cuda {
 
-// Samples that a block locates together: as many as every GPU has shared memory for.
-template <int R>
-constexpr int kScatterSamples = (R == 2 ? 4 : 2) * kPixels;
+constexpr int kScatterSamples = 2 * kPixels;  // that a block locates together
 
 template <typename acc_t, int R>
 struct ScatterStorage {
-  ColumnSample<acc_t, R> sample[kScatterSamples<R>];
-  acc_t fraction[kScatterSamples<R>][R];
-  acc_t dot[kScatterSamples<R>][1 << R];  // of each corner's features with the column's gradient
+  ColumnSample<acc_t, R> sample[kScatterSamples];
+  acc_t fraction[kScatterSamples][R];
+  int64_t mask_index[kScatterSamples], offset_index[kScatterSamples];
+  acc_t dot[kScatterSamples][1 << R];  // of each corner's features with the column's gradient
 };
 
 // Adds to the gradient of the input, `grad_input`, a FloatingSum or a FixedSum, in no fixed order.
@@ -26,25 +25,28 @@ MMDCN_BLOCK void scatter_block(const Ctx& ctx, const ConvProblem<R>& problem,
                                const scalar_t* input, const acc_t* offset, const acc_t* mask,
                                const Sum& grad_input, acc_t* grad_offset, acc_t* grad_mask,
                                ScatterStorage<acc_t, R>& storage) {
-  constexpr int kCorners = 1 << R, kSamples = kScatterSamples<R>;
+  constexpr int kCorners = 1 << R, kSamples = kScatterSamples;
   const int64_t samples = samples_of(problem, range);
   const bool dots_wanted = grad_offset || grad_mask;
   const int64_t channels = problem.deform_group_channels;
-  const int lanes = 1 << log2_lanes_for<Ctx>(divide(channels, V));
+  const int log2_lanes = log2_lanes_for<Ctx>(divide(channels, V));
+  const int lanes = 1 << log2_lanes;
   for (int64_t first = ctx.block() * kSamples; first < samples; first += ctx.blocks() * kSamples) {
     ctx.sync();  // The previous samples have been written.
     for (int i = ctx.thread(); i < kSamples; i += Ctx::kThreads) {
       ColumnSample<acc_t, R>& sample = storage.sample[i];
       sample.exists = false;
       if (first + i >= samples) continue;
-      locate(problem, SampleIndex<R>(problem, range, first + i), offset, mask, sample,
-             storage.fraction[i]);
+      const SampleIndex<R> index(problem, range, first + i);
+      storage.mask_index[i] = index.mask_index(problem);
+      storage.offset_index[i] = index.offset_index(problem);
+      locate(problem, index, offset, mask, sample, storage.fraction[i]);
     }
     ctx.sync();
 
     // All lanes of a sample go through this loop together, as they add up their shares.
-    for (int i = ctx.thread() / lanes; i < kSamples; i += Ctx::kThreads / lanes) {
-      const int lane = ctx.thread() % lanes;
+    for (int i = ctx.thread() >> log2_lanes; i < kSamples; i += Ctx::kThreads >> log2_lanes) {
+      const int lane = ctx.thread() & (lanes - 1);
       const ColumnSample<acc_t, R>& sample = storage.sample[i];
       acc_t dot[kCorners] = {};
       for (int64_t c = lane * V; sample.exists && c < channels; c += lanes * V) {
@@ -65,14 +67,13 @@ MMDCN_BLOCK void scatter_block(const Ctx& ctx, const ConvProblem<R>& problem,
     for (int i = ctx.thread(); i < kSamples; i += Ctx::kThreads) {
       const ColumnSample<acc_t, R>& sample = storage.sample[i];
       if (!sample.exists) continue;
-      const SampleIndex<R> index(problem, range, first + i);
       acc_t by_modulation, by_coordinate[R];
       sample.derivatives(storage.fraction[i], storage.dot[i], by_modulation, by_coordinate);
-      if (grad_mask) ctx.store(grad_mask + index.mask_index(problem), by_modulation);
+      if (grad_mask) ctx.store(grad_mask + storage.mask_index[i], by_modulation);
       if (!grad_offset) continue;
       MMDCN_UNROLL
       for (int d = 0; d < R; ++d) {
-        ctx.store(grad_offset + index.offset_index(problem) + d * problem.pixels,
+        ctx.store(grad_offset + storage.offset_index[i] + d * problem.pixels,
                   sample.modulation * by_coordinate[d]);
       }
     }

@@ -8,8 +8,7 @@
 #include <optional>
 #include <vector>
 
-#include "../device.h"
-#include "../views.h"
+#include "layouts.h"
 
 namespace mmdcn::cuda {
 
@@ -17,37 +16,6 @@ namespace mmdcn::cuda {
 inline int64_t images_at_a_time(int64_t batch, int64_t bytes) {
   if (bytes == 0) return batch;
   return std::clamp<int64_t>(copy_bytes() / bytes, 1, batch);
-}
-
-// The dimensions of a tensor (N, C, ...) as (N, ..., C), of the same memory.
-inline Tensor channels_last_view(const Tensor& tensor) {
-  const int64_t dimensions = tensor.dim();
-  std::vector<int64_t> size, stride;
-  for (int64_t d = 0; d < dimensions; ++d) {
-    const int64_t from = d == 0 ? 0 : d == dimensions - 1 ? 1 : d + 1;
-    size.push_back(tensor.size(from));
-    stride.push_back(tensor.stride(from));
-  }
-  return view(tensor, size, stride);
-}
-
-// The bytes that the address of a tensor (N, C, ...) must be a multiple of where channels are last:
-// those of the widest vector that the channels of a pixel divide into, as the kernels load none
-// that do not. So if the first image is aligned, all are.
-inline int64_t alignment_for(const Tensor& tensor) {
-  const int64_t pixel = tensor.size(1) * tensor.element_size();
-  return std::min(pixel & -pixel, INT64_C(16));
-}
-
-// Whether the kernels can take a tensor as it is: its channels are last, and its address is one
-// that they can load vectors from.
-inline bool is_usable(const Tensor& tensor) {
-  return is_aligned(tensor, alignment_for(tensor)) && channels_last_view(tensor).is_contiguous();
-}
-
-// The same elements as the kernels take them: a copy, where they are not so already.
-inline Tensor channels_last(const Tensor& any) {
-  return aligned(as_contiguous(channels_last_view(any)), alignment_for(any));
 }
 
 // Some images of a batch, by their numbers.
@@ -81,10 +49,11 @@ inline int64_t copied_bytes(const Tensor& offset, const std::optional<Tensor>& m
 
 // The gradients of some images' offsets or masks, which the kernels write as planes.
 class PlanesOfSpan {
+  const Stream& stream_;
   std::optional<Tensor> result_, planes_;
 
  public:
-  PlanesOfSpan(const Tensor& gradient, const Images& span) {
+  PlanesOfSpan(const Tensor& gradient, const Images& span, const Stream& stream) : stream_(stream) {
     if (gradient.numel() == 0) return;
     result_ = span.of(gradient);
     planes_ = result_->is_contiguous()
@@ -97,7 +66,7 @@ class PlanesOfSpan {
 
   void finish() {
     if (planes_.has_value() && planes_->mutable_data_ptr() != result_->mutable_data_ptr()) {
-      torch::stable::copy_(*result_, *planes_);
+      copy_planes(*planes_, *result_, stream_);
     }
   }
 };
