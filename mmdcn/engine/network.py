@@ -28,7 +28,7 @@ from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 
 from mmdcn.datasets import warped_shapes
-from mmdcn.deploy.comparison import LargestError
+from mmdcn.deploy.comparison import LargestError, Tolerance
 from mmdcn.deploy.detector import EndToEnd, dense_head_of
 from mmdcn.deploy.refusals import ExportError
 from mmdcn.deploy.roi_heads import replace_extractors
@@ -115,9 +115,9 @@ class Network(nn.Module):
         images, *boxes = inputs
         return (torch.cat([images, images.flip(3)]), *map(_boxes_of_both, boxes))
 
-    def comparison(self) -> LargestError:
+    def comparison(self, tolerance: Tolerance) -> LargestError:
         """What compares results in another runtime with this module's."""
-        return LargestError()
+        return LargestError(tolerance=tolerance)
 
 
 def _boxes_of_both(boxes: Tensor) -> Tensor:

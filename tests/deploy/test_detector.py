@@ -1,6 +1,7 @@
 """Whole detectors as files, in onnxruntime."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ pytest.importorskip("onnxscript")
 
 import onnx
 from mmengine.registry import DefaultScope
+from onnxscript import ir
 
 from mmdcn import machine
-from mmdcn.deploy.comparison import Matches
+from mmdcn.deploy.comparison import HALF, SINGLE, Matches
 from mmdcn.deploy.detector import EndToEnd
 from mmdcn.deploy.evaluation import File
+from mmdcn.deploy.half_precision import to_half
 from mmdcn.engine import export
 
 from . import tiny
@@ -54,11 +57,11 @@ def one_stage(tmp_path_factory):
         return written(tiny.config("atss"), folder / "model.onnx")
 
 
-def same(detector, file, batch, sizes) -> Matches:
+def same(detector, file, batch, sizes, tolerance=SINGLE) -> Matches:
     with torch.no_grad():
         expected = detector(batch, sizes)
     outputs = file(batch.numpy(), sizes.numpy())
-    matches = Matches()
+    matches = Matches(tolerance=tolerance)
     matches.add(list(outputs), expected, [torch.from_numpy(value) for value in outputs.values()])
     matches.check()
     return matches
@@ -99,6 +102,21 @@ def test_in_openvino(masks, tmp_path):
         outputs = plain(dict(images=batch.numpy(), image_sizes=sizes.numpy())).values()
         expected = translated(batch.numpy(), sizes.numpy()).values()
         assert all((one == other).all() for one, other in zip(outputs, expected))
+
+
+def test_in_half_precision(masks, tmp_path):
+    detector, file, _ = masks
+    path = tmp_path / "half.onnx"
+    model = ir.load(file.path)
+    to_half(model)
+    ir.save(model, path)
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    assert path.stat().st_size < 0.8 * Path(file.path).stat().st_size
+    for sizes in BATCHES:
+        batch, sizes = tiny.images(*sizes)
+        batch = (batch * 50 + 128).clamp(0, 255).byte()
+        found = same(detector, File(path), batch, sizes, HALF)
+        assert found.detections > 10 * len(sizes)
 
 
 def test_preprocessing_is_the_data_preprocessors(masks):
