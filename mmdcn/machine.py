@@ -26,6 +26,7 @@ PACKAGES = {
     "mmcv": ("mmcv", "onedl-mmcv"),
     "mmdet": ("mmdet", "onedl-mmdetection"),
     "onnxruntime": ("onnxruntime",),
+    "openvino": ("openvino",),
     "torchvision": ("torchvision",),
 }
 

@@ -37,6 +37,12 @@ def parse_args() -> argparse.Namespace:
         help="the file takes images in uint8, as OpenCV reads them, and normalises and pads them",
     )
     parser.add_argument(
+        "--fp16",
+        action="store_true",
+        help="write the network's layers in float16; offsets, decoding, inputs and outputs stay in "
+        "float32",
+    )
+    parser.add_argument(
         "--raw",
         action="store_true",
         help="write the network alone, up to its heads' raw outputs; a two-stage one takes boxes",
@@ -88,6 +94,7 @@ def main(args: argparse.Namespace) -> None:
         seconds=args.seconds,
         report=lambda step: print(f"{step} ...", flush=True),
         verify=not args.no_verify,
+        half=args.fp16,
     )
 
     outputs = (

@@ -1,6 +1,6 @@
 """Evaluation of a trained detector: metrics of the config's test set, predictions, pictures.
 
-A file of tools/export_onnx.py is evaluated like a checkpoint.
+A file of tools/export_onnx.py is evaluated like a checkpoint, with --against beside one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mmengine.config import Config
+    from mmengine.runner import Runner
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,6 +30,19 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--work-dir", help="folder for logs and metrics (default: work_dirs/<name of the config>)"
+    )
+    parser.add_argument(
+        "--against",
+        type=launch.checkpoint_file,
+        metavar="CHECKPOINT",
+        help="of an exported file: evaluate this checkpoint in PyTorch too, and print the metrics "
+        "and speeds of both",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=5.0,
+        help="of samples for each speed of --against (default: %(default)s)",
     )
     parser.add_argument(
         "--out",
@@ -59,6 +73,13 @@ def parse_args() -> argparse.Namespace:
         files.check_folder(Path(args.work_dir), "--work-dir")
     if args.out is not None:
         files.check_folder(Path(args.out).parent, "--out")
+    if args.against is not None and (not is_exported(args.checkpoint) or is_exported(args.against)):
+        parser.error(
+            "argument --against: expected a checkpoint to hold an exported file (.onnx, .xml) "
+            f"against, got {args.checkpoint} against {args.against}"
+        )
+    if not 0 < args.seconds < float("inf"):
+        parser.error(f"argument --seconds: expected more than 0 seconds, got {args.seconds}")
     if is_exported(args.checkpoint):
         if args.tta:
             parser.error("argument --tta: not with an exported file")
@@ -86,6 +107,20 @@ def take_exported_file(cfg: Config, path: str) -> None:
     evaluation.open_and_check(path, class_names(cfg))
     preprocessor = cfg.model.get("data_preprocessor") or dict(type="DetDataPreprocessor")
     cfg.model = ConfigDict(type="ExportedDetector", file=path, data_preprocessor=preprocessor)
+
+
+def hold_against(runner: Runner, metrics: dict, eager: Config, args: argparse.Namespace) -> None:
+    """Evaluate the checkpoint too, and print what both give, and how fast."""
+    from mmdcn.deploy import beside
+
+    names = args.checkpoint, f"{args.against}, PyTorch"
+    other = launch.build_runner(eager)
+    expected = other.test()
+    models = dict(zip(names, (runner.model, other.model)))
+    batch = next(iter(other.test_dataloader))
+    print(f"timing both in turns, on batches of {len(batch['inputs'])} ...", flush=True)
+    speeds = beside.images_per_second(models, batch, args.seconds)
+    print(*beside.lines(names, (metrics, expected), speeds), sep="\n")
 
 
 def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
@@ -139,18 +174,22 @@ def main(args: argparse.Namespace) -> None:
 
     setup_cache_size_limit_of_dynamo()
     cfg = launch.load_config(args)
-    cfg.load_from = None if is_exported(args.checkpoint) else args.checkpoint
+    cfg.load_from = args.against if is_exported(args.checkpoint) else args.checkpoint
+    eager = deepcopy(cfg)
     if args.show or args.show_dir:
         show_predictions(cfg, args)
     warned = preflight.check(cfg, stages=("test",))
     if is_exported(args.checkpoint):
         take_exported_file(cfg, args.checkpoint)
+        cfg.load_from = None
     if args.tta:
         augment_at_test_time(cfg)
     runner = launch.build_runner(cfg, warned)
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
-    runner.test()
+    metrics = runner.test()
+    if args.against is not None:
+        hold_against(runner, metrics, eager, args)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@
 :mod:`~.operators`       all of that for the operator
 :mod:`~.family`          the same for the other operators, beside what they replace
 :mod:`~.detectors`       whole detectors, in training and at inference
+:mod:`~.deployment`      their exported files, in other runtimes
 :mod:`~.tables`          all that as Markdown
 :mod:`~.report`          the published page, its picture, and README's table
 :mod:`~.random_weights`  of the detectors
+:mod:`~.arguments`       those that all measurements share
 :mod:`~.cli`             the arguments of `python -m mmdcn.benchmark`, or `tools/benchmark.py`
 :mod:`~.gpu`             all that `tools/gpu_check.py` adds: checks and timings on a GPU, their page
 ======================== ==========================================================================

@@ -24,6 +24,8 @@ LAYOUTS = {"nchw": "contiguous_format", "channels_last": "channels_last"}
 VERSIONS = ("v1", "v2")
 #: What ours is compared with (:mod:`~.implementations`).
 PEERS = ("dense", "mmcv", "onnxruntime", "torchvision")
+#: What a detector runs in beside eager PyTorch (:mod:`~.deployment`).
+RUNTIMES = ("compiled", "onnxruntime", "openvino")
 #: The other operators (:mod:`~.family`).
 OTHER_OPERATORS = ("deform_conv1d", "deform_conv3d", "dcnv3", "dcnv4", "deform_roi_pool")
 

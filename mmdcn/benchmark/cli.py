@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mmdcn import files
 
 from . import BenchmarkError, cases, values
-
-if TYPE_CHECKING:
-    import torch
+from .arguments import (
+    add_common,
+    add_timing,
+    common_settings,
+    measure,
+    program,
+    timing_settings,
+)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog=_program(),
+        prog=program(),
         description="Measure mmdcn against its peers on this machine: medians of calls taken in "
         "turns, as Markdown on standard output and as JSON with every sample.",
     )
@@ -28,17 +30,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     _add_operators(commands)
     _add_family(commands)
     _add_detectors(commands)
+    _add_deployment(commands)
     _add_report(commands)
     _add_gpu(commands)
     args = parser.parse_args(arguments)
     args.parser = commands.choices[args.command]
     return args
-
-
-def _program() -> str:
-    """The command that a user typed; both names are one program."""
-    is_tool = Path(sys.argv[0]).name == "benchmark.py"
-    return "tools/benchmark.py" if is_tool else "python -m mmdcn.benchmark"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,89 +51,6 @@ def run(args: argparse.Namespace) -> int:
         return 1
 
 
-def _measure(args: argparse.Namespace, measure: Callable[[dict], None]) -> int:
-    """Run a measurement; what is known when it ends, or is interrupted, is printed and written."""
-    from . import report, tables
-
-    if args.json is not None:
-        files.check_folder(args.json.parent, "--json")
-    command = shlex.join([*_program().split(), *sys.argv[1:]])
-    result = {"command": command}
-    interrupted = False
-    try:
-        measure(result)
-    except KeyboardInterrupt:
-        interrupted = True
-    if result.get("cases"):
-        print(tables.text(result))
-        if args.json is not None:
-            report.write_json(args.json, result)
-    if interrupted:
-        known = len(result.get("cases", []))
-        where = f", in {args.json}" if known and args.json is not None else ""
-        print(f"interrupted; measured so far: {known} cases{where}", file=sys.stderr)
-        return 130
-    return 0
-
-
-# --------------------------------------------------------------------------------------- arguments
-
-
-def _add_common(parser: argparse.ArgumentParser, seconds: float) -> None:
-    parser.add_argument("--device", type=values.one_of("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--threads", type=values.number(int, 1), help="of the CPU (default: as many as torch takes)"
-    )
-    parser.add_argument(
-        "--seconds",
-        type=values.number(float, 0, exclusive=True),
-        default=seconds,
-        help="of samples for each call; slow ones get few (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--json",
-        type=values.json_file,
-        metavar="FILE",
-        help="write machine, versions and every sample",
-    )
-    parser.add_argument(
-        "--offset-std",
-        type=values.number(float, 0),
-        default=2.0,
-        help="standard deviation of the offsets in pixels, 0 for none (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--no-memory", action="store_true", help="leave the measurement of memory out"
-    )
-
-
-def _check_device(args: argparse.Namespace) -> torch.device:
-    import torch
-
-    if args.device == "cuda" and not torch.cuda.is_available():
-        args.parser.error("argument --device: expected cpu, as torch sees no GPU here, got 'cuda'")
-    cores = os.cpu_count() or 1
-    if args.threads is not None and args.threads > cores:
-        args.parser.error(
-            f"argument --threads: expected at most the {cores} cores of this machine, "
-            f"got {args.threads}"
-        )
-    return torch.device(args.device)
-
-
-def _common_settings(args: argparse.Namespace) -> dict:
-    """The options that :func:`_add_common` added, as the settings of each measurement call it."""
-    from mmdcn import timing
-
-    return {
-        "device": _check_device(args),
-        "offset_std": args.offset_std,
-        "threads": args.threads,
-        "measure_memory": not args.no_memory,
-        "budget": timing.Budget(seconds=args.seconds),
-    }
-
-
 # ----------------------------------------------------------------------------------------- the ops
 
 
@@ -148,7 +62,7 @@ def _add_operators(commands: argparse._SubParsersAction) -> None:
         "of the same shape and every peer that is installed. Lists take commas.",
     )
     parser.set_defaults(run=_run_operators)
-    _add_common(parser, seconds=1.0)
+    add_common(parser, seconds=1.0)
     parser.add_argument(
         "--shapes",
         type=values.several(values.shape),
@@ -211,9 +125,9 @@ def _run_operators(args: argparse.Namespace) -> int:
         directions=operators.DIRECTIONS[: 1 if args.forward_only else 2],
         scaling=args.scaling,
         passes=args.passes,
-        **_common_settings(args),
+        **common_settings(args),
     )
-    return _measure(args, lambda result: operators.run(settings, result))
+    return measure(args, lambda result: operators.run(settings, result))
 
 
 # --------------------------------------------------------------------------- the other operators
@@ -227,7 +141,7 @@ def _add_family(commands: argparse._SubParsersAction) -> None:
         "beside what it replaces or its equation in plain PyTorch.",
     )
     parser.set_defaults(run=_run_family)
-    _add_common(parser, seconds=1.0)
+    add_common(parser, seconds=1.0)
     parser.add_argument(
         "--operators",
         type=values.several(values.one_of(*cases.OTHER_OPERATORS)),
@@ -241,9 +155,9 @@ def _run_family(args: argparse.Namespace) -> int:
 
     settings = family.Settings(
         args.operators,
-        **_common_settings(args),
+        **common_settings(args),
     )
-    return _measure(args, lambda result: family.run(settings, result))
+    return measure(args, lambda result: family.run(settings, result))
 
 
 # ----------------------------------------------------------------------------------- the detectors
@@ -271,7 +185,7 @@ def _add_detectors(commands: argparse._SubParsersAction) -> None:
         "inference. Deformable ones run on our kernels and on mmcv's, in turns.",
     )
     parser.set_defaults(run=_run_detectors)
-    _add_common(parser, seconds=8.0)
+    add_common(parser, seconds=8.0)
     parser.add_argument(
         "--configs",
         type=values.config,
@@ -309,27 +223,92 @@ def _run_detectors(args: argparse.Namespace) -> int:
         from . import detectors
     except ImportError as error:
         raise BenchmarkError(f"detectors need mmengine, mmcv and mmdet: {error}") from error
-    common = _common_settings(args)
+    common = common_settings(args)
     for name, value in (_ON_CPU if common["device"].type == "cpu" else _ON_GPU).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     settings = detectors.Settings(
-        args.configs or _own_configs(),
+        args.configs or _own_configs(_DETECTORS),
         kernels=args.kernels,
         size=args.size,
         batches=args.batch,
         amp=args.amp,
         **common,
     )
-    return _measure(args, lambda result: detectors.run(settings, result))
+    return measure(args, lambda result: detectors.run(settings, result))
 
 
-def _own_configs() -> list[Path]:
-    paths = [Path(__file__).parents[1] / ".mim" / name for name in _DETECTORS]
+def _own_configs(names: Iterable[str]) -> list[Path]:
+    paths = [Path(__file__).parents[1] / ".mim" / name for name in names]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise BenchmarkError(f"--configs: name configs of detectors, as {missing[0]} is not here")
     return paths
+
+
+# ------------------------------------------------------------------------------- exported detectors
+
+
+def _add_deployment(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "deploy",
+        help="whole detectors as exported files, in other runtimes, against PyTorch",
+        description="Time detectors with random weights on random images on the CPU: in PyTorch on "
+        "our kernels, and as the files that tools/export_onnx.py writes, in onnxruntime and in "
+        "OpenVINO, in turns. A runtime that is not installed is left out and named.",
+    )
+    parser.set_defaults(run=_run_deployment)
+    add_timing(parser, seconds=8.0)
+    parser.add_argument(
+        "--configs",
+        type=values.config,
+        nargs="+",
+        metavar="CONFIG",
+        help="of detectors (default: Faster R-CNN with R-18 and R-50, plain, DCN and DCNv2)",
+    )
+    parser.add_argument(
+        "--runtimes",
+        type=values.several(values.one_of(*cases.RUNTIMES)),
+        default=list(cases.RUNTIMES),
+        help=f"of {', '.join(cases.RUNTIMES)} (default: all); PyTorch without being compiled is "
+        "always there",
+    )
+    parser.add_argument(
+        "--size",
+        type=values.size,
+        default=(640, 480),
+        metavar="WxH",
+        help="width and height of the images (default: 640x480)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=values.several(values.number(int, 1)),
+        default=[1, 8],
+        help="images at a time, one or more numbers (default: 1,8)",
+    )
+    parser.add_argument(
+        "--fp16", action="store_true", help="the files' layers are in float16 (see export_onnx.py)"
+    )
+
+
+def _run_deployment(args: argparse.Namespace) -> int:
+    try:
+        from . import deployment
+    except ImportError as error:
+        raise BenchmarkError(
+            f"exported detectors need mmengine, mmcv and mmdet: {error}"
+        ) from error
+    settings = deployment.Settings(
+        # DCNv4's is left out: its file has the operators of DCNv2's.
+        args.configs or _own_configs(_DETECTORS[:3]),
+        depths=() if args.configs else (18, 50),
+        runtimes=args.runtimes,
+        size=args.size,
+        batches=args.batch,
+        half=args.fp16,
+        **timing_settings(args),
+    )
+    return measure(args, lambda result: deployment.run(settings, result))
 
 
 # -------------------------------------------------------------------------------------- the report
@@ -348,7 +327,7 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
         type=values.json_file,
         nargs="+",
         metavar="RUN.json",
-        help="written by ops, family or detector",
+        help="written by ops, family, detector or deploy",
     )
     parser.add_argument(
         "--out",

@@ -50,8 +50,8 @@ def load_runs(paths: Iterable[Path]) -> list[dict]:
             unfinished = [run["benchmark"] for run in found if not run["complete"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BenchmarkError(
-                f"{path}: expected what tools/benchmark.py ops, family or detector wrote by "
-                f"--json, or a report of these; {type(error).__name__}: {error}"
+                f"{path}: expected what tools/benchmark.py ops, family, detector or deploy wrote "
+                f"by --json, or a report of these; {type(error).__name__}: {error}"
             ) from error
         if unfinished:
             raise BenchmarkError(f"{path}: expected finished runs, this one was interrupted")
@@ -102,6 +102,7 @@ def document(runs: list[dict], name: str) -> str:
         "operators": "The operator",
         "family": "The other operators",
         "detectors": "Whole detectors",
+        "deployment": "Exported detectors",
     }
     for run in runs:
         lines += [

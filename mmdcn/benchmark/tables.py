@@ -18,7 +18,12 @@ def text(run: dict) -> str:
 
 
 def run_lines(run: dict) -> list[str]:
-    lines_of = {"operators": operator_lines, "family": family_lines, "detectors": detector_lines}
+    lines_of = {
+        "operators": operator_lines,
+        "family": family_lines,
+        "detectors": detector_lines,
+        "deployment": deployment_lines,
+    }
     return lines_of[run["benchmark"]](run)
 
 
@@ -309,3 +314,42 @@ def _speedups(entries: list[dict]) -> list[str]:
                 ratios.append(f"{phase} {times(taken[0] / taken[1])}")
         lines += [f"mmcv ÷ mmdcn, {config}: {', '.join(ratios)}.", ""]
     return lines
+
+
+# ------------------------------------------------------------------------------ exported detectors
+
+
+def deployment_lines(run: dict) -> list[str]:
+    """The tables of a run of :mod:`mmdcn.benchmark.deployment`, one for each batch size."""
+    settings = run["settings"]
+    width, height = settings["size"]
+    lines = []
+    for batch in settings["batches"]:
+        entries = [entry for entry in run["cases"] if entry["batch"] == batch]
+        if not entries:  # of a run that was interrupted
+            continue
+        names = list(dict.fromkeys(name for entry in entries for name in entry["times"]))
+        first = names[0]
+        rows = []
+        for entry in entries:
+            taken = {name: median(samples) for name, samples in entry["times"].items()}
+            row = [entry["config"]]
+            for name in names:
+                rate = _number(1000 * batch / taken[name]) if name in taken else NOTHING
+                relative = name != first and name in taken
+                row.append(f"{rate} ({times(taken[first] / taken[name])})" if relative else rate)
+            rows.append(row)
+        lines += [
+            f"{width}×{height}, batch {batch}, images/s (× {first}):",
+            "",
+            *table(["detector", *names], rows),
+            "",
+        ]
+    return [
+        *lines,
+        f"Files in {settings['precision']}; PyTorch in float32, mmdet's own prediction on our "
+        "kernels. Random weights and images, so that there are few detections; offsets of all "
+        f"deformable layers ~ N(0, {settings['offset_std']:g}²).",
+        "",
+        *_left_out(run),
+    ]

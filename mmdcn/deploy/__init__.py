@@ -8,6 +8,8 @@
 :mod:`~.preprocessing`  normalisation and padding
 :mod:`~.comparison`     how results in another runtime compare with PyTorch's
 :mod:`~.evaluation`     a file in the place of a detector: what `tools/test.py` runs
+:mod:`~.beside`         a file beside its checkpoint: metrics and speeds of both
+:mod:`~.half_precision` a network's layers in float16
 :mod:`~.openvino`       reads the file in OpenVINO, and writes OpenVINO's own format
 :mod:`~.masks`          masks of whole images from those that a file gives
 """

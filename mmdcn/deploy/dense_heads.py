@@ -29,8 +29,9 @@ from .decoding import (
 from .operators import UNUSED
 from .refusals import ExportError, inherits
 
-__all__ = ["decoder_of"]
+__all__ = ["decoder_of", "outputs_of"]
 
+_TOOD_METHODS = ("forward", "deform_sampling", "anchor_center")
 _METHODS = ("predict", "predict_by_feat", "_predict_by_feat_single", "_bbox_post_process")
 
 
@@ -72,7 +73,7 @@ class _Decoder:
 
     def outputs(self, features: Sequence[Tensor]) -> Sequence[Sequence[Tensor]]:
         """The head's: scores, boxes and perhaps factors, of each level a tensor (N, C, H, W)."""
-        return self.head(features)
+        return outputs_of(self.head, features)
 
     def decode(self, outputs: Sequence[Sequence[Tensor]], image_sizes: Tensor) -> Detections:
         """Detections from the head's outputs."""
@@ -184,11 +185,7 @@ class _RepPointsDecoder(_BaseDenseHeadDecoder):
 
 
 class _TOODDecoder(_BaseDenseHeadDecoder):
-    """``TOODHead``: it moves each box to one of its neighbours, before anything is chosen.
-
-    The head's own ``forward`` goes through the images of a batch in a loop, whose number would not
-    stay open; all else in it is done here in the same way, by the head's layers.
-    """
+    """``TOODHead``: it moves each box to one of its neighbours, before anything is chosen."""
 
     uses_coder = False
 
@@ -196,38 +193,6 @@ class _TOODDecoder(_BaseDenseHeadDecoder):
         super().__init__(head, where)
         if head.anchor_type == "anchor_based":
             check_coder(head.bbox_coder, where)
-
-    def outputs(self, features: Sequence[Tensor]) -> Sequence[Sequence[Tensor]]:
-        return tuple(zip(*(self._of_features(level, x) for level, x in enumerate(features))))
-
-    def _of_features(self, level: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities (N, classes, H, W), and boxes (N, 4, H, W) in steps of the level."""
-        head = self.head
-        interactive = []
-        for convolution in head.inter_convs:
-            x = convolution(x)
-            interactive.append(x)
-        seen = torch.cat(interactive, dim=1)
-        mean = seen.mean(dim=(2, 3), keepdim=True)
-        of_class = head.tood_cls(head.cls_decomp(seen, mean)).sigmoid()
-        scores = (of_class * head.cls_prob_module(seen).sigmoid()).sqrt()
-        boxes = self._regressed(level, head.tood_reg(head.reg_decomp(seen, mean)))
-        moved = head.deform_sampling(boxes, head.reg_offset_module(seen))
-        inverted = (moved[:, :2] > moved[:, 2:]).any(dim=1, keepdim=True)
-        return scores, torch.where(inverted, boxes, moved)
-
-    def _regressed(self, level: int, encoded: Tensor) -> Tensor:
-        head, size = self.head, encoded.shape[2:]
-        stride = head.prior_generator.strides[level][0]
-        priors = head.prior_generator.single_level_grid_priors(size, level, device=encoded.device)
-        if head.anchor_type == "anchor_free":
-            x, y = (_centers(priors) / stride).unflatten(0, size).unbind(dim=2)
-            left, top, right, bottom = head.scales[level](encoded.exp()).unbind(dim=1)
-            return torch.stack([x - left, y - top, x + right, y + bottom], dim=1)
-        rows = _rows(head.scales[level](encoded), 4)
-        every = priors.expand(rows.shape[0], -1, -1).flatten(0, 1)
-        boxes = get_box_tensor(head.bbox_coder.decode(every, rows.flatten(0, 1))) / stride
-        return boxes.reshape(-1, *size, 4).permute(0, 3, 1, 2).contiguous()
 
     def _activated(self, scores: Tensor) -> Tensor:
         return scores
@@ -254,11 +219,59 @@ class _RPNDecoder(_Decoder):
         return Detections(at(every.flatten(1, 2), places), kept, torch.zeros_like(places))
 
 
+# --------------------------------------------------------------------- networks that can be traced
+
+
+def outputs_of(head: nn.Module, features: Sequence[Tensor]) -> Sequence[Sequence[Tensor]]:
+    """What a dense head's ``forward`` gives, in a way that leaves the batch open.
+
+    ``TOODHead``'s goes through the images of a batch in a loop, whose number would become a
+    constant; all else in it is done here in the same way, by the head's layers.
+
+    Args:
+        head: of mmdet's dense heads.
+        features: of each level, (N, C, H, W).
+    """
+    if not inherits(head, TOODHead, _TOOD_METHODS):
+        return head(features)
+    return tuple(zip(*(_tood_level(head, level, x) for level, x in enumerate(features))))
+
+
+def _tood_level(head: TOODHead, level: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities (N, classes, H, W), and boxes (N, 4, H, W) in steps of the level."""
+    interactive = []
+    for convolution in head.inter_convs:
+        x = convolution(x)
+        interactive.append(x)
+    seen = torch.cat(interactive, dim=1)
+    mean = seen.mean(dim=(2, 3), keepdim=True)
+    of_class = head.tood_cls(head.cls_decomp(seen, mean)).sigmoid()
+    scores = (of_class * head.cls_prob_module(seen).sigmoid()).sqrt()
+    boxes = _tood_boxes(head, level, head.tood_reg(head.reg_decomp(seen, mean)))
+    moved = head.deform_sampling(boxes, head.reg_offset_module(seen))
+    inverted = (moved[:, :2] > moved[:, 2:]).any(dim=1, keepdim=True)
+    return scores, torch.where(inverted, boxes, moved)
+
+
+def _tood_boxes(head: TOODHead, level: int, encoded: Tensor) -> Tensor:
+    size = encoded.shape[2:]
+    stride = head.prior_generator.strides[level][0]
+    priors = head.prior_generator.single_level_grid_priors(size, level, device=encoded.device)
+    if head.anchor_type == "anchor_free":
+        x, y = (_centers(priors) / stride).unflatten(0, size).unbind(dim=2)
+        left, top, right, bottom = head.scales[level](encoded.exp()).unbind(dim=1)
+        return torch.stack([x - left, y - top, x + right, y + bottom], dim=1)
+    rows = _rows(head.scales[level](encoded), 4)
+    every = priors.expand(rows.shape[0], -1, -1).flatten(0, 1)
+    boxes = get_box_tensor(head.bbox_coder.decode(every, rows.flatten(0, 1))) / stride
+    return boxes.reshape(-1, *size, 4).permute(0, 3, 1, 2).contiguous()
+
+
 # Those methods of each that must be its own, in an order in which subclasses come first.
 _DECODERS = (
     (RPNHead, (), _RPNDecoder),
     (GFLHead, ("anchor_center",), _GFLDecoder),
-    (TOODHead, ("forward", "deform_sampling", "anchor_center"), _TOODDecoder),
+    (TOODHead, _TOOD_METHODS, _TOODDecoder),
     (RepPointsHead, ("_bbox_decode",), _RepPointsDecoder),
     (BaseDenseHead, (), _BaseDenseHeadDecoder),
 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmdcn import machine
 
-from .comparison import Matches
+from .comparison import Matches, Tolerance
 from .decoding import Detections
 from .dense_heads import decoder_of
 from .operators import UNUSED
@@ -137,9 +137,9 @@ class EndToEnd(nn.Module):
         images, sizes = inputs
         return torch.cat([images, images.flip(3)]), sizes.repeat(2, 1)
 
-    def comparison(self) -> Matches:
+    def comparison(self, tolerance: Tolerance) -> Matches:
         """What compares results in another runtime with this module's."""
-        return Matches()
+        return Matches(tolerance=tolerance)
 
 
 def _without_unused(found: Detections) -> tuple[Tensor, ...]:

@@ -2,7 +2,7 @@
 
 OpenVINO's reader of ONNX knows no ``DeformConv``. Its opset 8 has the operator itself: here is what
 translates the one to the other, and what writes OpenVINO's own format, which OpenVINO then reads
-without this package. It needs the packages openvino and onnx.
+without this package. It needs the packages openvino, 2025.0 or newer, and onnx.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ try:
     from openvino.frontend.onnx import ConversionExtension
 except ImportError as error:
     raise ConfigError(
-        f"this needs openvino and onnx ({error}): `pip install openvino onnx`, which "
-        "mmdcn[openvino] brings"
+        f"this needs openvino 2025.0 or newer, and onnx ({error}): "
+        "`pip install 'openvino>=2025.0' onnx`, which mmdcn[openvino] brings"
     ) from error
 
 __all__ = ["compile_model", "metadata", "read", "save"]

@@ -13,6 +13,8 @@ from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from torch import Tensor, nn
 
+from mmdcn.layers import DeformRoIPool
+
 from . import operators
 from .decoding import Detections, Suppression, at, candidates, check_coder, decode
 from .operators import UNUSED
@@ -40,6 +42,8 @@ class Extractor(nn.Module):
         # Boxes without area have no level for `long()` to find.
         levels = torch.where(rois[:, 0] < 0, -1, levels)
         layer = self.extractor.roi_layers[0]
+        if not isinstance(layer, RoIAlign):
+            return self._at_every_level(features, rois, levels)
         return operators.multi_level_roi_align(
             list(features),
             rois,
@@ -50,13 +54,25 @@ class Extractor(nn.Module):
             layer.aligned,
         )
 
+    def _at_every_level(self, features: Sequence[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
+        """Each RoI is pooled at all levels and one is taken: a layer of its own has no other way.
+
+        It costs as many times as much as there are levels.
+        """
+        somewhere = torch.cat([rois[:, :1].clamp(min=0), rois[:, 1:]], dim=1)
+        pooled: Tensor | float = 0.0
+        for level, (x, layer) in enumerate(zip(features, self.extractor.roi_layers)):
+            own = levels[:, None, None, None] == level
+            pooled = torch.where(own, layer(x, somewhere), pooled)
+        return pooled
+
 
 def replace_extractors(roi_head: nn.Module) -> None:
     """Put an :class:`Extractor` in the place of each extractor of a RoI head.
 
     Raises:
         ExportError: one of them is of another kind than mmdet's with a single level, or pools by
-            something else than RoI Align.
+            something else than RoI Align or deformable RoI pooling.
     """
     places = [place for place in _extractors(roi_head) if not isinstance(place[2], Extractor)]
     for _, _, module, where in places:
@@ -65,11 +81,13 @@ def replace_extractors(roi_head: nn.Module) -> None:
                 f"{where}: expected mmdet's SingleRoIExtractor, got {type(module).__name__}"
             )
         for layer in module.roi_layers:
+            if isinstance(layer, DeformRoIPool):
+                continue
             if not isinstance(layer, RoIAlign) or layer.pool_mode != "avg":
                 what = type(layer).__name__ if list(layer.children()) else layer
                 raise ExportError(
                     f"{where}: {what} has no counterpart among ONNX's standard operators; "
-                    "RoIAlign with pool_mode='avg' has"
+                    "RoIAlign with pool_mode='avg' and deformable RoI pooling have"
                 )
     for parent, name, module, _ in places:
         setattr(parent, name, Extractor(module))

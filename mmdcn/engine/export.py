@@ -7,6 +7,7 @@ The file holds a whole detector, from images to detections
 
 from __future__ import annotations
 
+import json
 import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdcn import files, machine, timing
-from mmdcn.deploy.comparison import LargestError, Matches
+from mmdcn.deploy.comparison import HALF, SINGLE, LargestError, Matches
 from mmdcn.engine.network import (
     Exportable,
     ExportError,
@@ -64,6 +65,7 @@ def export(
     seconds: float = 5.0,
     report: Callable[[str], None] = lambda step: None,
     verify: bool = True,
+    half: bool = False,
 ) -> Verified | None:
     """Write the network to an ONNX file, and compare it with PyTorch on images.
 
@@ -77,6 +79,7 @@ def export(
         seconds: how long to measure the speed of each.
         report: is told what begins.
         verify: whether the file is compared, for which onnxruntime is needed.
+        half: whether the network's layers are written in float16.
 
     Raises:
         ExportError: an operation has no counterpart among ONNX's standard operators, or the file
@@ -103,17 +106,21 @@ def export(
         with files.once_complete(path) as temporary:
             temporary.touch()  # Fails before anything is computed, where it cannot be written.
             report("writing the network, which may take minutes")
-            _write(network, images[0], temporary)
+            _write(network, images[0], temporary, half)
             _refuse_other_operators(onnx.load(temporary))
             if not verify:
                 return None
             report("comparing onnxruntime with PyTorch")
-            return _verify(network, images, str(temporary), seconds)
+            comparison = network.comparison(HALF if half else SINGLE)
+            return _verify(network, images, str(temporary), comparison, seconds)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error}") from error
 
 
-def _write(network: Exportable, example: tuple[Tensor, ...], path: Path) -> None:
+def _write(
+    network: Exportable, example: tuple[Tensor, ...], path: Path, half: bool = False
+) -> None:
+    from mmdcn.deploy.half_precision import to_half
     from mmdcn.deploy.translations import TRANSLATIONS
 
     # A size of 1, of the batch or of a pyramid's last level, would be taken for one that never
@@ -144,7 +151,10 @@ def _write(network: Exportable, example: tuple[Tensor, ...], path: Path) -> None
                 f"{_node_of(error)} has no counterpart among ONNX's standard operators: "
                 f"{first_line(_innermost(error))}"
             ) from error
-    onnx_program.model.metadata_props.update(network.metadata)
+    if half:
+        to_half(onnx_program.model)
+    precision = json.dumps("float16" if half else "float32")
+    onnx_program.model.metadata_props.update({**network.metadata, "mmdcn.precision": precision})
     onnx_program.save(path, external_data=False)
 
 
@@ -243,7 +253,11 @@ def _module_of(error: BaseException, network: Exportable) -> str:
 
 
 def _verify(
-    network: Exportable, images: Sequence[tuple[Tensor, ...]], path: str, seconds: float
+    network: Exportable,
+    images: Sequence[tuple[Tensor, ...]],
+    path: str,
+    comparison: LargestError | Matches,
+    seconds: float,
 ) -> Verified:
     session = machine.onnxruntime_session(path)
 
@@ -254,7 +268,6 @@ def _verify(
     def in_onnxruntime(inputs: Sequence[Tensor]) -> list:
         return session.run(None, dict(zip(network.input_names, (t.numpy() for t in inputs))))
 
-    comparison = network.comparison()
     for inputs in (*images, network.twice(images[0])):
         actual = [torch.from_numpy(output) for output in in_onnxruntime(inputs)]
         try:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from mmcv.transforms import Compose
 from mmdet.models.detectors import TwoStageDetector
-from mmdet.models.roi_heads import StandardRoIHead
+from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmdet.registry import MODELS
 from mmdet.structures.bbox import bbox2roi
 from mmdet.utils import get_test_pipeline_cfg, register_all_modules
@@ -28,7 +28,8 @@ from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 
 from mmdcn.datasets import warped_shapes
-from mmdcn.deploy.comparison import LargestError
+from mmdcn.deploy.comparison import LargestError, Tolerance
+from mmdcn.deploy.dense_heads import outputs_of
 from mmdcn.deploy.detector import EndToEnd, dense_head_of
 from mmdcn.deploy.refusals import ExportError
 from mmdcn.deploy.roi_heads import replace_extractors
@@ -66,9 +67,11 @@ class Network(nn.Module):
         self._dense = dense_head_of(detector)
         if self.has_boxes:
             if not isinstance(detector.roi_head, StandardRoIHead):
+                is_cascade = isinstance(detector.roi_head, CascadeRoIHead)
                 raise ExportError(
                     "model.roi_head: expected mmdet's StandardRoIHead, got "
                     f"{type(detector.roi_head).__name__}"
+                    + (", whose stages refine boxes in between: leave out --raw" * is_cascade)
                 )
             replace_extractors(detector.roi_head)
         self.output_names: list[str] = []
@@ -83,7 +86,7 @@ class Network(nn.Module):
         """All raw outputs; :attr:`output_names` is then of the same length."""
         features = self.detector.extract_feat(images)
         head = getattr(self.detector, self._dense)
-        outputs = head(features)
+        outputs = outputs_of(head, features)
         # mmdet passes them to the loss in this order, which is how it names them.
         names = inspect.signature(head.loss_by_feat).parameters
         named = dict(_named(self._dense, dict(zip(names, outputs))))
@@ -115,9 +118,9 @@ class Network(nn.Module):
         images, *boxes = inputs
         return (torch.cat([images, images.flip(3)]), *map(_boxes_of_both, boxes))
 
-    def comparison(self) -> LargestError:
+    def comparison(self, tolerance: Tolerance) -> LargestError:
         """What compares results in another runtime with this module's."""
-        return LargestError()
+        return LargestError(tolerance=tolerance)
 
 
 def _boxes_of_both(boxes: Tensor) -> Tensor:

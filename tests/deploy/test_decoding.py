@@ -77,6 +77,7 @@ def test_fewer_candidates_than_places():
         ("faster-rcnn", {"model.roi_head.bbox_head.reg_class_agnostic": True}),
         ("faster-rcnn", {"model.rpn_head.loss_cls.use_sigmoid": False}),
         ("faster-rcnn", {"model.roi_head.bbox_head.bbox_coder.clip_border": False}),
+        ("faster-rcnn", tiny.DEFORMABLE_POOLING),
         ("mask-rcnn", {"model.roi_head.mask_head.class_agnostic": True}),
         ("mask-rcnn", {"model.roi_head.mask_roi_extractor": None}),  # shared
         ("tood", {"model.bbox_head.anchor_type": "anchor_based"}),
@@ -124,6 +125,15 @@ def test_no_detection():
                 )
             },
             "bbox_roi_extractor: .*, got GenericRoIExtractor",
+        ),
+        (
+            "faster-rcnn",
+            {
+                "model.roi_head.bbox_roi_extractor.roi_layer": dict(
+                    _delete_=True, type="RoIPool", output_size=7
+                )
+            },
+            r"bbox_roi_extractor: RoIPool\(.* has no counterpart among .*deformable RoI pooling",
         ),
         ("faster-rcnn", {"model.roi_head.type": "DoubleHeadRoIHead"}, "got DoubleHeadRoIHead"),
         ("atss", {"model.bbox_head.type": "PAAHead"}, "model.bbox_head: PAAHead decodes in a way"),

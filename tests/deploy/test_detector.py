@@ -1,6 +1,7 @@
 """Whole detectors as files, in onnxruntime."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +11,15 @@ pytest.importorskip("onnxscript")
 
 import onnx
 from mmengine.registry import DefaultScope
+from onnxscript import ir
 
 from mmdcn import machine
-from mmdcn.deploy.comparison import Matches
+from mmdcn.deploy.comparison import HALF, SINGLE, Matches
 from mmdcn.deploy.detector import EndToEnd
 from mmdcn.deploy.evaluation import File
+from mmdcn.deploy.half_precision import to_half
 from mmdcn.engine import export
+from mmdcn.engine.network import Network
 
 from . import tiny
 
@@ -54,11 +58,11 @@ def one_stage(tmp_path_factory):
         return written(tiny.config("atss"), folder / "model.onnx")
 
 
-def same(detector, file, batch, sizes) -> Matches:
+def same(detector, file, batch, sizes, tolerance=SINGLE) -> Matches:
     with torch.no_grad():
         expected = detector(batch, sizes)
     outputs = file(batch.numpy(), sizes.numpy())
-    matches = Matches()
+    matches = Matches(tolerance=tolerance)
     matches.add(list(outputs), expected, [torch.from_numpy(value) for value in outputs.values()])
     matches.check()
     return matches
@@ -99,6 +103,21 @@ def test_in_openvino(masks, tmp_path):
         outputs = plain(dict(images=batch.numpy(), image_sizes=sizes.numpy())).values()
         expected = translated(batch.numpy(), sizes.numpy()).values()
         assert all((one == other).all() for one, other in zip(outputs, expected))
+
+
+def test_in_half_precision(masks, tmp_path):
+    detector, file, _ = masks
+    path = tmp_path / "half.onnx"
+    model = ir.load(file.path)
+    to_half(model)
+    ir.save(model, path)
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    assert path.stat().st_size < 0.8 * Path(file.path).stat().st_size
+    for sizes in BATCHES:
+        batch, sizes = tiny.images(*sizes)
+        batch = (batch * 50 + 128).clamp(0, 255).byte()
+        found = same(detector, File(path), batch, sizes, HALF)
+        assert found.detections > 10 * len(sizes)
 
 
 def test_preprocessing_is_the_data_preprocessors(masks):
@@ -178,3 +197,38 @@ def test_every_detector_with_every_layer(tmp_path, plugin_in_mmdet, name, layer)
     assert ("DeformConv" in operators) == (layer is not None or name in DEFORMABLE_HEADS)
     for sizes in BATCHES:
         assert same(detector, file, *tiny.images(*sizes)).detections > 10 * len(sizes)
+
+
+@pytest.mark.slow
+def test_deformable_pooling(tmp_path, plugin_in_mmdet):
+    """Whose offsets come from layers of its own, at each level."""
+    cfg = tiny.config("faster-rcnn", **tiny.DEFORMABLE_POOLING)
+    detector, file, _ = written(cfg, tmp_path / "model.onnx")
+    for sizes in BATCHES:
+        assert same(detector, file, *tiny.images(*sizes)).detections > 10 * len(sizes)
+
+
+def test_raw_outputs_of_tood_are_its_heads(plugin_in_mmdet):
+    detector = tiny.build(tiny.config("tood"))
+    network, (batch, _) = Network(detector), tiny.images((64, 96), (50, 70))
+    with torch.no_grad():
+        expected = detector.bbox_head(detector.extract_feat(batch))
+        outputs = network(batch)
+    assert network.output_names == [
+        f"bbox_head.{name}.{level}" for name in ("cls_scores", "bbox_preds") for level in (0, 1)
+    ]
+    for output, value in zip(outputs, (*expected[0], *expected[1]), strict=True):
+        assert torch.allclose(output, value, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_raw_outputs_of_tood_are_written(tmp_path, plugin_in_mmdet):
+    network = Network(tiny.build(tiny.config("tood", "DCNv2")))
+    given = [(tiny.images(size)[0],) for size in ((64, 96), (80, 40))]
+    verified = export.export(network, given, tmp_path / "model.onnx", seconds=0.01)
+    assert 0 < verified.comparison.largest_error < 1e-4
+
+
+def test_raw_outputs_of_a_cascade_are_refused(plugin_in_mmdet):
+    with pytest.raises(export.ExportError, match=r"got CascadeRoIHead, whose .* leave out --raw"):
+        Network(tiny.build(tiny.config("cascade-mask-rcnn")))

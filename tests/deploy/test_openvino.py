@@ -1,5 +1,8 @@
 """Deformable convolutions in OpenVINO, and files that it cannot read."""
 
+import importlib
+import sys
+
 import pytest
 import torch
 
@@ -88,3 +91,11 @@ def test_what_cannot_be_read_or_written(tmp_path):
     with pytest.raises(ConfigError, match=r"expected a name ending in \.xml, got .*model\.ir"):
         ours.save(path, tmp_path / "model.ir")
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_one_that_is_too_old(monkeypatch):
+    """Before 2025.0 its operators are elsewhere."""
+    monkeypatch.delattr("openvino.opset8")
+    monkeypatch.setitem(sys.modules, "openvino.opset8", None)
+    with pytest.raises(ConfigError, match=r"needs openvino 2025\.0 or newer.*'openvino>=2025\.0'"):
+        importlib.reload(ours)

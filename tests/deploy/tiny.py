@@ -13,6 +13,8 @@ from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from torch import Tensor, nn
 
+from mmdcn.layers import DeformRoIPoolPack
+
 # Two stages of a ResNet-18, and a pyramid of two levels.
 _BODY = """
 custom_imports = dict(imports=['mmdcn'], allow_failed_imports=False)
@@ -115,9 +117,23 @@ CONFIGS = {
     "cascade-mask-rcnn": ("cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py", _CASCADE),
 }
 
+#: For a two-stage detector: deformable RoI pooling in the place of RoI Align.
+DEFORMABLE_POOLING = {
+    "model.roi_head.bbox_roi_extractor.roi_layer": dict(
+        _delete_=True,
+        type="DeformRoIPoolPack",
+        output_size=7,
+        output_channels=32,
+        deform_fc_channels=16,
+        sampling_ratio=2,
+    )
+}
+
 # The layers whose outputs are scores and boxes, and those that give offsets.
 _LAST = ("_cls", "_reg", "_cls_out", "_init_out", "_refine_out", "reg_refine")
-_EXPONENTS = ("tood_reg",)
+# Of TOOD an exponential is the box, which must not be thousands of pixels wide; of GFL it is the
+# mean of a distribution, and where that is nearly flat all boxes are alike and suppress each other.
+_SPREADS = {"tood_reg": 0.05, "gfl_reg": 1.0}
 _OFFSETS = ("conv_offset", "spatial_conv_offset")
 
 
@@ -147,9 +163,10 @@ def build(cfg: Config) -> nn.Module:
     for name, module in detector.named_modules():
         last = name.rpartition(".")[2]
         if last.endswith(_LAST) and isinstance(module, nn.Conv2d | nn.Linear):
-            # Of TOOD an exponential is the box, which must not be thousands of pixels wide.
-            nn.init.normal_(module.weight, std=0.05 if last in _EXPONENTS else 0.2)
+            nn.init.normal_(module.weight, std=_SPREADS.get(last, 0.2))
             nn.init.normal_(module.bias, std=0.2)
+        elif isinstance(module, DeformRoIPoolPack):
+            nn.init.normal_(module.offset_fc[-1].weight, std=0.05)
         elif last in _OFFSETS or name.endswith("reg_offset_module.2"):
             nn.init.normal_(module.weight, std=0.05)
     return detector

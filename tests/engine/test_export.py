@@ -98,7 +98,7 @@ def test_masks_and_boxes_of_every_level_are_written(tmp_path):
     assert all((images[0], images[2], images[3], boxes[0]))
 
 
-def write_nothing(network, example, path):
+def write_nothing(network, example, path, half):
     graph = onnx.helper.make_graph([], "empty", [], [])
     onnx.save(onnx.helper.make_model(graph), path)
 
@@ -187,8 +187,8 @@ def test_a_wrong_file_is_not_kept(tmp_path, monkeypatch):
     network = export.Network(detector(tmp_path, **SMALL, **PLAIN))
     write = export._write
 
-    def write_another(network, example, path):
-        write(network, example, path)
+    def write_another(network, example, path, half):
+        write(network, example, path, half)
         with torch.no_grad():
             network.detector.rpn_head.rpn_cls.bias += 0.01
 

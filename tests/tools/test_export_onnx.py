@@ -97,6 +97,23 @@ def test_the_file_is_evaluated_as_the_checkpoint_is(project, trained, exported, 
         assert (match(theirs, ours) >= 0).float().mean() >= LEAST_MATCHED
 
 
+def test_the_file_is_held_against_its_checkpoint(project, trained, exported, run_here, capsys):
+    checkpoint = trained / "epoch_1.pth"
+    command = ("test.py", project.config, "out/model.onnx", "--work-dir", "held", "--against")
+    run_here(*command, checkpoint, "--seconds", "0.01")
+    printed = capsys.readouterr().out
+    assert f"|  | out/model.onnx | {checkpoint}, PyTorch | difference |" in printed
+    row = re.search(r"\| coco/bbox_mAP \| (\S+) \| (\S+) \| (\S+) \|", printed)
+    # One has no AP without detections.
+    assert 0 <= float(row[1]) <= 1 and abs(float(row[1]) - float(row[2])) <= 0.001
+    speeds = re.search(r"\| images/s \| (\S+) \| (\S+) \| (\S+)× \|", printed)
+    assert float(speeds[3]) == pytest.approx(float(speeds[1]) / float(speeds[2]), abs=0.02)
+    for first, second in ((checkpoint, checkpoint), ("out/model.onnx", "out/model.onnx")):
+        with pytest.raises(SystemExit):
+            run_here("test.py", project.config, first, "--against", second)
+        assert "--against: expected a checkpoint to hold an exported" in capsys.readouterr().err
+
+
 def test_a_file_is_opened_once(project, exported, run_here, monkeypatch):
     from mmdcn import machine
 
@@ -180,7 +197,9 @@ def test_what_is_not_there_gets_one_message(project, trained, run_here):
 
 def test_without_a_comparison(project, trained, run_here, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setattr(export, "_write", lambda network, example, path: onnx.save(EMPTY, path))
+    monkeypatch.setattr(
+        export, "_write", lambda network, example, path, half: onnx.save(EMPTY, path)
+    )
     run_here(
         *("export_onnx.py", project.config, trained / "epoch_1.pth", "-o", "unverified.onnx"),
         *("--images", project.data / "images" / "val1.png", "--no-verify", "--raw"),

@@ -43,7 +43,7 @@ MMDCN_BLOCK void gather_block(const Ctx& ctx, const ConvProblem<R>& problem,
     for (int i = ctx.thread() >> log2_lanes; i < count; i += Ctx::kThreads >> log2_lanes) {
       const ColumnSample<acc_t, R>& sample = shared[i];
       if (!sample.exists) continue;
-      for (int64_t c = (ctx.thread() & (lanes - 1)) * V; c < channels; c += lanes * V) {
+      for (int c = (ctx.thread() & (lanes - 1)) * V; c < channels; c += lanes * V) {
         acc_t sum[V] = {};
         sample.add_to(ctx, input, c, sum);
         Vector<column_t, V> column;
