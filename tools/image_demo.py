@@ -31,7 +31,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--out-dir", type=Path, default=Path("outputs"), help="(default: %(default)s)"
     )
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the best that there is)")
+    parser.add_argument(
+        "--device",
+        type=environment.device_name,
+        help="such as cpu or cuda:1 (default: the best that there is)",
+    )
     parser.add_argument(
         "--pred-score-thr",
         type=float,
@@ -71,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
     from mmdcn.engine import inference
 
     if args.device is not None:
-        launch.check_device(args.device)
+        environment.check_device(args.device)
     cfg = launch.read_config(args.config, args.cfg_options)
     inferencer = inference.build(cfg, args.checkpoint, args.device, args.palette)
     writes = {"vis": not args.no_save_vis, "preds": not args.no_save_pred}

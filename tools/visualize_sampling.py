@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __arguments_first__ = True  # see mmdcn/startup.py
 from mmdcn import files
-from mmdcn.engine import launch
+from mmdcn.engine import environment, launch
 from mmdcn.errors import InputError
 
 # isort: split
@@ -66,7 +66,9 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         help="the picture, a .png; the page is beside it, a .html (default: sampling_<image>.png)",
     )
-    parser.add_argument("--device", default="cpu", help="(default: cpu)")
+    parser.add_argument(
+        "--device", type=environment.device_name, default="cpu", help="(default: %(default)s)"
+    )
     launch.add_config_options(parser)
     # Only training and testing ask for these.
     parser.set_defaults(launcher="none", work_dir=None, local_rank=0)
@@ -103,7 +105,7 @@ def main(args: argparse.Namespace) -> None:
         sampling_page,
     )
 
-    launch.check_device(args.device)
+    environment.check_device(args.device)
     cfg = launch.load_config(args)
     check_weights(cfg, args.checkpoint)
     model = init_detector(cfg, args.checkpoint, device=args.device, cfg_options={})

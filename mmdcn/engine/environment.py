@@ -1,13 +1,14 @@
-"""What the tools need of the environment: a launcher's variables, and a display."""
+"""What the tools need of the environment: a launcher's variables, a display, a device."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 
-from mmdcn.errors import InputError
+from mmdcn.errors import InputError, first_line
 
-__all__ = ["check_display", "check_launcher"]
+__all__ = ["DEVICES", "check_device", "check_display", "check_launcher", "device_name"]
 
 _SET_BY = {
     "pytorch": ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
@@ -50,3 +51,31 @@ def check_display(instead: str) -> None:
     variables = ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")
     if sys.platform.startswith("linux") and not any(os.environ.get(name) for name in variables):
         raise InputError(f"--show: there is no display (DISPLAY is not set): {instead}")
+
+
+#: The kinds of devices that torch and the toolbox know.
+DEVICES = ("cpu", "cuda", "mps", "xpu", "npu", "mlu", "musa", "hpu", "mtia")
+
+
+def device_name(text: str) -> str:
+    """The value of ``--device``, as far as it can be read without torch."""
+    kind, colon, index = text.partition(":")
+    if kind not in DEVICES or (colon and not index.isdecimal()):
+        raise argparse.ArgumentTypeError(
+            f"expected one of {', '.join(DEVICES)}, or such as cuda:1, got {text!r}"
+        )
+    return text
+
+
+def check_device(name: str) -> None:
+    """Check that torch has a device of this name.
+
+    Raises:
+        InputError: it has not.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {first_line(error)}") from error

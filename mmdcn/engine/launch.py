@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -32,7 +33,6 @@ __all__ = [
     "add_config_options",
     "begin",
     "build_runner",
-    "check_device",
     "checkpoint_file",
     "config_file",
     "load_config",
@@ -150,11 +150,15 @@ _UNREADABLE = (
 )
 
 
+# A dictionary, which mmengine takes for a word, or splits at its commas, with no end.
+_DICTIONARY = re.compile(r"\bdict\s*\(|\{[^{}]*:")
+
+
 def parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
     """The values of ``--cfg-options``, as mmengine reads them.
 
     Raises:
-        ConfigError: mmengine cannot read a value.
+        ConfigError: mmengine cannot read a value, or would take a dictionary for a word.
     """
     from mmengine.config import DictAction
 
@@ -163,6 +167,13 @@ def parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
     found = argparse.Namespace(settings={})
     action = DictAction(["--cfg-options"], "settings", nargs="+")
     for setting in settings or ():
+        key, _, value = setting.partition("=")
+        if _DICTIONARY.search(value):
+            raise ConfigError(
+                f"--cfg-options: cannot read {setting!r}: mmengine reads numbers, words, lists and "
+                f"tuples here, and no dictionaries; set their entries ({key}.NAME=VALUE, "
+                f"{key}.0.NAME=VALUE in a list), or write them in the config"
+            )
         try:
             action(None, found, [setting])
         # mmengine asserts that brackets are balanced, and its parsing may fail in other ways.
@@ -286,20 +297,6 @@ def _init_gloo(cfg: Config) -> None:
             broadcast_buffers=False,
             find_unused_parameters=cfg.get("find_unused_parameters", False),
         )
-
-
-def check_device(name: str) -> None:
-    """Check that torch has a device of this name.
-
-    Raises:
-        InputError: it has not.
-    """
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {first_line(error)}") from error
 
 
 # ------------------------------------------------------------------------- a tool, begun and ended

@@ -98,6 +98,25 @@ def test_settings_that_cannot_be_read(arguments, setting):
         launch.load_config(args)
 
 
+@pytest.mark.parametrize(
+    "value", ["dict(x=1,y=2)", "[dict(x=1),dict(y=2)]", "{'x':1}", "({'x':1,'y':2},3)"]
+)
+def test_dictionaries_are_no_settings(arguments, value):
+    """mmengine takes some for words, and of others finds no end."""
+    args = arguments("--cfg-options", f"hooks={value}", "b=1")
+    with pytest.raises(
+        ConfigError, match=r"no dictionaries; set their entries \(hooks\.NAME=VALUE"
+    ):
+        launch.load_config(args)
+
+
+@pytest.mark.parametrize("value", ["nope", "gpu", "cuda:", "cuda:x", "", "CPU"])
+def test_devices_are_read_without_torch(value):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"expected one of cpu, .*got '{value}'"):
+        environment.device_name(value)
+    assert environment.device_name("cuda:1") == "cuda:1"
+
+
 def test_settings_add_up(arguments):
     args = arguments("--cfg-options", "a=1,2", "b.c=x", "--cfg-options", "b.d=[(1,2),(3,4)]")
     assert launch.parse_settings(args.cfg_options) == {
