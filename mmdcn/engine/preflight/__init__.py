@@ -33,6 +33,7 @@ from .building import (
     optimizer_problems,
     setting_problems,
 )
+from .channels import channel_problems
 from .dataset import Data, category_order, data_of, dataset_problems, root_is_absent
 from .determinism import determinism_problems
 from .evaluators import evaluator_problems, ground_truth_of
@@ -287,6 +288,7 @@ def _problems_of_weights(cfg: Config, stages: tuple[str, ...]) -> Problems:
             yield error.args
         return
     if _is_on(cfg, "model"):
+        yield from channel_problems(model, cfg.model)
         yield from mask_problems(model, [e for s in stages for e in _evaluators(cfg, s)])
     data = next(iter(_all_data(cfg, stages)), None)
     if _is_on(cfg, "checkpoint"):

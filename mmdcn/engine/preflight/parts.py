@@ -23,6 +23,7 @@ from mmdcn.errors import did_you_mean
 from .building import MISTAKES, sentence, silence
 from .nodes import Problems, children, each, join, some
 
+_PACKAGES = ("mmdet", "mmcv", "mmengine", "mmdcn")
 _COCO_ITEMS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
 _PROPOSAL_ITEMS = ("AR@100", "AR@300", "AR@1000", "AR_s@1000", "AR_m@1000", "AR_l@1000")
 
@@ -39,9 +40,11 @@ def part_problems(
     """
     for stage in stages:
         loader = cfg.get(f"{stage}_dataloader") or {}
-        for steps, where in _pipelines(loader.get("dataset"), f"{stage}_dataloader.dataset"):
+        pipelines = list(_pipelines(loader.get("dataset"), f"{stage}_dataloader.dataset"))
+        for steps, where in pipelines:
             for step, place in each(steps, where):
                 yield from _transform_problems(step, place)
+        yield from _packing_problems(pipelines)
     for metric, where in evaluators:
         problems = list(_argument_problems(METRICS, metric, where)) if "type" in metric else []
         yield from problems
@@ -73,6 +76,27 @@ def _pipelines(node: Any, where: str) -> Iterator[tuple[list, str]]:
     for key, child in children(node):
         if key in ("dataset", "datasets") or isinstance(key, int):
             yield from _pipelines(child, join(where, key))
+
+
+def _packing_problems(pipelines: Sequence[tuple[list, str]]) -> Problems:
+    """Pipelines of the toolbox's own transforms, none of which packs what the model takes."""
+    kinds = [kind for steps, _ in pipelines for kind in _transforms_in(steps)]
+    ours = all(kind.__module__.partition(".")[0] in _PACKAGES for kind in kinds)
+    if kinds and ours and not any("Pack" in kind.__name__ for kind in kinds):
+        end = "end it with dict(type='PackDetInputs')"
+        yield pipelines[0][1], f"no transform packs inputs and data_samples: {end}"
+
+
+def _transforms_in(node: Any) -> Iterator[type]:
+    """The classes of transforms, and of those inside them."""
+    if isinstance(node, Mapping) and (kind := node.get("type")) is not None:
+        if isinstance(kind, str):
+            with TRANSFORMS.switch_scope_and_registry(None) as scoped:
+                kind = scoped.get(kind)
+        if inspect.isclass(kind):
+            yield kind
+    for _, child in children(node):
+        yield from _transforms_in(child)
 
 
 def _hooks(cfg: Config) -> Iterator[tuple[Mapping, str]]:

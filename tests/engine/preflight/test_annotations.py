@@ -82,6 +82,7 @@ def make_it_matter(config, what):
         config.preflight = dict(model=False)  # which predicts boxes alone
     elif what in {**masks.REFUSED, **masks.WARNED}:
         pipeline = [dict(type="LoadAnnotations", with_bbox=True, with_mask=True)]
+        pipeline.append(dict(type="PackDetInputs"))
         dataset_of(config).pipeline = pipeline
     if what == "other class":
         dataset_of(config).metainfo.classes = ("dog",)

@@ -29,15 +29,14 @@ def deterministic(config):
             type="ResNet",
             depth=50,
             base_channels=16,
+            out_indices=(3,),
             dcn=dict(type="DCNv2"),
             stage_with_dcn=(False, False, False, True),
         ),
         rpn_head=dict(
             type="RPNHead",
             in_channels=512,
-            anchor_generator=dict(
-                type="AnchorGenerator", scales=[8], ratios=[1.0], strides=[4, 8, 16, 32]
-            ),
+            anchor_generator=dict(type="AnchorGenerator", scales=[8], ratios=[1.0], strides=[32]),
         ),
     )
     config.randomness = dict(seed=0, deterministic=True)

@@ -13,7 +13,10 @@ from mmdcn.engine.preflight import parts
 from .checked import dataset_of, message_of
 
 MMDET = Path(mmdet.__file__).parent / ".mim" / "configs"
-TRAINED = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", with_bbox=True)]
+TRAINED = [
+    *(dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", with_bbox=True)),
+    dict(type="PackDetInputs"),
+]
 
 
 @pytest.fixture
@@ -28,6 +31,11 @@ def evaluated(config):
 
 
 MISTAKES = {
+    "nothing that packs": (
+        {"train_dataloader.dataset.pipeline": TRAINED[:2]},
+        "no transform packs inputs and data_samples: end it with dict(type='PackDetInputs')",
+        "train_dataloader.dataset.pipeline",
+    ),
     "no such transform": (
         {"train_dataloader.dataset.pipeline.1.type": "LoadAnotations"},
         "no transform named 'LoadAnotations' is registered; did you mean 'LoadAnnotations'",
