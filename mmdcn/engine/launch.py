@@ -13,15 +13,14 @@ import os
 import re
 import signal
 import sys
-import traceback
 import urllib.error
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mmdcn import startup
-from mmdcn.engine import environment
+from mmdcn.engine import environment, failures
 from mmdcn.errors import InputError, LibraryError, did_you_mean, first_line
 
 if TYPE_CHECKING:
@@ -364,10 +363,13 @@ def run(
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         startup.end_interrupted(what_to_do=when_interrupted)
     except urllib.error.URLError as error:
-        _describe_download(error)
+        _end(failures.of_download(error))
     except InputError as error:
-        # Every process of a distributed run comes here; one message is enough.
-        sys.exit(f"error: {error}" if startup.is_first_process() else 1)
+        _end(str(error))
+    except OSError as error:
+        if (what := failures.of_disk(error)) is None:
+            raise
+        _end(what)
     finally:
         signal.signal(signal.SIGINT, handler)
         _leave_process_group()
@@ -375,18 +377,9 @@ def run(
         sys.exit(status)
 
 
-def _describe_download(error: urllib.error.URLError) -> None:
-    """End a tool whose download failed, and name the address where it is known."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    urls = (frame.f_locals.get("url") for frame in frames)
-    url = next((url for url in urls if isinstance(url, str)), None)
-    what = f" of {url}" if url else ""
-    reason = error if isinstance(error, urllib.error.HTTPError) else error.reason
-    message = (
-        f"error: a download failed{what}: {reason}. Download it elsewhere, and name the file in "
-        "place of the address"
-    )
-    sys.exit(message if startup.is_first_process() else 1)
+def _end(message: str) -> NoReturn:
+    # Every process of a distributed run comes here; one message is enough.
+    sys.exit(f"error: {message}" if startup.is_first_process() else 1)
 
 
 def _leave_process_group() -> None:

@@ -1,6 +1,7 @@
 """Arguments and configs of the tools, without running them."""
 
 import argparse
+import errno
 import os
 import re
 import signal
@@ -220,6 +221,26 @@ def test_missing_operators_end_the_tool_with_one_message(monkeypatch, tmp_path):
     with pytest.raises(SystemExit) as ended:
         launch.run(lambda args: 0, argparse.Namespace)
     assert re.match("error: mmdcn's operators are not compiled: .*pip install", ended.value.code)
+
+
+@pytest.mark.parametrize(
+    "code,said",
+    [
+        (
+            errno.ENOSPC,
+            "error: the disk of /there/epoch_1.pth takes no more (No space left",
+        ),
+        (errno.EDQUOT, "error: the disk of /there/epoch_1.pth takes no more ("),
+        (errno.EROFS, "error: the disk of /there/epoch_1.pth is read-only: choose another folder"),
+    ],
+)
+def test_a_disk_that_takes_no_more_is_one_sentence(code, said):
+    def main(args):
+        raise OSError(code, os.strerror(code), "/there/epoch_1.pth")
+
+    with pytest.raises(SystemExit) as ended:
+        launch.run(main, lambda: argparse.Namespace(), needs_toolbox=False)
+    assert str(ended.value).startswith(said)
 
 
 def test_other_errors_keep_their_traceback():
