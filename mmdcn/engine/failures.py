@@ -1,4 +1,4 @@
-"""What ends a tool through nobody's mistake, in one sentence: a download that fails, a full disk."""
+"""What ends a tool by nobody's mistake, in a sentence: a failed download, a full disk."""
 
 from __future__ import annotations
 
