@@ -77,5 +77,6 @@ def check_device(name: str) -> None:
 
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+    # ImportError: of a device whose part of torch is a package of its own.
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"--device {name}: {first_line(error)}") from error

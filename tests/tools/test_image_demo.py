@@ -143,7 +143,7 @@ MISTAKES = {
         ["--out-dir", "{photos}/notes.txt"],
         "notes.txt' is not a folder",
     ),
-    "no such device": (["{photos}"], ["--device", "tpv"], "--device tpv: Expected one of cpu"),
+    "no such device": (["{photos}"], ["--device", "hpu"], "--device hpu: "),
     "a setting": (["{photos}"], ["--cfg-options", "a=[1,2"], "--cfg-options: cannot read 'a=[1,2'"),
     "no visualizer": (["{photos}"], ["--cfg-options", "visualizer=None"], "has no visualizer"),
 }
@@ -170,6 +170,7 @@ def test_a_mistake_gets_one_message(mistake, model, photos, run_here, tmp_path):
     [
         (["--batch-size", "0"], "argument --batch-size: expected at least 1, got 0"),
         (["--pred-score-thr", "30"], "argument --pred-score-thr: expected 0 to 1, got 30.0"),
+        (["--device", "tpv"], "argument --device: expected one of cpu, "),
         (["--palette", "pink"], "argument --palette: invalid choice: 'pink'"),
     ],
 )
