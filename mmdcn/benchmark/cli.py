@@ -322,22 +322,21 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
         "A report's JSON may stand for its runs, to make its page anew.",
     )
     parser.set_defaults(run=_run_report)
+    _add_page(parser, "written by ops, family, detector or deploy")
     parser.add_argument(
-        "runs",
-        type=values.json_file,
-        nargs="+",
-        metavar="RUN.json",
-        help="written by ops, family, detector or deploy",
+        "--readme", type=Path, help="a Markdown file whose block between the markers is made anew"
     )
+
+
+def _add_page(parser: argparse.ArgumentParser, runs: str) -> None:
+    """Add the arguments of what makes a page of runs, which are what `runs` says."""
+    parser.add_argument("runs", type=values.json_file, nargs="+", metavar="RUN.json", help=runs)
     parser.add_argument(
         "--out",
         type=Path,
         required=True,
         metavar="NAME",
         help="writes NAME.json, NAME.md and NAME.png",
-    )
-    parser.add_argument(
-        "--readme", type=Path, help="a Markdown file whose block between the markers is made anew"
     )
 
 
@@ -361,20 +360,7 @@ def _add_gpu(commands: argparse._SubParsersAction) -> None:
         "picture, and one JSON of all. Of a section that several have, the last counts.",
     )
     parser.set_defaults(run=_run_gpu)
-    parser.add_argument(
-        "runs",
-        type=values.json_file,
-        nargs="+",
-        metavar="RUN.json",
-        help="gpu_check_correct.json and gpu_check_fast.json, or a page's JSON",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="NAME",
-        help="writes NAME.json, NAME.md and NAME.png",
-    )
+    _add_page(parser, "gpu_check_correct.json and gpu_check_fast.json, or a page's JSON")
 
 
 def _run_gpu(args: argparse.Namespace) -> int:

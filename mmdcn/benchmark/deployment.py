@@ -86,7 +86,7 @@ def run(settings: Settings, result: dict) -> None:
     }
     runtimes = [name for name in settings.runtimes if _is_there(name, result["left_out"])]
     settings = dataclasses.replace(settings, runtimes=runtimes)
-    with tempfile.TemporaryDirectory() as folder, detectors._toolbox_quiet():
+    with tempfile.TemporaryDirectory() as folder, detectors.toolbox_quiet():
         paths = list(_with_depths(settings, Path(folder)))
         for path in track((f"{path.stem}, written and timed", path) for path in paths):
             result["cases"] += _measured(path, settings, Path(folder), result["left_out"])

@@ -226,7 +226,7 @@ def _inputs(config: Config, settings: Settings) -> dict:
 
 
 @contextlib.contextmanager
-def _toolbox_quiet() -> Iterator[None]:
+def toolbox_quiet() -> Iterator[None]:
     """Keep the toolbox from logging every weight and every change of kernels."""
     installed = plugin.report().installed
     logger = MMLogger.get_current_instance()
@@ -264,7 +264,7 @@ def run(settings: Settings, result: dict) -> None:
         "cases": [],
         "complete": False,
     }
-    with _toolbox_quiet():
+    with toolbox_quiet():
         for batch in settings.batches:
             _run_batch(dataclasses.replace(settings, batch=batch), result)
     result["complete"] = True

@@ -273,11 +273,10 @@ def first_line(error: Exception) -> str:
 
 def driver_cuda() -> str:
     """The newest CUDA that the driver knows, "12.4" for example."""
-    version = ctypes.c_int()
-    try:  # torch asks the driver, and does not tell.
+    version, status = ctypes.c_int(), None
+    with contextlib.suppress(OSError, AttributeError):
+        # torch asks the driver, and does not tell.
         status = ctypes.CDLL(_DRIVER).cuDriverGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):
-        return "unknown"
     if status != 0:
         return "unknown"
     return f"{version.value // 1000}.{version.value % 1000 // 10}"

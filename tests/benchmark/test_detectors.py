@@ -65,7 +65,7 @@ def test_deformable_against_plain_on_both_kernels(configs):
 
 def test_each_detector_runs_on_its_own_kernels(configs):
     chosen = settings(configs)
-    with detectors._toolbox_quiet():
+    with detectors.toolbox_quiet():
         (ours, _), (theirs, _) = detectors._detectors_of(configs[1], chosen)
         counted = {}
         # In turns, as they are timed.
@@ -90,14 +90,14 @@ def test_both_kernels_get_the_same_weights(configs, layer):
     configs[1].write_text(DEFORMABLE.replace("DCNv2", layer))
     # mmcv's DCN takes no image smaller than its kernel: 3 × 3 in the last stage.
     chosen = dataclasses.replace(settings(configs), size=(96, 96))
-    with detectors._toolbox_quiet():
+    with detectors.toolbox_quiet():
         (ours, _), (theirs, _) = detectors._detectors_of(configs[1], chosen)
     weights = theirs.model.state_dict()
     assert all(torch.equal(v, weights[n]) for n, v in ours.model.state_dict().items())
 
 
 def test_iterations_are_all_the_same(configs):
-    with detectors._toolbox_quiet():
+    with detectors.toolbox_quiet():
         detector = detectors.Detector(configs[1], "mmdcn", settings(configs))
         before = {name: value.clone() for name, value in detector.model.state_dict().items()}
         detector.prepare("training")
@@ -112,7 +112,7 @@ def test_iterations_are_all_the_same(configs):
 
 
 def test_mixed_precision_reaches_the_deformable_layers(configs):
-    with detectors._toolbox_quiet():
+    with detectors.toolbox_quiet():
         detector = detectors.Detector(configs[1], "mmdcn", settings(configs, amp=True))
         seen = []
         for module in detector.model.modules():
@@ -128,7 +128,7 @@ def test_mixed_precision_reaches_the_deformable_layers(configs):
 @pytest.mark.parametrize("installed", [True, False])
 def test_the_plugin_is_left_as_it_was(installed):
     plugin.install() if installed else plugin.uninstall()
-    with detectors._toolbox_quiet():
+    with detectors.toolbox_quiet():
         plugin.uninstall() if installed else plugin.install()
     assert plugin.report().installed == installed
     plugin.install()
@@ -138,7 +138,7 @@ def test_the_plugin_is_left_as_it_was(installed):
 def test_kernels_that_disagree_are_not_timed(configs, monkeypatch, factor):
     import mmcv.ops.modulated_deform_conv as module
 
-    with detectors._toolbox_quiet():
+    with detectors.toolbox_quiet():
         plugin.uninstall()
         theirs = module.modulated_deform_conv2d
         monkeypatch.setattr(module, "modulated_deform_conv2d", lambda *a: factor * theirs(*a))

@@ -19,7 +19,7 @@ _TIMED = (
 _CHECKED = ("accumulation", "tests", "random problems")
 _SHOWN = ("environment", *_TIMED, *_CHECKED)
 # What says nothing about the figures.
-_PRIVATE = ("mmdcn's folder", "compute-sanitizer", "ncu")
+_PRIVATE = ("case", "mmdcn's folder", "compute-sanitizer", "ncu")
 _ARITHMETICS = {"float16": "float16", "tf32": "float32 in TF32"}
 _DIRECTIONS = {"forward": "forward", "forward_backward": "forward + backward"}
 _CALLS = {"dense": "dense convolution", "mmdcn": "mmdcn", "torchvision": "torchvision"}
@@ -92,21 +92,16 @@ def markdown(found: dict, name: str) -> str:
 
 
 def _facts(found: dict) -> dict:
-    """Machine and versions, as far as the report has them."""
-    facts = {}
-    for case in found["sections"].get("environment", {}).get("cases", []):
-        facts |= case.get("result") or {}
-    return {name: value for name, value in facts.items() if name not in _PRIVATE}
+    return {n: value for n, value in report.facts_of(found).items() if n not in _PRIVATE}
 
 
 def _figure(found: dict) -> Figure:
     """Times relative to the dense convolution, of NCHW tensors, of the largest batch."""
     rows = [
-        c["result"]
-        for c in found["sections"].get("convolution", {}).get("cases", [])
-        if c.get("result") and c["result"].get("layout") == "nchw"
+        row
+        for row in report.found_in(found, "convolution")
+        if row.get("layout") == "nchw" and "forward_backward" in row.get("milliseconds", {})
     ]
-    rows = [row for row in rows if "forward_backward" in row.get("milliseconds", {})]
     batch = max((row["batch"] for row in rows), default=0)
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots(len(_DIRECTIONS), len(_ARITHMETICS), squeeze=False, sharey="row")

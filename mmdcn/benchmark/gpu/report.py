@@ -14,7 +14,9 @@ def markdown(report: dict) -> str:
     lines = [f"# mmdcn on a GPU: part {report['part']}", ""]
     if report["device"] != "cuda":
         lines += ["A rehearsal on the CPU in tiny sizes: no figure here means anything.", ""]
-    lines += facts(report) + _sections(report) + findings(report) + tables(report, _TABLES)
+    facts = ((name, _cell(value)) for name, value in facts_of(report).items())
+    lines += [*table(["", ""], facts, left=2), ""]
+    lines += _sections(report) + findings(report) + tables(report, _TABLES)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -22,18 +24,18 @@ def tables(report: dict, sections: Iterable[str]) -> list[str]:
     """Lines with a table for each of these sections that has results."""
     lines = []
     for name in sections:
-        results = list(_results(report, name))
+        results = list(found_in(report, name))
         if results:
             lines += [f"## {name[0].upper()}{name[1:]}", "", *_TABLES[name](results), ""]
     return lines
 
 
-def facts(report: dict) -> list[str]:
-    """Lines with a table of the machine and its versions."""
-    found = {}
-    for result in _results(report, "environment"):
-        found |= result
-    return [*table(["", ""], ((k, _cell(v)) for k, v in found.items()), left=2), ""]
+def facts_of(report: dict) -> dict:
+    """The machine and its versions, as far as the report has them."""
+    facts = {}
+    for result in found_in(report, "environment"):
+        facts |= result
+    return facts
 
 
 def _sections(report: dict) -> list[str]:
@@ -70,7 +72,8 @@ def findings(report: dict) -> list[str]:
     return ["## What did not pass", "", *table(header, rows, left=4), ""]
 
 
-def _results(report: dict, section: str) -> Iterable[dict]:
+def found_in(report: dict, section: str) -> Iterable[dict]:
+    """The results of a section's cases, those that have any, each with the case's name."""
     for case in report["sections"].get(section, {}).get("cases", []):
         if case.get("result"):
             yield {"case": case["case"], **case["result"]}

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmdcn.errors import did_you_mean
 
-from .nodes import Problems, children, join
+from .nodes import Problems, children, class_of, join
 
 # Heads whose classes are not those of the objects: of anchors, and of pixels.
 _OTHER_CLASSES = re.compile(r"(rpn|semantic|seg)_head(\[\d+\])?$")
@@ -81,11 +81,7 @@ def class_counts(node: Any, where: str) -> Iterator[tuple[str, str, int]]:
 def _type_of(node: Mapping) -> type | None:
     from mmdet.registry import MODELS
 
-    kind = node.get("type")
-    if isinstance(kind, str):
-        with MODELS.switch_scope_and_registry(None) as registry:
-            kind = registry.get(kind)
-    return kind if inspect.isclass(kind) else None
+    return class_of(node, MODELS)
 
 
 def _predicts_pixels(node: Mapping) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import re
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mmengine.logging import print_log
+from mmengine.registry import Registry
 
 from mmdcn.startup import is_first_process
 
@@ -48,6 +50,15 @@ def children(node: Any) -> Iterator[tuple[Any, Any]]:
 def join(where: str, key: Any) -> str:
     """The name of a place inside another."""
     return f"{where}.{key}" if isinstance(key, str) else f"{where}[{key}]"
+
+
+def class_of(node: Mapping, registry: Registry) -> type | None:
+    """The class that a node's type is, or names in a registry; None if there is none."""
+    kind = node.get("type")
+    if isinstance(kind, str):
+        with registry.switch_scope_and_registry(None) as scoped:
+            kind = scoped.get(kind)
+    return kind if inspect.isclass(kind) else None
 
 
 def is_local(node: Mapping, *paths: str) -> bool:

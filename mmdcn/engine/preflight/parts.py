@@ -21,7 +21,7 @@ from torch import nn
 from mmdcn.errors import did_you_mean
 
 from .building import MISTAKES, sentence, silence
-from .nodes import Problems, children, each, join, some
+from .nodes import Problems, children, class_of, each, join, some
 
 _PACKAGES = ("mmdet", "mmcv", "mmengine", "mmdcn")
 _COCO_ITEMS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
@@ -89,12 +89,8 @@ def _packing_problems(pipelines: Sequence[tuple[list, str]]) -> Problems:
 
 def _transforms_in(node: Any) -> Iterator[type]:
     """The classes of transforms, and of those inside them."""
-    if isinstance(node, Mapping) and (kind := node.get("type")) is not None:
-        if isinstance(kind, str):
-            with TRANSFORMS.switch_scope_and_registry(None) as scoped:
-                kind = scoped.get(kind)
-        if inspect.isclass(kind):
-            yield kind
+    if isinstance(node, Mapping) and (kind := class_of(node, TRANSFORMS)) is not None:
+        yield kind
     for _, child in children(node):
         yield from _transforms_in(child)
 

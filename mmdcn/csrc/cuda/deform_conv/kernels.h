@@ -9,8 +9,7 @@
 namespace mmdcn::cuda {
 
 // Bytes of columns to work on at a time: as many as the device's second-level cache holds, within
-// bounds. Larger chunks need fewer launches, and memory; the rest of the columns' way through
-// memory is what smaller ones would spare.
+// bounds. Larger chunks need fewer launches and more memory.
 int64_t chunk_bytes(int device);
 
 // Memory that a call may take for copies and sums of its images, in bytes, unless one image takes

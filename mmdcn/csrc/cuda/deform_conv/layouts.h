@@ -51,6 +51,15 @@ inline int64_t pixels_of(const Tensor& tensor) {
   return tensor.numel() / (tensor.size(0) * tensor.size(1));
 }
 
+// Writes the matrices of `from`, one for each of its first dimension, to `to`, transposed. `from`
+// is of the same type, or of that of offsets.
+inline void transpose(const Tensor& from, int64_t rows, int64_t columns, const Tensor& to,
+                      const Stream& stream) {
+  transpose(precision_of("transpose", to), {from.size(0), rows, columns},
+            from.scalar_type() != to.scalar_type(), from.const_data_ptr(), to.mutable_data_ptr(),
+            stream);
+}
+
 // The same elements as the kernels take features: a copy, where they are not so already.
 inline Tensor channels_last(const Tensor& any, const Stream& stream) {
   const Tensor last = channels_last_view(any);
@@ -59,8 +68,7 @@ inline Tensor channels_last(const Tensor& any, const Stream& stream) {
     return aligned(as_contiguous(last), alignment_for(any));
   }
   const Tensor result = new_tensor(any, sizes_of(last), any.scalar_type());
-  transpose(precision_of("transpose", any), {any.size(0), any.size(1), pixels_of(any)}, false,
-            any.const_data_ptr(), result.mutable_data_ptr(), stream);
+  transpose(any, any.size(1), pixels_of(any), result, stream);
   return result;
 }
 
@@ -69,8 +77,7 @@ inline Tensor as_planes(const Tensor& any, const Stream& stream) {
   const bool by_torch = any.is_contiguous() || !channels_last_view(any).is_contiguous();
   if (by_torch || !transposes(any.size(1), pixels_of(any))) return as_contiguous(any);
   const Tensor result = new_tensor(any, sizes_of(any), any.scalar_type());
-  transpose(precision_of("transpose", any), {any.size(0), pixels_of(any), any.size(1)}, false,
-            any.const_data_ptr(), result.mutable_data_ptr(), stream);
+  transpose(any, pixels_of(any), any.size(1), result, stream);
   return result;
 }
 inline std::optional<Tensor> as_planes(const std::optional<Tensor>& any, const Stream& stream) {
@@ -85,8 +92,7 @@ inline void copy_planes(const Tensor& planes, Tensor& any, const Stream& stream)
     torch::stable::copy_(any, planes);
     return;
   }
-  transpose(precision_of("transpose", any), {any.size(0), any.size(1), pixels_of(any)}, false,
-            planes.const_data_ptr(), any.mutable_data_ptr(), stream);
+  transpose(planes, any.size(1), pixels_of(any), any, stream);
 }
 
 // Copies features, (N, ..., C) and contiguous, of the type of `any` or of that of its offsets, to
@@ -97,9 +103,7 @@ inline void copy_features(const Tensor& features, const Tensor& any, const Strea
     torch::stable::copy_(last, features);
     return;
   }
-  transpose(precision_of("transpose", any), {any.size(0), pixels_of(any), any.size(1)},
-            features.scalar_type() != any.scalar_type(), features.const_data_ptr(),
-            any.mutable_data_ptr(), stream);
+  transpose(features, pixels_of(any), any.size(1), any, stream);
 }
 
 }  // namespace mmdcn::cuda

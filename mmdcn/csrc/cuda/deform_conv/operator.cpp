@@ -139,8 +139,7 @@ class Backward {
     const std::optional<Tensor> masks = as_planes(span.of(mask), stream);
     const bool to_input = grad_input_.numel() > 0;
     const bool to_samples = to_input || grad_offset_.numel() > 0 || grad_mask_.numel() > 0;
-    const bool wide =
-        grad_weight_sum_.has_value() && context_.calls.wide_columns(context_.precision);
+    const bool wide = grad_weight_sum_.has_value() && context_.calls.wide_columns();
     PlanesOfSpan grad_offset(grad_offset_, span, stream), grad_mask(grad_mask_, span, stream);
     InputSum sum(*this, problem, span, gradients, masks, offset.scalar_type());
     const int64_t element_size = wide ? offset.element_size() : input.element_size();
@@ -172,16 +171,8 @@ class Backward {
                      const Tensor& gradients) {
     const Tensor& sum = *grad_weight_sum_;
     const Tensor result = first_chunk_ ? sum : new_tensor(sum, sizes_of(sum), sum.scalar_type());
-    if (columns.scalar_type() == gradients.scalar_type()) {
-      multiply_grad_weight(context_.calls, product_shape(problem), columns, gradients, range.first,
-                           range.count, result);
-    } else {
-      const int64_t channels = problem.shape.out_channels;
-      const Tensor of_range =
-          view(gradients, {range.count, channels}, {channels, 1}, range.first * channels);
-      multiply_grad_weight(context_.calls, product_shape(problem), columns,
-                           converted(of_range, columns.scalar_type()), 0, range.count, result);
-    }
+    multiply_grad_weight(context_.calls, product_shape(problem), columns, gradients, range.first,
+                         range.count, result);
     if (!first_chunk_) {
       accumulate(context_.precision, sum.numel(), result.const_data_ptr(), sum.mutable_data_ptr(),
                  context_.stream);
@@ -194,7 +185,6 @@ class Backward {
     const Backward& backward_;
     const ConvProblem<R>& problem_;
     std::optional<Tensor> gradient_;  // of the span, as it is returned
-    std::optional<Tensor> result_;    // the same memory, channels last
     std::optional<Tensor> sum_, fixed_, magnitudes_;
 
    public:
@@ -203,16 +193,16 @@ class Backward {
         : backward_(backward), problem_(problem) {
       if (backward.grad_input_.numel() == 0) return;
       gradient_ = span.of(backward.grad_input_);
-      result_ = channels_last_view(*gradient_);
-      const bool apart = result_->scalar_type() != type || !is_usable(*gradient_);
-      sum_ = apart ? new_tensor(*result_, sizes_of(*result_), type) : *result_;
+      const Tensor last = channels_last_view(*gradient_);
+      const bool apart = last.scalar_type() != type || !is_usable(*gradient_);
+      sum_ = apart ? new_tensor(last, sizes_of(last), type) : last;
       if (!backward.deterministic_) {
         torch::stable::zero_(*sum_);
         return;
       }
-      magnitudes_ = new_tensor(*result_, {kMagnitudes}, ScalarType::Int);
+      magnitudes_ = new_tensor(last, {kMagnitudes}, ScalarType::Int);
       torch::stable::zero_(*magnitudes_);
-      fixed_ = new_tensor(*result_, {result_->numel()}, ScalarType::Long);
+      fixed_ = new_tensor(last, {last.numel()}, ScalarType::Long);
       torch::stable::zero_(*fixed_);
       find_magnitudes(backward.context_.precision, problem, gradients.const_data_ptr(),
                       backward.weight_.const_data_ptr(), pointer(masks),
@@ -231,12 +221,12 @@ class Backward {
     }
 
     void finish() {
-      if (!result_.has_value()) return;
+      if (!gradient_.has_value()) return;
       if (fixed_.has_value()) {
         from_fixed(backward_.context_.precision, problem_, target(), sum_->mutable_data_ptr(),
                    backward_.context_.stream);
       }
-      if (sum_->mutable_data_ptr() != result_->mutable_data_ptr()) {
+      if (sum_->mutable_data_ptr() != gradient_->mutable_data_ptr()) {
         copy_features(*sum_, *gradient_, backward_.context_.stream);
       }
     }

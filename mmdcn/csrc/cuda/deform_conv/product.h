@@ -63,8 +63,8 @@ struct ProductCalls {
   ProductCalls(Precision precision, bool tf32, bool matmul_tf32, bool deterministic,
                const Stream& stream);
 
-  // Whether the gradient of the weight takes columns and grad_output in the type of offsets.
-  bool wide_columns(Precision precision) const {
+  // Whether the gradient of the weight takes columns in the type of offsets.
+  bool wide_columns() const {
     const bool half = precision == Precision::kFloat16 || precision == Precision::kBFloat16;
     return half && of(Product::kGradWeight).call == Call::kMatmul;
   }
@@ -83,7 +83,7 @@ void multiply_grad_columns(const ProductCalls& calls, const ProductShape& shape,
                            const Tensor& weight, const Tensor& grad_columns);
 
 // grad_weight = columns * grad_output, which is channels last, and is read from pixel number
-// `pixel` on. The result is in the type of offsets; where wide_columns(), the factors are, too.
+// `pixel` on. The result is in the type of offsets; where wide_columns(), the columns are, too.
 void multiply_grad_weight(const ProductCalls& calls, const ProductShape& shape,
                           const Tensor& columns, const Tensor& grad_output, int64_t pixel,
                           int64_t pixels, const Tensor& grad_weight);
