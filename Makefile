@@ -1,4 +1,5 @@
-# make demo       train and evaluate plain, DCN and DCNv2 detectors on generated data, with a report
+# make demo       train and evaluate plain, DCN and DCNv2 detectors on generated data, with a report;
+#                 ARGS=--quick for a look in 3 minutes
 # make test       the whole suite, on the CPU
 # make benchmark  the operator and whole detectors against their peers: docs/benchmarks/cpu.md
 # make test-torch TORCH=2.10.0   operators and layers, from the wheel, under another torch
@@ -46,7 +47,7 @@ $(INSTALLED): $(ENVIRONMENT) setup.py pyproject.toml mmdcn/version.py $(shell fi
 	@touch $@
 
 demo: $(INSTALLED)
-	@$(RUN) tools/demo.py --work-dir work_dirs/demo $(ARGS)
+	@$(RUN) tools/demo.py $(ARGS)
 
 test: $(INSTALLED)
 	@$(RUN) -m pytest -m "not slow and not cuda" \

@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 from mmdcn.datasets import warped_shapes
 from mmdcn.datasets.warped_shapes import CLASSES
 from mmdcn.engine.preflight import ConfigError
+from mmdcn.visualization import demo_report
 from tests import unformatted_configs  # noqa: F401
 from tests.programs import Program
 
@@ -95,6 +96,25 @@ def test_report(interrupted_and_resumed):
     text = (work_dir / "report.md").read_text()
     for name in MODELS:
         assert f"| {name} | {report['models'][name]['AP']:.3f} |" in text
+
+
+def test_a_quick_demo_says_so_and_has_a_folder_of_its_own(
+    demo, interrupted_and_resumed, monkeypatch
+):
+    report = json.loads((interrupted_and_resumed[0] / "report.json").read_text())
+    assert report["quick"] is False
+    assert demo_report.QUICK_NOTE not in demo_report.text(report)
+    assert demo_report.QUICK_NOTE in demo_report.text({**report, "quick": True})
+    parsed = {}
+    for options in ([], ["--quick"], ["--quick", "--iters", "7"]):
+        monkeypatch.setattr("sys.argv", ["demo.py", *options])
+        parsed[" ".join(options)] = demo.parse_args()
+    full, quick, own = parsed.values()
+    assert full.iters is None
+    assert (full.train_images, full.val_images) == (2000, 200)
+    assert quick.iters * 8 <= quick.train_images < full.train_images  # each image at most once
+    assert (own.iters, own.work_dir) == (7, quick.work_dir)
+    assert quick.work_dir != full.work_dir
 
 
 @pytest.mark.parametrize(
@@ -266,9 +286,11 @@ def test_times_that_scatter_are_marked(demo, tmp_path, monkeypatch):
     assert quiet["seconds_per_iteration_quartiles"] == [0.1, 1.55]
     monkeypatch.setattr(_FakeRunner, "times", [3.0, *[0.1] * 20])
     rows = {"first": quiet, "second": _train(demo, tmp_path / "second")}
-    assert [row[-1] for row in demo.table_rows(rows)] == ["ms / iter", "~100", "100"]
-    assert demo.scatter_note(rows).startswith("~ half of the iterations spread over more than 20%")
-    assert demo.scatter_note({"second": rows["second"]}) == ""
+    assert [row[-1] for row in demo_report.table_rows(rows)] == ["ms / iter", "~100", "100"]
+    assert demo_report.scatter_note(rows).startswith(
+        "~ half of the iterations spread over more than 20%"
+    )
+    assert demo_report.scatter_note({"second": rows["second"]}) == ""
 
 
 def test_set_iterations_scales_the_whole_schedule(demo):

@@ -250,28 +250,3 @@ runpy.run_path("setup.py", run_name="__main__")
     assert done.returncode == int(is_old), done.stderr
     assert ("mmdcn needs setuptools >= 77.0.3 to be built" in done.stderr) == is_old
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    "arguments, path, sentence",
-    [
-        (("python3", "nonsense"), None, "TOOLBOX=nonsense: expected openmmlab or onedl"),
-        (("no-such-python", "openmmlab"), None, "no no-such-python: install Python 3.10 or newer"),
-        (("python3", "openmmlab"), "only-python", "no C++ compiler: install one"),
-    ],
-)
-def test_environment_says_what_is_missing(tmp_path, arguments, path, sentence):
-    python, toolbox = arguments
-    environment = {"CXX": ""}
-    if path:
-        folder = tmp_path / path
-        folder.mkdir()
-        for tool in ("bash", "dirname", "env"):
-            (folder / tool).symlink_to(shutil.which(tool))
-        (folder / "python3").symlink_to(sys.executable)
-        environment["PATH"] = str(folder)
-    done = run("tools/environment/setup.sh", str(tmp_path / "venv"), python, toolbox, **environment)
-    assert done.returncode != 0
-    assert sentence in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "venv").exists()

@@ -18,17 +18,32 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+WORK_DIR, QUICK_WORK_DIR = Path("work_dirs/demo"), Path("work_dirs/demo-quick")
+# What the arguments are where they are not given.
+FULL = {
+    "work_dir": WORK_DIR,
+    "iters": None,
+    "train_images": Parameters.train_images,
+    "val_images": Parameters.val_images,
+}
+QUICK = {"work_dir": QUICK_WORK_DIR, "iters": 60, "train_images": 480, "val_images": 60}
+
 
 def parse_args() -> argparse.Namespace:
-    defaults = Parameters()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--work-dir", type=Path, help=f"(default: {WORK_DIR}, or {QUICK_WORK_DIR} with --quick)"
     )
-    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/demo"))
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="of data and training")
+    parser.add_argument("--seed", type=int, default=0, help="of data and training (default: 0)")
     parser.add_argument("--iters", type=int, help="training iterations (default: the configs')")
-    parser.add_argument("--train-images", type=int, default=defaults.train_images)
-    parser.add_argument("--val-images", type=int, default=defaults.val_images)
+    parser.add_argument("--train-images", type=int, help="(default: 2000)")
+    parser.add_argument("--val-images", type=int, help="(default: 200)")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a tenth of the training on a third of the images, in minutes, to see it work: the "
+        "figures say nothing of the models",
+    )
     parser.add_argument(
         "--restart",
         action="store_true",
@@ -38,6 +53,10 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.iters is not None and args.iters < 1:
         parser.error(f"argument --iters: must be at least 1, got {args.iters}")
+    defaults = QUICK if args.quick else FULL
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return args
 
 
@@ -53,13 +72,13 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from rich.console import Console
 from rich.table import Table
 
-from mmdcn import machine, timing
+from mmdcn import machine
 from mmdcn.datasets import warped_shapes
 from mmdcn.engine import preflight, work_folder
 from mmdcn.engine.preflight import ConfigError
 from mmdcn.errors import InputError, named_first_line
 from mmdcn.files import write, write_figure
-from mmdcn.markdown import table
+from mmdcn.visualization import demo_report
 from mmdcn.visualization.scenes import detection_figure, large_objects_figure, load_scenes
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "demo"
@@ -67,13 +86,6 @@ MODELS = {
     "plain": "faster-rcnn_r50_fpn_demo.py",
     "DCN": "faster-rcnn_r50-dconv-c3-c5_fpn_demo.py",
     "DCNv2": "faster-rcnn_r50-mdconv-c3-c5_fpn_demo.py",
-}
-METRICS = {
-    "AP": "bbox_mAP",
-    "AP50": "bbox_mAP_50",
-    "APs": "bbox_mAP_s",
-    "APm": "bbox_mAP_m",
-    "APl": "bbox_mAP_l",
 }
 # What came out, in each model's folder, once it is finished.
 RESULT = "result.json"
@@ -127,9 +139,9 @@ def make_report(args: argparse.Namespace, parameters: Parameters) -> None:
     write_figure(args.work_dir / "detections.png", detection_figure(detectors, scenes))
     deformable = {name: detectors[name] for name in detectors if name != "plain"}
     write_figure(args.work_dir / "sampling_points.png", large_objects_figure(deformable, scenes))
-    report = {"models": results, "data": asdict(parameters)}
+    report = {"models": results, "data": asdict(parameters), "quick": args.quick}
     write(args.work_dir / "report.json", json.dumps(report, indent=2))
-    write(args.work_dir / "report.md", report_text(report))
+    write(args.work_dir / "report.md", demo_report.text(report))
     print_results(results)
 
 
@@ -213,7 +225,7 @@ def train_and_test(
     metrics = runner.test()
     iteration_times, _ = runner.message_hub.get_scalar("train/time").data
     lower, median, upper = np.percentile(iteration_times, (25, 50, 75)).tolist()
-    result = {name: metrics[f"coco/{key}"] for name, key in METRICS.items()}
+    result = {name: metrics[f"coco/{key}"] for name, key in demo_report.METRICS.items()}
     result |= {
         "parameters": sum(p.numel() for p in runner.model.parameters()),
         "iterations": cfg.train_cfg.max_iters,
@@ -253,79 +265,13 @@ def versions() -> dict[str, str]:
     return machine.versions("python", "torch", "mmengine", "mmcv", "mmdet", "mmdcn")
 
 
-# Report
-
-
-def report_text(report: dict) -> str:
-    """The report as Markdown."""
-    models = report["models"]
-    any_model = next(iter(models.values()))
-    data = report["data"]
-    versions = ", ".join(f"{name} {version}" for name, version in any_model["versions"].items())
-    header, *rows = table_rows(models)
-    return f"""# Faster R-CNN on warped shapes: plain, DCN and DCNv2
-
-{chr(10).join(table(header, rows))}
-
-Tested on {data["val_images"]} images that no model has seen, by mmdet's CocoMetric. Each model
-trained from scratch on {data["train_images"]} images with the same schedule and the same seed
-({data["seed"]}): {any_model["iterations"]} iterations of {any_model["batch_size"]} images.
-Time per training iteration is the median, on {any_model["machine"]}; {versions}.
-{scatter_note(models)}
-## Detections
-
-![detections](detections.png)
-
-## Sampling points of the last deformable layer
-
-The green cross is the output position nearest to the object's centre, the rings are the points
-of a plain 3×3 convolution there, and the dots are where the layer samples instead; in DCNv2
-their colour is the modulation.
-
-![sampling points](sampling_points.png)
-
-## Data
-
-![contact sheet](data/{warped_shapes.CONTACT_SHEET})
-"""
-
-
-def scatters(result: dict) -> bool:
-    """Whether the times of iterations scatter so much that they do not compare."""
-    lower, upper = result["seconds_per_iteration_quartiles"]
-    return timing.scatters(lower, result["seconds_per_iteration"], upper)
-
-
-def scatter_note(models: dict[str, dict]) -> str:
-    """What a mark at a time means, where there is one."""
-    if not any(map(scatters, models.values())):
-        return ""
-    return (
-        f"{timing.SCATTER_MARK} half of the iterations spread over more than {timing.SCATTER:.0%} "
-        "of the median, "
-        "as beside other work: these times do not compare.\n"
-    )
-
-
-def table_rows(models: dict[str, dict]) -> list[list[str]]:
-    """The header and one row per model."""
-    rows = [["model", *METRICS, "params", "ms / iter"]]
-    for name, result in models.items():
-        # CocoMetric says -1 where there is no object of that size.
-        metrics = [f"{result[m]:.3f}" if result[m] >= 0 else "–" for m in METRICS]
-        milliseconds = f"{timing.SCATTER_MARK * scatters(result)}"
-        milliseconds += f"{result['seconds_per_iteration'] * 1000:.0f}"
-        rows.append([name, *metrics, f"{result['parameters'] / 1e6:.2f} M", milliseconds])
-    return rows
-
-
 def print_results(models: dict[str, dict]) -> None:
-    header, *rows = table_rows(models)
+    header, *rows = demo_report.table_rows(models)
     printed = Table(*header)
     for row in rows:
         printed.add_row(*row)
     console.print(printed)
-    console.print(scatter_note(models), end="")
+    console.print(demo_report.scatter_note(models), end="")
 
 
 if __name__ == "__main__":
