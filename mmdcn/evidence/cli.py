@@ -109,11 +109,19 @@ def run(args: argparse.Namespace) -> None:
                 runner.run(due, args.work_dir, workers, told)
         cost = _cost(args)
         everything = digit_jobs(grid.Choice(seeds=args.seeds, quick=args.quick), args.digits)
-        looked = None
+        looked, pictures = None, {}
         if "layers" in args.parts and not args.quick:
-            looked = layers.measure(args.work_dir, digits.load(args.digits))
+            known = digits.load(args.digits)
+            looked = layers.measure(args.work_dir, known)
+            pictures = layers.figures(args.work_dir, known)
         written = report.write(
-            everything, args.work_dir, args.out, cost=cost, looked=looked, quick=args.quick
+            everything,
+            args.work_dir,
+            args.out,
+            cost=cost,
+            looked=looked,
+            pictures=pictures,
+            quick=args.quick,
         )
     print(*written, sep="\n")
     sys.stdout.flush()

@@ -1,18 +1,21 @@
-"""What the layers do: how features move with the digit, and how far apart points are sampled."""
+"""What the layers do: how features move with the digit, how far apart points are sampled, and what
+one output sees."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from mmdcn.engine.sampled_calls import named_calls
 from mmdcn.markdown import table
 from mmdcn.ops._observers import SampledCall
 
+from . import receptive
 from .digits import Digits
 from .grid import EPOCHS, FEW_SEEDS
 from .nets import ARMS, STRIDES, DigitNet
@@ -20,7 +23,7 @@ from .spread import Estimate, paired
 from .training import Run, trained, weights_file
 from .transforms import similarity, warp_features
 
-VERSION = 1
+VERSION = 2
 COUNT = 200  # digits
 MOVES = {"30°": (math.radians(30), 1.0), "60°": (math.radians(60), 1.0), "×1.6": (0.0, 1.6)}
 FACTORS = (1 / 1.6, 1.0, 1.6)
@@ -42,12 +45,13 @@ def measure(folder: Path, digits: Digits) -> dict:
 
     Returns:
         For each run its arm and seed, ``equivariance`` by move (one number for each stage) and, of
-        deformable ones, ``dilation`` by factor (one number for each deformable layer).
+        deformable ones, ``dilation`` by factor (one number for each deformable layer), and
+        ``receptive`` by factor, see :func:`~.receptive.measure`.
     """
     measured = []
     for run in runs(folder):
         network = trained(run, folder)
-        images = digits.fold(run.seed)[1].images[:: 1000 // COUNT]
+        images = _images(run, digits)
         entry: dict = {"arm": run.arm, "seed": run.seed}
         entry["equivariance"] = {
             name: [round(value, 4) for value in equivariance(network, images, *move)]
@@ -58,8 +62,31 @@ def measure(folder: Path, digits: Digits) -> dict:
                 f"{factor:.2f}": [round(v, 3) for v in effective_dilation(network, images, factor)]
                 for factor in FACTORS
             }
+        entry["receptive"] = {
+            f"{factor:.2f}": {
+                name: round(value, 4)
+                for name, value in receptive.measure(network, images, factor).items()
+            }
+            for factor in receptive.FACTORS
+        }
         measured.append(entry)
     return {"run": {"version": VERSION}, "layers": measured}
+
+
+def figures(folder: Path, digits: Digits) -> dict[str, Figure]:
+    """The pictures of the networks that the grid has left, by the names of their files."""
+    networks: dict[str, list[DigitNet]] = {}
+    for run in runs(folder):
+        networks.setdefault(run.arm, []).append(trained(run, folder))
+    if not networks:
+        return {}
+    images = _images(Run("scratch", "plain", EPOCHS, 0), digits)
+    return {"receptive.png": receptive.figure(networks, images)}
+
+
+def _images(run: Run, digits: Digits) -> Tensor:
+    """Digits that the run has not seen."""
+    return digits.fold(run.seed)[1].images[:: 1000 // COUNT]
 
 
 @torch.no_grad()
@@ -106,8 +133,13 @@ def effective_dilation(network: nn.Module, images: Tensor, factor: float) -> lis
     return distances
 
 
-def section(found: dict) -> list[str]:
-    """The part of the page, as lines."""
+def section(found: dict, pictures: Mapping[str, str]) -> list[str]:
+    """The part of the page, as lines.
+
+    Args:
+        found: what :func:`measure` gave.
+        pictures: where those of :func:`figures` are, by their names.
+    """
     entries = found["layers"]
     arms = [arm for arm in COMPARED if any(entry["arm"] == arm for entry in entries)]
     if not arms:
@@ -149,7 +181,7 @@ def section(found: dict) -> list[str]:
             *table(["arm", "size", *(f"layer {n}" for n in range(2, 6))], rows, left=2),
             "",
         ]
-    return lines
+    return lines + receptive.section(entries, arms, pictures.get("receptive.png"))
 
 
 def sentences(found: dict) -> list[str]:
@@ -181,7 +213,8 @@ def sentences(found: dict) -> list[str]:
             "**Do points spread with the digit's size**, from ×0.62 to ×1.6? Of layers 2 to 5, "
             f"they do in {', '.join(wider) or 'none'}."
         )
-    return said
+        said.append(receptive.sentence(found["layers"], arm))
+    return [text for text in said if text is not None]
 
 
 def _by_stage(entries: Sequence[dict], arm: str, what: str, key: str) -> list[dict[int, float]]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+
+from matplotlib.figure import Figure
 
 from mmdcn.files import write as write_file
 from mmdcn.files import write_figure
@@ -70,6 +73,7 @@ def write(
     *,
     cost: dict | None = None,
     looked: dict | None = None,
+    pictures: Mapping[str, Figure] = MappingProxyType({}),
     quick: bool = False,
 ) -> list[Path]:
     """Write the page as ``target.md``, and its plots and JSON into the folder ``target``.
@@ -80,6 +84,7 @@ def write(
         target: the page's name without its ending.
         cost: what :func:`~.cost.measure` gave.
         looked: what :func:`~.layers.measure` gave.
+        pictures: what :func:`~.layers.figures` gave; earlier ones stay where it gave none.
         quick: whether nothing is to be concluded.
 
     Returns:
@@ -87,13 +92,13 @@ def write(
     """
     results = Results.read(jobs, folder)
     written = []
-    for name, figure in _figures(results).items():
+    for name, figure in {**_figures(results), **pictures}.items():
         written.append(target / name)
         write_figure(written[-1], figure, dpi=110)
     written.append(target / "runs.json")
     write_file(written[-1], _json(results, cost, looked))
     written.append(target.with_suffix(".md"))
-    write_file(written[-1], _page(results, target.name, cost, looked, quick))
+    write_file(written[-1], _page(results, target, cost, looked, quick))
     return written
 
 
@@ -120,7 +125,10 @@ def _figures(results: Results) -> dict[str, plots.Figure]:
     return found
 
 
-def _page(results: Results, name: str, cost: dict | None, looked: dict | None, quick: bool) -> str:
+def _page(
+    results: Results, target: Path, cost: dict | None, looked: dict | None, quick: bool
+) -> str:
+    name = target.name
     lines = [f"# {TITLE}", "", "Written by `make evidence`; every run is in "]
     lines[-1] += f"[runs.json]({name}/runs.json)."
     lines += ["", "## What came out", ""]
@@ -132,7 +140,8 @@ def _page(results: Results, name: str, cost: dict | None, looked: dict | None, q
     if cost is not None:
         lines += _cost(cost)
     if looked is not None:
-        lines += layers.section(looked)
+        pictures = {path.name: f"{name}/{path.name}" for path in target.glob("*.png")}
+        lines += layers.section(looked, pictures)
     lines += coco.section()
     lines += _made(results)
     return "\n".join(lines).rstrip() + "\n"
