@@ -61,6 +61,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"writes NAME.md, and JSON and pictures into NAME/ (default: {OUT}; with --quick, in "
         "--work-dir)",
     )
+    add(
+        "--reuse",
+        type=Path,
+        metavar="RUNS.json",
+        help=f"takes runs of the same settings over from there, such as {OUT / 'runs.json'}",
+    )
     add("--digits", type=Path, metavar="FOLDER", help="that keeps the digits (default: ~/.cache)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -81,12 +87,13 @@ def run(args: argparse.Namespace) -> None:
     """Do what the arguments say.
 
     Raises:
-        InputError: see :mod:`~.runner` and :mod:`~.digits`; or nothing is chosen.
+        InputError: see :mod:`~.runner`, :mod:`~.published` and :mod:`~.digits`; or nothing is
+            chosen.
     """
     from mmdcn import machine
     from mmdcn.engine import work_folder
 
-    from . import digits, grid, layers, progress, report, runner
+    from . import digits, grid, layers, progress, published, report, runner
     from .jobs import digit_jobs
 
     parts = [part for part in args.parts if part in grid.PARTS]
@@ -95,20 +102,23 @@ def run(args: argparse.Namespace) -> None:
     if parts and not jobs:
         raise InputError(f"--arms: none of {', '.join(args.arms)} is in {', '.join(args.parts)}")
     workers = args.workers or machine.cores()
-    due = runner.unfinished(jobs, args.work_dir)
+    everything = digit_jobs(grid.Choice(seeds=args.seeds, quick=args.quick), args.digits)
     if args.dry_run:
+        due = runner.unfinished(jobs, args.work_dir)
         print(*grid.plan(choice, {job.run for job in due}, workers), sep="\n")
         return
     files.check_folder(args.work_dir, "--work-dir")
     files.check_folder(args.out.parent, "--out")
     with work_folder.lock(args.work_dir, "benchmark"):
+        if args.reuse is not None:
+            print(f"{published.take_over(args.reuse, everything, args.work_dir)} runs taken over")
+        due = runner.unfinished(jobs, args.work_dir)
         if due and not args.report_only:
             digits.load(args.digits)  # before anything is begun
             os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the workers
             with progress.reporter(due) as told:
                 runner.run(due, args.work_dir, workers, told)
         cost = _cost(args)
-        everything = digit_jobs(grid.Choice(seeds=args.seeds, quick=args.quick), args.digits)
         looked, pictures = None, {}
         if "layers" in args.parts and not args.quick:
             known = digits.load(args.digits)

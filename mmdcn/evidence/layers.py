@@ -3,6 +3,7 @@ one output sees."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from mmdcn import files
 from mmdcn.engine.sampled_calls import named_calls
+from mmdcn.errors import InputError
 from mmdcn.markdown import table
 from mmdcn.ops._observers import SampledCall
 
@@ -28,6 +31,8 @@ COUNT = 200  # digits
 MOVES = {"30°": (math.radians(30), 1.0), "60°": (math.radians(60), 1.0), "×1.6": (0.0, 1.6)}
 FACTORS = (1 / 1.6, 1.0, 1.6)
 COMPARED = ("plain", "dcn", "dcnv2")
+# What was measured, beside the runs.
+MEASURED = "layers.json"
 
 
 def runs(folder: Path) -> list[Run]:
@@ -37,40 +42,68 @@ def runs(folder: Path) -> list[Run]:
 
 
 def measure(folder: Path, digits: Digits) -> dict:
-    """Measure the networks that the grid has left.
+    """Measure the networks that the grid has left, and that were not measured before.
 
     Args:
         folder: of the runs.
         digits: all of them.
+
+    Raises:
+        InputError: what was measured before cannot be read.
 
     Returns:
         For each run its arm and seed, ``equivariance`` by move (one number for each stage) and, of
         deformable ones, ``dilation`` by factor (one number for each deformable layer), and
         ``receptive`` by factor, see :func:`~.receptive.measure`.
     """
-    measured = []
+    known = {(entry["arm"], entry["seed"]): entry for entry in remembered(folder)}
     for run in runs(folder):
-        network = trained(run, folder)
-        images = _images(run, digits)
-        entry: dict = {"arm": run.arm, "seed": run.seed}
-        entry["equivariance"] = {
-            name: [round(value, 4) for value in equivariance(network, images, *move)]
-            for name, move in MOVES.items()
+        if (run.arm, run.seed) not in known:
+            known[run.arm, run.seed] = _measure(run, trained(run, folder), _images(run, digits))
+    remember(list(known.values()), folder)
+    order = sorted(known, key=lambda key: (COMPARED.index(key[0]), key[1]))
+    return {"run": {"version": VERSION}, "layers": [known[key] for key in order]}
+
+
+def _measure(run: Run, network: DigitNet, images: Tensor) -> dict:
+    entry: dict = {"arm": run.arm, "seed": run.seed}
+    entry["equivariance"] = {
+        name: [round(value, 4) for value in equivariance(network, images, *move)]
+        for name, move in MOVES.items()
+    }
+    if run.arm != "plain":
+        entry["dilation"] = {
+            f"{factor:.2f}": [round(v, 3) for v in effective_dilation(network, images, factor)]
+            for factor in FACTORS
         }
-        if run.arm != "plain":
-            entry["dilation"] = {
-                f"{factor:.2f}": [round(v, 3) for v in effective_dilation(network, images, factor)]
-                for factor in FACTORS
-            }
-        entry["receptive"] = {
-            f"{factor:.2f}": {
-                name: round(value, 4)
-                for name, value in receptive.measure(network, images, factor).items()
-            }
-            for factor in receptive.FACTORS
+    entry["receptive"] = {
+        f"{factor:.2f}": {
+            name: round(value, 4)
+            for name, value in receptive.measure(network, images, factor).items()
         }
-        measured.append(entry)
-    return {"run": {"version": VERSION}, "layers": measured}
+        for factor in receptive.FACTORS
+    }
+    return entry
+
+
+def remembered(folder: Path) -> list[dict]:
+    """What was measured before, in a folder of runs."""
+    try:
+        return json.loads((folder / MEASURED).read_text())["layers"]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        path = folder / MEASURED
+        raise InputError(f"{path} cannot be read ({error}): delete it, and run again") from error
+
+
+def remember(entries: Sequence[dict], folder: Path) -> None:
+    """Keep what was measured, as far as it has all that is measured now."""
+    kept = {(entry["arm"], entry["seed"]): entry for entry in remembered(folder)}
+    kept |= {(entry["arm"], entry["seed"]): entry for entry in entries if "receptive" in entry}
+    if kept:
+        text = json.dumps({"layers": list(kept.values())}, indent=1)
+        files.write(folder / MEASURED, text + "\n")
 
 
 def figures(folder: Path, digits: Digits) -> dict[str, Figure]:

@@ -236,6 +236,7 @@ def _made(results: Results) -> list[str]:
         "```",
         "make evidence                     # goes on with what is not finished",
         "make evidence ARGS=--dry-run      # the grid, and what it costs",
+        'make evidence ARGS="--reuse docs/evidence/runs.json"   # goes on with the published one',
         "make evidence ARGS=--quick        # minutes: one seed, a tenth of the epochs",
         'make evidence ARGS="--seeds 10"   # a larger grid',
         'make evidence ARGS="--parts frozen --arms dcn,dcnv2,norm"',
