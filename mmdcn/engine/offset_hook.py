@@ -82,7 +82,7 @@ class OffsetStatisticsHook(NamedArguments, Hook):
                 )
                 self._told_of_none = True
             return
-        statistics = {name: _statistics(*values.tolist()) for name, values in sums.items()}
+        statistics = {name: offset_statistics(*values.tolist()) for name, values in sums.items()}
         lines = [
             f"  {name}: {mean:.3g}, {largest:.3g}, {outside:.1%}"
             for name, (mean, largest, outside) in statistics.items()
@@ -123,7 +123,7 @@ class OffsetStatisticsHook(NamedArguments, Hook):
 
     def _add(self, name: str, module: nn.Module, describe: Callable[[], SampledCall]) -> None:
         layer = name.partition("#")[0] or type(module).__name__
-        values = _sums(describe())
+        values = offset_sums(describe())
         if layer in self._sums:
             former = self._sums[layer]
             largest = torch.maximum(former[0], values[0])
@@ -152,7 +152,7 @@ class OffsetStatisticsHook(NamedArguments, Hook):
 
 
 @torch.no_grad()
-def _sums(call: SampledCall) -> Tensor:
+def offset_sums(call: SampledCall) -> Tensor:
     """The largest offset, and sums: offsets, their number, samples taken outside, samples."""
     moved = (call.locations - call.regular).abs()
     size = call.regular.new_tensor(call.size).view(-1, *[1] * len(call.size))
@@ -169,7 +169,8 @@ def _sums(call: SampledCall) -> Tensor:
     return torch.stack([value.to(moved.dtype) for value in (largest, *counts)])
 
 
-def _statistics(
+def offset_statistics(
     largest: float, total: float, number: float, outside: float, samples: float
 ) -> tuple[float, float, float]:
+    """The mean and the largest offset, and the share of samples taken outside, of such sums."""
     return total / max(number, 1), largest, outside / max(samples, 1)

@@ -13,7 +13,7 @@ from mmdcn import files
 from mmdcn.benchmark.values import number, one_of, several
 from mmdcn.errors import InputError
 
-PARTS = ("scratch", "upright", "frozen", "long", "layers", "cost")
+PARTS = ("scratch", "upright", "frozen", "long", "detectors", "layers", "cost")
 ARMS = (
     *("plain", "plain-size", "plain-time", "dilated", "transformer", "modulation"),
     *("dcn", "dcnv2", "dcnv2-groups", "dcnv4", "branch", "norm"),
@@ -94,27 +94,34 @@ def run(args: argparse.Namespace) -> None:
     from mmdcn.engine import work_folder
 
     from . import digits, grid, layers, progress, published, report, runner
-    from .jobs import digit_jobs
+    from .jobs import DetectorJob, detector_jobs, digit_jobs, plan
 
     parts = [part for part in args.parts if part in grid.PARTS]
     choice = grid.Choice(parts, args.arms, args.seeds, args.quick)
-    jobs = digit_jobs(choice, args.digits)
-    if parts and not jobs:
+    jobs = [*digit_jobs(choice, args.digits)]
+    if "detectors" in args.parts:
+        jobs += detector_jobs(args.arms, args.seeds, args.quick)
+    if not jobs and {*parts, "detectors"}.intersection(args.parts):
         raise InputError(f"--arms: none of {', '.join(args.arms)} is in {', '.join(args.parts)}")
     workers = args.workers or machine.cores()
     everything = digit_jobs(grid.Choice(seeds=args.seeds, quick=args.quick), args.digits)
+    detectors = detector_jobs(None, args.seeds, args.quick)
     if args.dry_run:
-        due = runner.unfinished(jobs, args.work_dir)
-        print(*grid.plan(choice, {job.run for job in due}, workers), sep="\n")
+        print(*plan(jobs, runner.unfinished(jobs, args.work_dir), workers), sep="\n")
         return
     files.check_folder(args.work_dir, "--work-dir")
     files.check_folder(args.out.parent, "--out")
     with work_folder.lock(args.work_dir, "benchmark"):
         if args.reuse is not None:
-            print(f"{published.take_over(args.reuse, everything, args.work_dir)} runs taken over")
+            count = published.take_over(args.reuse, [*everything, *detectors], args.work_dir)
+            print(f"{count} runs taken over from {args.reuse}")
         due = runner.unfinished(jobs, args.work_dir)
         if due and not args.report_only:
             digits.load(args.digits)  # before anything is begun
+            if any(isinstance(job, DetectorJob) for job in due):
+                from .detectors import make_data  # which imports the toolbox
+
+                make_data(args.work_dir, progress=True)
             os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the workers
             with progress.reporter(due) as told:
                 runner.run(due, args.work_dir, workers, told)
@@ -128,6 +135,7 @@ def run(args: argparse.Namespace) -> None:
             everything,
             args.work_dir,
             args.out,
+            detectors=detectors,
             cost=cost,
             looked=looked,
             pictures=pictures,

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmdcn.markdown import table
-
-from .progress import duration
 from .training import Run
 
 EPOCHS = 20
@@ -127,36 +124,3 @@ def seconds(run: Run) -> float:
     """What a run takes of one core, about: its epochs, and tests that take as long as two."""
     part = 0.4 if run.arm == "norm" else 1.0
     return SECONDS_PER_EPOCH[run.arm] * (part * run.epochs + 2)
-
-
-def plan(choice: Choice, due: set[Run], workers: int) -> list[str]:
-    """What a choice runs and what it costs, as lines of Markdown.
-
-    Args:
-        choice: what is wanted.
-        due: the runs that are not finished.
-        workers: runs side by side.
-    """
-    chosen = runs(choice)
-    rows = []
-    for name in dict.fromkeys(name for name, _ in chosen):
-        own = [run for part, run in chosen if part == name]
-        seeds = {
-            arm: sum(run.arm == arm for run in own) for arm in dict.fromkeys(r.arm for r in own)
-        }
-        arms = ", ".join(f"{arm} ×{count}" for arm, count in seeds.items())
-        rows.append([name, arms, own[0].epochs, len(own), _cores_time(own)])
-    everything = [run for _, run in chosen]
-    rows.append(["all", "", "", len(everything), _cores_time(everything)])
-    left = [run for run in everything if run in due]
-    header = ["part", "arms and seeds", "epochs", "runs", "time of one core"]
-    return [
-        *table(header, rows, left=2),
-        "",
-        f"{len(everything) - len(left)} runs are finished; the other {len(left)} take about "
-        f"{duration(sum(map(seconds, left)) / workers)} with {workers} at a time.",
-    ]
-
-
-def _cores_time(chosen: Sequence[Run]) -> str:
-    return duration(sum(map(seconds, chosen)))

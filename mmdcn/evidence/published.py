@@ -10,11 +10,11 @@ from mmdcn import files
 from mmdcn.errors import InputError
 
 from . import layers
-from .jobs import DigitJob
+from .jobs import DetectorJob, DigitJob
 from .runner import result_file
 
 
-def take_over(path: Path, jobs: Sequence[DigitJob], folder: Path) -> int:
+def take_over(path: Path, jobs: Sequence[DigitJob | DetectorJob], folder: Path) -> int:
     """Write the results that a ``runs.json`` has into a work folder, as if they were made there.
 
     Weights are not published: a run that another, which has no result, starts from is left to be
@@ -41,7 +41,7 @@ def take_over(path: Path, jobs: Sequence[DigitJob], folder: Path) -> int:
                 },
                 **environments[entry["environment"]],
             }
-            for entry in published["runs"]
+            for entry in [*published["runs"], *published.get("detectors", [])]
         }
         looked = published.get("layers", [])
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:

@@ -14,11 +14,12 @@ from mmdcn.files import write_figure
 from mmdcn.markdown import table
 from mmdcn.timing import SCATTER_MARK, scatters
 
-from . import coco, layers, plots
+from . import coco, detector_grid, detector_report, layers, plots
 from .conclusions import conclusions
 from .cost import MMCV
+from .detector_report import DetectorResults
 from .grid import MAIN, PARTS, SEEDS
-from .jobs import DigitJob
+from .jobs import DetectorJob, DigitJob
 from .nets import ARMS
 from .results import COLUMNS, Results
 from .training import BATCH, TRAININGS
@@ -71,6 +72,7 @@ def write(
     folder: Path,
     target: Path,
     *,
+    detectors: Sequence[DetectorJob] = (),
     cost: dict | None = None,
     looked: dict | None = None,
     pictures: Mapping[str, Figure] = MappingProxyType({}),
@@ -82,6 +84,7 @@ def write(
         jobs: those of the grid; what is not finished is named on the page.
         folder: of the results.
         target: the page's name without its ending.
+        detectors: those of the grid.
         cost: what :func:`~.cost.measure` gave.
         looked: what :func:`~.layers.measure` gave.
         pictures: what :func:`~.layers.figures` gave; earlier ones stay where it gave none.
@@ -91,14 +94,17 @@ def write(
         What was written.
     """
     results = Results.read(jobs, folder)
+    detected = DetectorResults.read(detectors, folder)
+    drawn = detector_report.figure(detected)
+    pictures = {**pictures, **({detector_report.PICTURE: drawn} if drawn is not None else {})}
     written = []
     for name, figure in {**_figures(results), **pictures}.items():
         written.append(target / name)
         write_figure(written[-1], figure, dpi=110)
     written.append(target / "runs.json")
-    write_file(written[-1], _json(results, cost, looked))
+    write_file(written[-1], _json(results, detected, cost, looked))
     written.append(target.with_suffix(".md"))
-    write_file(written[-1], _page(results, target, cost, looked, quick))
+    write_file(written[-1], _page(results, detected, target, cost, looked, quick))
     return written
 
 
@@ -126,29 +132,38 @@ def _figures(results: Results) -> dict[str, plots.Figure]:
 
 
 def _page(
-    results: Results, target: Path, cost: dict | None, looked: dict | None, quick: bool
+    results: Results,
+    detected: DetectorResults,
+    target: Path,
+    cost: dict | None,
+    looked: dict | None,
+    quick: bool,
 ) -> str:
     name = target.name
     lines = [f"# {TITLE}", "", "Written by `make evidence`; every run is in "]
     lines[-1] += f"[runs.json]({name}/runs.json)."
     lines += ["", "## What came out", ""]
-    lines += [_QUICK, ""] if quick else _concluded(results, cost, looked)
+    lines += [_QUICK, ""] if quick else _concluded(results, detected, cost, looked)
     lines += ["## How it was measured", "", _METHOD, ""]
     for part in PARTS:
         if results.arms(part):
             lines += _part(results, part, name)
+    lines += detector_report.section(detected, name)
     if cost is not None:
         lines += _cost(cost)
     if looked is not None:
         pictures = {path.name: f"{name}/{path.name}" for path in target.glob("*.png")}
         lines += layers.section(looked, pictures)
     lines += coco.section()
-    lines += _made(results)
+    lines += _made(results, detected)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _concluded(results: Results, cost: dict | None, looked: dict | None) -> list[str]:
-    found = conclusions(results, cost) + ([] if looked is None else layers.sentences(looked))
+def _concluded(
+    results: Results, detected: DetectorResults, cost: dict | None, looked: dict | None
+) -> list[str]:
+    found = conclusions(results, cost) + list(detector_report.sentences(detected))
+    found += [] if looked is None else layers.sentences(looked)
     lines = [f"- {text}" for text in found] or ["No run is finished yet."]
     few = results.seeds("scratch", MAIN)
     if few < SEEDS:
@@ -216,17 +231,18 @@ def _cost(cost: dict) -> list[str]:
     return lines
 
 
-def _made(results: Results) -> list[str]:
+def _made(results: Results, detected: DetectorResults) -> list[str]:
     """Machine, versions, what is missing, and the commands."""
     lines = ["## How to make it", ""]
-    environments = dict.fromkeys(_environment(result) for result in results.all())
+    environments = dict.fromkeys(_environment(r) for r in [*results.all(), *detected.all()])
     lines += [*(f"Measured on {environment}." for environment in environments), ""]
-    if results.missing:
+    missing = [*results.missing, *detected.missing]
+    if missing:
         by_part: dict[str, list[str]] = {}
-        for job in results.missing:
+        for job in missing:
             by_part.setdefault(job.part, []).append(f"{job.run.arm}/{job.run.seed}")
         lines += [
-            f"**Not finished: {len(results.missing)} runs** (arm/seed): "
+            f"**Not finished: {len(missing)} runs** (arm/seed): "
             + "; ".join(f"{part}: {', '.join(names)}" for part, names in by_part.items())
             + ".",
             "",
@@ -250,20 +266,29 @@ def _environment(result: dict) -> str:
     return f"{machine['cpu']}, {machine['cores']} cores, one thread for each run; {named}"
 
 
-def _json(results: Results, cost: dict | None, looked: dict | None) -> str:
+def _json(
+    results: Results, detected: DetectorResults, cost: dict | None, looked: dict | None
+) -> str:
     """All runs, one on each line; machines and versions are written once."""
     environments: list[dict] = []
-    lines = []
-    for result in results.all():
-        entry = dict(result)
-        environment = {key: entry.pop(key) for key in ("machine", "versions")}
-        if environment not in environments:
-            environments.append(environment)
-        lines.append(json.dumps({**entry, "environment": environments.index(environment)}))
-    parts = [f'"trainings": {json.dumps(TRAININGS)}', f'"environments": {json.dumps(environments)}']
+
+    def lines(found: Sequence[dict]) -> str:
+        written = []
+        for result in found:
+            entry = dict(result)
+            environment = {key: entry.pop(key) for key in ("machine", "versions")}
+            if environment not in environments:
+                environments.append(environment)
+            entry["environment"] = environments.index(environment)
+            written.append(json.dumps(entry))
+        return "[\n" + ",\n".join(written) + "\n]"
+
+    runs = {"runs": lines(results.all()), "detectors": lines(detected.all())}
+    parts = [f'"trainings": {json.dumps({**TRAININGS, **detector_grid.TRAININGS})}']
+    parts.append(f'"environments": {json.dumps(environments)}')
     if cost is not None:
         parts.append(f'"cost": {json.dumps(cost)}')
     if looked is not None:
         parts.append(f'"layers": {json.dumps(looked["layers"])}')
-    parts.append('"runs": [\n' + ",\n".join(lines) + "\n]")
+    parts += [f'"{name}": {text}' for name, text in runs.items()]
     return "{\n" + ",\n".join(parts) + "\n}\n"

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from mmdcn.errors import InputError
-from mmdcn.evidence import cli, grid, progress, runner
-from mmdcn.evidence.training import Run
+from mmdcn.evidence import cli, detector_grid, grid, jobs, progress, runner
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,11 @@ def test_other_settings_and_damaged_results_are_refused(tmp_path):
 
 
 def test_jobs_run_side_by_side_and_in_order_of_need(tmp_path):
-    jobs = [Sleep("last", needs=("one", "two")), Sleep("one", seconds=0.5), Sleep("two")]
+    sleeps = [Sleep("last", needs=("one", "two")), Sleep("one", seconds=0.5), Sleep("two")]
     told = Told()
-    runner.run(jobs, tmp_path, 2, told)
+    runner.run(sleeps, tmp_path, 2, told)
     assert told.done[-1] == "last" and sorted(told.done) == ["last", "one", "two"]
-    processes = {json.loads((tmp_path / f"{j.name}.json").read_text())["process"] for j in jobs}
+    processes = {json.loads((tmp_path / f"{j.name}.json").read_text())["process"] for j in sleeps}
     assert os.getpid() not in processes and len(processes) == 2
     with pytest.raises(RuntimeError, match=r"bad failed:[\s\S]*ValueError: no luck"):
         runner.run([Sleep("bad", error="no luck"), Sleep("long", seconds=60)], tmp_path, 2, told)
@@ -97,28 +96,34 @@ def test_a_choice_brings_what_it_starts_from():
 
 
 def test_the_plan_counts_what_is_finished():
-    choice = grid.Choice(parts=["scratch"], arms=["plain", "dcn"], seeds=1)
-    *table, _, last = grid.plan(choice, {Run("scratch", "dcn", grid.EPOCHS, 0)}, 2)
-    assert "| scratch | plain ×1, dcn ×1 | 20 | 2 |" in table[2]
+    chosen = jobs.digit_jobs(grid.Choice(parts=["scratch"], arms=["plain", "dcn"], seeds=1))
+    detectors = jobs.detector_jobs(["dcnv2"], 2)
+    *table, _, _ = jobs.plan([*chosen, *detectors], [], 2)
+    assert "| scratch | plain ×1, dcn ×1 | 20 epochs | 2 |" in table[2]
+    text = "\n".join(table)
+    assert f"| detectors | dcnv2 ×2 | {detector_grid.ITERATIONS} iterations | 2 |" in text
+    assert "| detectors-upright | plain ×2 |" in text
+    *_, last = jobs.plan(chosen, [chosen[1]], 2)
     assert last.startswith("1 runs are finished; the other 1 take about 53 s with 2 at a time")
 
 
 def test_the_command_line_knows_every_part_and_arm():
-    assert set(cli.PARTS) == {*grid.PARTS, "cost", "layers"}
+    assert set(cli.PARTS) == {*grid.PARTS, "detectors", "cost", "layers"}
     assert set(cli.ARMS) == {arm for part in grid.PARTS.values() for arm in part.arms}
+    assert set(cli.ARMS) >= {*detector_grid.MAIN, *detector_grid.FROZEN}
 
 
 def test_what_is_left_is_estimated_from_what_is_done(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    jobs = [Sleep("one", seconds=10), Sleep("two", seconds=30)]
-    told = progress.Reporter(jobs)
+    sleeps = [Sleep("one", seconds=10), Sleep("two", seconds=30)]
+    told = progress.Reporter(sleeps)
     assert told.left() == ""
     now[0] = 20.0
-    told.progress(jobs[0], 0.5)
+    told.progress(sleeps[0], 0.5)
     assert told.left() == "2 min"  # 20 s for 5 of 40
     now[0] = 40.0
-    told.finished(jobs[0])
+    told.finished(sleeps[0])
     assert told.left() == "2 min"
-    told.finished(jobs[1])
+    told.finished(sleeps[1])
     assert told.left() == ""

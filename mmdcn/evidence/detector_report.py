@@ -1,0 +1,199 @@
+"""The part of the page about detectors on warped shapes: tables, a plot, and what is concluded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from mmdcn.markdown import table
+
+from . import runner
+from .conclusions import compared
+from .detector_grid import ARMS, ITERATIONS, STRENGTHS, TRAINED_STRENGTH, TRAININGS, VAL_IMAGES
+from .jobs import DetectorJob
+from .plots import COLOURS
+from .spread import Estimate, paired
+
+BASELINES = {"detectors": "plain-size", "detectors-frozen": "norm"}
+PICTURE = "detectors.png"
+_TEXT = {
+    "detectors": "Every parameter is trained on shapes warped at strength 1, from scratch.",
+    "detectors-frozen": "A plain detector learns shapes that are not warped. Then all of it is "
+    "frozen, offset branches are added, and these are trained alone on warped shapes. Statistics "
+    "of normalisations follow the new images in every arm: what that gives by itself is an arm.",
+}
+
+
+@dataclass
+class DetectorResults:
+    """What is known.
+
+    Args:
+        by_arm: for each training and arm, the result of each seed, as :func:`~.detectors.train`
+            gives it.
+        missing: the jobs that are not finished.
+    """
+
+    by_arm: dict[tuple[str, str], dict[int, dict]] = field(default_factory=dict)
+    missing: list[DetectorJob] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, jobs: Iterable[DetectorJob], folder: Path) -> DetectorResults:
+        """The results of jobs that are finished."""
+        found = cls()
+        for job in jobs:
+            result = runner.read_result(job, folder)
+            if result is None:
+                found.missing.append(job)
+            else:
+                seeds = found.by_arm.setdefault((job.part, job.run.arm), {})
+                seeds[job.run.seed] = result
+        return found
+
+    def all(self) -> list[dict]:
+        """Every result."""
+        return [result for seeds in self.by_arm.values() for _, result in sorted(seeds.items())]
+
+    def arms(self, training: str) -> list[str]:
+        """The arms of a training that have results, in the grid's order."""
+        return [arm for arm in ARMS if (training, arm) in self.by_arm]
+
+    def ap(self, training: str, arm: str, strength: float) -> dict[int, float]:
+        """AP of each seed, in percent; empty where there is none."""
+        seeds = self.by_arm.get((training, arm), {})
+        return {seed: result["ap"][str(strength)] for seed, result in seeds.items()}
+
+    def difference(
+        self, training: str, arm: str, baseline: str, strength: float
+    ) -> Estimate | None:
+        """AP of an arm less that of another of the same training, seed by seed."""
+        return paired(*(self.ap(training, one, strength) for one in (arm, baseline)))
+
+
+def section(results: DetectorResults, name: str) -> list[str]:
+    """The part of the page, as lines; none without results.
+
+    Args:
+        results: of the detectors.
+        name: of the folder of pictures.
+    """
+    if not results.by_arm:
+        return []
+    lines = [
+        "## Detectors on warped shapes",
+        "",
+        "A small Faster R-CNN (ResNet-50 of a quarter of the channels, FPN) on images of "
+        f"192×192 pixels with two to five warped shapes, {ITERATIONS} iterations of eight images, "
+        "deformable layers at strides 8 and 16. Tested on the same scenes at increasing strengths "
+        f"of the warp ({VAL_IMAGES} images each; 0 is upright, {TRAINED_STRENGTH:g} what was "
+        "trained on). COCO's AP in %.",
+        "",
+    ]
+    for training in BASELINES:
+        if results.arms(training):
+            lines += _training(results, training)
+    lines += [f"![AP against the strength of the warp]({name}/{PICTURE})", ""]
+    return lines + _offsets(results)
+
+
+def _training(results: DetectorResults, training: str) -> list[str]:
+    arms, baseline = results.arms(training), BASELINES[training]
+    title = TRAININGS[training]
+    lines = [f"### {title[0].upper()}{title[1:]}", "", _TEXT[training], ""]
+    header = ["arm", "parameters", "seeds", *(f"{strength:g}" for strength in STRENGTHS)]
+    rows = []
+    upright = ("detectors-upright", "plain")
+    if training == "detectors-frozen" and upright in results.by_arm:
+        rows.append(_row(results, *upright, "plain, before"))
+    rows += [_row(results, training, arm, ARMS[arm].title) for arm in arms]
+    lines += [*table(header, rows), ""]
+    compared_arms = [arm for arm in arms if arm != baseline]
+    if baseline in arms and compared_arms:
+        rows = []
+        for arm in compared_arms:
+            found = [results.difference(training, arm, baseline, s) for s in STRENGTHS]
+            if found[0] is not None:
+                cells = [each.text(signed=True) for each in found]
+                rows.append([ARMS[arm].title, found[0].count, *cells])
+        lines += [f"Differences from *{ARMS[baseline].title}*, seed by seed, in points:", ""]
+        lines += [*table(["arm", *header[2:]], rows), ""]
+    return lines
+
+
+def _row(results: DetectorResults, training: str, arm: str, title: str) -> list:
+    seeds = results.by_arm[training, arm]
+    cells = [Estimate.of(list(results.ap(training, arm, s).values())) for s in STRENGTHS]
+    return [title, f"{next(iter(seeds.values()))['parameters']:,}", len(seeds), *cells]
+
+
+def _offsets(results: DetectorResults) -> list[str]:
+    """Where the points went, layer by layer."""
+    rows = []
+    for training, arm in results.by_arm:
+        seeds = list(results.by_arm[training, arm].values())
+        for layer in seeds[0]["offsets"]:
+            values = [seed["offsets"][layer] for seed in seeds]
+            mean, _, outside = (sum(column) / len(values) for column in zip(*values))
+            largest = max(value[1] for value in values)
+            row = [training, ARMS[arm].title, layer, f"{mean:.2f}", f"{largest:.1f}"]
+            rows.append([*row, f"{100 * outside:.1f}"])
+    if not rows:
+        return []
+    header = ["training", "arm", "layer", "mean offset", "largest", "outside, %"]
+    return [
+        "Where the points went, in pixels of each layer's input: the mean and the largest offset "
+        "of a coordinate, and the samples that offsets take out of the image.",
+        "",
+        *table(header, rows, left=3),
+        "",
+    ]
+
+
+def figure(results: DetectorResults) -> Figure | None:
+    """AP against the strength of the warp; None without results."""
+    trainings = [training for training in BASELINES if results.arms(training)]
+    if not trainings:
+        return None
+    drawn = Figure(figsize=(5.2 * len(trainings), 3.9), layout="constrained")
+    panels = drawn.subplots(1, len(trainings), squeeze=False)[0]
+    for ax, training in zip(panels, trainings):
+        for arm in results.arms(training):
+            found = [
+                Estimate.of(list(results.ap(training, arm, strength).values()))
+                for strength in STRENGTHS
+            ]
+            means = [each.mean for each in found]
+            style = dict(color=COLOURS[arm], marker="o", markersize=3, linewidth=1.4)
+            ax.plot(STRENGTHS, means, label=ARMS[arm].title, **style)
+            if all(each.half_width is not None for each in found):
+                low, high = ([getattr(each, side) for each in found] for side in ("low", "high"))
+                ax.fill_between(STRENGTHS, low, high, color=COLOURS[arm], alpha=0.15, linewidth=0)
+        ax.axvspan(TRAINED_STRENGTH, max(STRENGTHS), color="0.95", zorder=0)
+        ax.set_title(training.replace("-", ", "), fontsize=11)
+        ax.set(xlabel="strength of the warp", ylabel="AP, %")
+        ax.grid(color="0.9", linewidth=0.6)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, fontsize=8)
+    return drawn
+
+
+def sentences(results: DetectorResults) -> Iterator[str]:
+    """What is concluded, as far as there are results."""
+    for training, baseline in BASELINES.items():
+        for arm in ("dcn", "dcnv2"):
+            for strength in (TRAINED_STRENGTH, max(STRENGTHS)):
+                difference = results.difference(training, arm, baseline, strength)
+                if difference is None:
+                    continue
+                ours, theirs = (
+                    Estimate.of(list(results.ap(training, one, strength).values())).mean
+                    for one in (arm, baseline)
+                )
+                yield (
+                    f"**Detectors {TRAININGS[training]}**, at strength {strength:g}: "
+                    f"{ARMS[arm].title} has an AP of {ours:.1f} %, "
+                    f"*{ARMS[baseline].title}* {theirs:.1f} %: {compared(difference)}."
+                )
