@@ -1,7 +1,8 @@
 """Results on COCO that others published, beside our configs that train the same detectors.
 
-The figures are read from the metafiles of the installed mmdet, which wrote them down with its
-released checkpoints. None of them was measured here.
+Most figures are read from the metafiles of the installed mmdet, which wrote them down with its
+released checkpoints; those of the authors of arXiv 1703.06211 stand in the README of their code.
+None of them was measured here.
 """
 
 from __future__ import annotations
@@ -59,6 +60,24 @@ ROWS = {
 _LAYERS = {"dcn": "DCN", "dcnv2": "DCNv2"}
 CONFIGS = Path(__file__).parents[1] / ".mim" / "configs"
 SOURCE = "https://github.com/open-mmlab/mmdetection/blob/v3.3.0/configs"
+
+AUTHORS = "https://github.com/msracver/Deformable-ConvNets"
+#: What the authors published with their code: AP, AP50, AP75, and AP of small, medium and large
+#: objects, plain and deformable (convolution and RoI pooling), all with ResNet-101.
+BY_THE_AUTHORS = {
+    ("R-FCN", "test-dev"): (
+        (32.1, 54.3, 33.8, 12.8, 34.9, 46.1),
+        (35.7, 56.8, 38.3, 15.2, 38.8, 51.5),
+    ),
+    ("Faster R-CNN, two layers in its head", "test-dev"): (
+        (30.3, 52.1, 31.4, 9.9, 32.2, 47.4),
+        (35.0, 55.0, 38.3, 14.3, 37.7, 52.0),
+    ),
+    ("FPN with hard example mining", "minival"): (
+        (37.8, 60.8, 41.0, 22.0, 41.5, 49.8),
+        (41.2, 63.5, 45.5, 24.3, 44.9, 54.4),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -124,6 +143,23 @@ def section() -> list[str]:
         "",
         "Each command is `tools/dist_train.sh CONFIG 8`; configs without a link are mmdet's own, "
         "by `mmdet::`.",
+        "",
+        *_by_the_authors(),
+    ]
+
+
+def _by_the_authors() -> list[str]:
+    rows = [
+        [detector, images, layers, *(f"{ap:.1f}" for ap in figures)]
+        for (detector, images), pair in BY_THE_AUTHORS.items()
+        for layers, figures in zip(("plain", "deformable"), pair)
+    ]
+    header = ["detector, ResNet-101", "images", "layers", "AP", "AP50", "AP75", "APs", "APm", "APl"]
+    return [
+        "The authors of deformable convolution (arXiv 1703.06211) publish these with "
+        f"[their code]({AUTHORS}), for MXNet; deformable there is RoI pooling too:",
+        "",
+        *table(header, rows, left=3),
         "",
     ]
 
