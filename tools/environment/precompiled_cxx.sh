@@ -8,6 +8,10 @@
 # called with. Where that or its use fails, files are compiled as they always were.
 # PRECOMPILED_CXX names the compiler, g++ by default.
 set -uo pipefail
+if [ "$*" = -h ] || [ "$*" = --help ]; then
+  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+  exit
+fi
 read -ra compiler <<<"${PRECOMPILED_CXX:-g++}"
 header=$PRECOMPILED/torch_types.h
 
