@@ -23,7 +23,7 @@ DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 LAYOUTS = {"nchw": "contiguous_format", "channels_last": "channels_last"}
 VERSIONS = ("v1", "v2")
 #: What ours is compared with (:mod:`~.implementations`).
-PEERS = ("dense", "mmcv", "onnxruntime", "torchvision")
+PEERS = ("dense", "mmcv", "onnxruntime", "openvino", "torchvision")
 #: What a detector runs in beside eager PyTorch (:mod:`~.deployment`).
 RUNTIMES = ("compiled", "onnxruntime", "openvino")
 #: The other operators (:mod:`~.family`).

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -264,6 +266,36 @@ class OnnxRuntime(Implementation):
         return Bound(lambda: torch.from_numpy(session.run(None, feeds)[0]), {})
 
 
+class OpenVino(Implementation):
+    """OpenVINO's deformable convolution on the CPU, with the weight as a constant of the model."""
+
+    name = "openvino"
+    backward = False
+
+    def __init__(self, threads: int | None = None) -> None:
+        self.session_threads = threads
+
+    def missing(self, device: torch.device) -> str | None:
+        if device.type == "cuda":
+            return "measured on the CPU only"
+        return _import_problem("openvino", "openvino") or _import_problem("onnx", "onnx")
+
+    def refuses(self, case: Case) -> str | None:
+        return OnnxRuntime.refuses(self, case)
+
+    def bind(self, case: Case, tensors: dict[str, Tensor]) -> Bound:
+        from mmdcn.deploy import openvino
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "case.onnx")
+            path.write_bytes(_onnx_model(case, tensors["weight"]).SerializeToString())
+            threads = self.session_threads or torch.get_num_threads()
+            compiled = openvino.compile_model(path, INFERENCE_NUM_THREADS=threads)
+        request = compiled.create_infer_request()
+        feeds = {n: tensors[n].numpy() for n in ("input", "offset", "mask") if n in tensors}
+        return Bound(lambda: torch.from_numpy(request.infer(feeds, share_inputs=True)[0]), {})
+
+
 def _onnx_model(case: Case, weight: Tensor) -> onnx.ModelProto:
     from onnx import TensorProto, helper, numpy_helper
 
@@ -303,7 +335,7 @@ def _import_problem(package: str, module: str) -> str | None:
 
 
 PEERS: dict[str, type[Implementation]] = {
-    peer.name: peer for peer in (Dense, Mmcv, OnnxRuntime, Torchvision)
+    peer.name: peer for peer in (Dense, Mmcv, OnnxRuntime, OpenVino, Torchvision)
 }
 
 

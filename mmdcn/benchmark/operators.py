@@ -22,6 +22,7 @@ from .implementations import (
     MmdcnFloat32,
     MmdcnOneThread,
     OnnxRuntime,
+    OpenVino,
 )
 from .progress import track
 
@@ -121,7 +122,7 @@ def _choose(settings: Settings) -> tuple[list[Implementation], dict[str, str]]:
         wanted.append(MmdcnOneThread())
     for name in settings.peers:
         peer = PEERS[name]
-        wanted.append(peer(settings.threads) if peer is OnnxRuntime else peer())
+        wanted.append(peer(settings.threads) if peer in (OnnxRuntime, OpenVino) else peer())
     left_out = {i.name: reason for i in wanted if (reason := i.missing(settings.device))}
     return [i for i in wanted if i.name not in left_out], left_out
 

@@ -9,7 +9,7 @@ pytest.importorskip("mmcv")
 
 from mmdcn import plugin, timing
 from mmdcn.benchmark import BenchmarkError, cases, implementations, operators, tables
-from mmdcn.benchmark.implementations import Dense, Mmcv, Mmdcn, OnnxRuntime
+from mmdcn.benchmark.implementations import Dense, Mmcv, Mmdcn, OnnxRuntime, OpenVino
 from tests.kernel_calls import KernelCalls
 
 CPU = torch.device("cpu")
@@ -51,8 +51,9 @@ def test_mmcv_runs_its_own_kernels_while_the_plugin_is_installed(version, calls)
     assert (counted.forward, counted.backward, counted.mmcv) == (2, 1, 0)
 
 
-def test_onnxruntime_computes_every_variant():
-    problem = OnnxRuntime().missing(CPU)
+@pytest.mark.parametrize("runtime", [OnnxRuntime, OpenVino])
+def test_runtimes_compute_every_variant(runtime):
+    problem = runtime().missing(CPU)
     if problem is not None:
         pytest.skip(problem)
     variants = [
@@ -63,7 +64,7 @@ def test_onnxruntime_computes_every_variant():
     ]
     for case in variants:
         tensors = cases.make_tensors(case, CPU, 2.0)
-        output = OnnxRuntime().bind(case, tensors).infer()
+        output = runtime().bind(case, tensors).infer()
         torch.testing.assert_close(output, Mmdcn().bind(case, tensors).infer())
 
 
@@ -79,7 +80,9 @@ def test_every_implementation_has_its_samples():
         available = set(result["implementations"])
         forward, both = entry["times"]["forward"], entry["times"]["forward_backward"]
         assert set(both) == {"mmdcn"} | peers
-        assert set(forward) - set(both) == available & {"onnxruntime"} - set(entry["cannot"])
+        assert set(forward) - set(both) == available & {"onnxruntime", "openvino"} - set(
+            entry["cannot"]
+        )
         assert set(forward) | set(entry["cannot"]) == available
         for samples in [*forward.values(), *both.values()]:
             assert len(samples) in (2, 3) and all(ms > 0 for ms in samples)
