@@ -113,15 +113,21 @@ def sentence(entries: Sequence[Mapping], arm: str) -> str | None:
             f"at ×{key} {shares[0]:.0f} % of the field is on the digit, of the plain network's "
             f"{shares[1]:.0f} % ({difference.text(signed=True)} points)"
         )
+    growths = [_growth(entries, name) for name in (arm, "plain")]
+    return (
+        f"**What does one output see?** With {ARMS[arm].title}, {' and '.join(said)}; from the one "
+        f"size to the other its radius grows by {growths[0].text()} pixels, the plain network's by "
+        f"{growths[1].text()}."
+    )
+
+
+def _growth(entries: Sequence[Mapping], arm: str) -> Estimate:
+    """Of the radius, from the smallest size to the largest."""
     small, large = (
         {seed: value["radius"] for seed, value in _by_seed(entries, arm, f"{factor:.2f}").items()}
         for factor in (FACTORS[0], FACTORS[-1])
     )
-    growth = paired(large, small)
-    return (
-        f"**What does one output see?** With {ARMS[arm].title}, {' and '.join(said)}; from the one "
-        f"size to the other its radius grows by {growth.text()} pixels."
-    )
+    return paired(large, small)
 
 
 def _by_seed(entries: Sequence[Mapping], arm: str, factor: str) -> dict[int, Mapping]:
@@ -136,7 +142,7 @@ def figure(networks: Mapping[str, Sequence[DigitNet]], images: Tensor) -> Figure
         images: (N, 28, 28).
     """
     shape = (len(networks), len(MOVES))
-    drawn = Figure(figsize=(2.1 * shape[1], 2.2 * shape[0] + 0.2), layout="constrained")
+    drawn = Figure(figsize=(1.75 * shape[1], 1.75 * shape[0] + 0.2), layout="constrained")
     panels = drawn.subplots(*shape, squeeze=False)
     for column, (move, (degrees, factor)) in enumerate(MOVES.items()):
         moved = similarity(images, math.radians(degrees), factor)
