@@ -149,7 +149,7 @@ def _cost(args: argparse.Namespace) -> dict | None:
     """The costs of the arms, measured unless they are known; None where they are not wanted."""
     from . import cost
 
-    path = args.work_dir / "cost.json"
+    path = args.work_dir / cost.FILE
     with contextlib.suppress(OSError, ValueError, KeyError):
         found = json.loads(path.read_text())
         if found["run"] == cost.settings():

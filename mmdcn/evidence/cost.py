@@ -18,6 +18,8 @@ from .training import BATCH
 from .transforms import CANVAS
 
 VERSION = 1
+#: The file of the costs, beside the runs.
+FILE = "cost.json"
 MMCV = "dcnv2 by mmcv"
 
 

@@ -12,7 +12,7 @@ from mmdcn.markdown import table
 
 from . import runner
 from .conclusions import compared
-from .detector_grid import ARMS, ITERATIONS, STRENGTHS, TRAINED_STRENGTH, TRAININGS, VAL_IMAGES
+from .detector_grid import ARMS, STRENGTHS, TRAINED_STRENGTH, TRAININGS, VAL_IMAGES
 from .jobs import DetectorJob
 from .plots import COLOURS
 from .spread import Estimate, paired
@@ -82,11 +82,12 @@ def section(results: DetectorResults, name: str) -> list[str]:
     """
     if not results.by_arm:
         return []
+    iterations = results.all()[0]["run"]["iterations"]
     lines = [
         "## Detectors on warped shapes",
         "",
         "A small Faster R-CNN (ResNet-50 of a quarter of the channels, FPN) on images of "
-        f"192×192 pixels with two to five warped shapes, {ITERATIONS} iterations of eight images, "
+        f"192×192 pixels with two to five warped shapes, {iterations} iterations of eight images, "
         "deformable layers at strides 8 and 16. Tested on the same scenes at increasing strengths "
         f"of the warp ({VAL_IMAGES} images each; 0 is upright, {TRAINED_STRENGTH:g} what was "
         "trained on). COCO's AP in %.",

@@ -99,10 +99,14 @@ def train(run: DetectorRun, folder: Path, tell: Tell = lambda part: None) -> dic
     Raises:
         InputError: the run that this one starts from has left no weights.
     """
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+        return _train(run, folder, tell)
+
+
+def _train(run: DetectorRun, folder: Path, tell: Tell) -> dict:
     register_all_modules()
     start = time.perf_counter()
-    cfg = config(run, folder)
-    runner = Runner.from_cfg(cfg)
+    runner = Runner.from_cfg(config(run, folder))
     runner.model.init_weights()
     runner.model.load_state_dict(_common_weights(run, folder), strict=False)
     # The trainer would draw them anew.
@@ -178,16 +182,13 @@ def _dataloader(run: DetectorRun, folder: Path, name: str) -> dict:
 def test(runner: Runner, run: DetectorRun, folder: Path, name: str) -> float:
     """AP in percent on a set of the images."""
     annotations = str(folder / "shapes" / "annotations" / f"{name}.json")
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
-        loader = runner.build_dataloader(_dataloader(run, folder, name), seed=0)
-        evaluator = runner.build_evaluator(
-            dict(type="CocoMetric", ann_file=annotations, metric="bbox")
-        )
-        evaluator.dataset_meta = loader.dataset.metainfo
-        runner.model.eval()
-        for batch in loader:
-            evaluator.process(data_samples=runner.model.test_step(batch), data_batch=batch)
-        metrics = evaluator.evaluate(len(loader.dataset))
+    loader = runner.build_dataloader(_dataloader(run, folder, name), seed=0)
+    evaluator = runner.build_evaluator(dict(type="CocoMetric", ann_file=annotations, metric="bbox"))
+    evaluator.dataset_meta = loader.dataset.metainfo
+    runner.model.eval()
+    for batch in loader:
+        evaluator.process(data_samples=runner.model.test_step(batch), data_batch=batch)
+    metrics = evaluator.evaluate(len(loader.dataset))
     return round(100 * metrics["coco/bbox_mAP"], 2)
 
 
@@ -204,8 +205,7 @@ def offsets(runner: Runner, run: DetectorRun, folder: Path) -> dict[str, list[fl
         sums[name] = found
 
     runner.model.eval()
-    with contextlib.redirect_stdout(io.StringIO()):
-        loader = runner.build_dataloader(_dataloader(run, folder, "val"), seed=0)
+    loader = runner.build_dataloader(_dataloader(run, folder, "val"), seed=0)
     with named_calls(runner.model, look):
         for batch in loader:
             runner.model.test_step(batch)

@@ -10,6 +10,7 @@ from mmdcn import files
 from mmdcn.errors import InputError
 
 from . import layers
+from .cost import FILE as COST
 from .jobs import DetectorJob, DigitJob
 from .runner import result_file
 
@@ -43,7 +44,7 @@ def take_over(path: Path, jobs: Sequence[DigitJob | DetectorJob], folder: Path) 
             }
             for entry in [*published["runs"], *published.get("detectors", [])]
         }
-        looked = published.get("layers", [])
+        looked, cost = published.get("layers", []), published.get("cost")
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise InputError(
             f"--reuse {path}: expected a runs.json that `make evidence` wrote: {error!r}"
@@ -56,4 +57,6 @@ def take_over(path: Path, jobs: Sequence[DigitJob | DetectorJob], folder: Path) 
     for job in taken:
         files.write(result_file(job, folder), json.dumps(found[job], indent=1) + "\n")
     layers.remember(looked, folder)
+    if cost is not None and not (folder / COST).exists():
+        files.write(folder / COST, json.dumps(cost, indent=1) + "\n")
     return len(taken)

@@ -12,6 +12,8 @@ from . import examples
 
 JOBS = digit_jobs(grid.Choice(parts=["frozen"], arms=["dcn", "norm"], seeds=1))
 
+COST = {"run": {"version": 1}, "arms": {}, "machine": {"cpu": "a processor"}}
+
 
 @pytest.fixture
 def runs_json(tmp_path, monkeypatch):
@@ -22,7 +24,7 @@ def runs_json(tmp_path, monkeypatch):
         runner.result_file(job, folder).write_text(json.dumps(examples.result(job.run, 90)))
     monkeypatch.setattr(layers, "section", lambda *_: [])
     entry = {"arm": "dcn", "seed": 0, "receptive": {}}
-    report.write(JOBS, folder, tmp_path / "page", looked={"layers": [entry]}, quick=True)
+    report.write(JOBS, folder, tmp_path / "page", cost=COST, looked={"layers": [entry]}, quick=True)
     return tmp_path / "page" / "runs.json"
 
 
@@ -33,6 +35,7 @@ def test_what_was_published_is_not_run_again(runs_json, tmp_path):
     assert published.take_over(runs_json, JOBS, folder) == 1
     assert runner.unfinished(JOBS, folder) == [JOBS[0], JOBS[2]]
     assert runner.read_result(JOBS[1], folder) == examples.result(JOBS[1].run, 90)
+    assert json.loads((folder / "cost.json").read_text()) == COST
     assert layers.remembered(folder) == [{"arm": "dcn", "seed": 0, "receptive": {}}]
     # Without a run that needs it, the first is as good as made; and what is there stays.
     runner.result_file(JOBS[1], folder).write_text("{}")
