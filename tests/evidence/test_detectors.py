@@ -1,6 +1,7 @@
 """Detectors on warped shapes: their grid, a small run of each kind, and the part of the page."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -79,7 +80,7 @@ def test_the_widened_detector_is_of_the_size_of_dcnv2():
     register_all_modules()
 
     def size(arm: str) -> int:
-        built = MODELS.build(detectors.config(run("detectors", arm), "").model)
+        built = MODELS.build(detectors.config(run("detectors", arm), Path()).model)
         return sum(p.numel() for p in built.parameters())
 
     assert 1 <= size("plain-size") / size("dcnv2") < 1.03
