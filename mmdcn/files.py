@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import glob
 import io
 import os
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
 
 #: The endings of the files that are taken for images, in lower case: those that mmdet takes.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+#: What the system says where a disk takes no more, or takes nothing.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def images_in(folder: Path) -> Iterator[Path]:
@@ -128,16 +134,41 @@ def check_folder(folder: Path, argument: str) -> None:
 def once_complete(path: Path) -> Iterator[Path]:
     """Give a temporary name beside a file, whose place it takes when the block ends without error.
 
-    The folders that the file is in are made.
+    The folders that the file is in are made. What a process that was killed has left of the
+    temporary file is written over; two processes that write the same file at once have a temporary
+    file each. Where the disk takes no more, the error has the file's name.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
     try:
-        yield temporary
-        temporary.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _only_writer_in(path.parent) as is_only:
+            temporary = path.with_name(f".{path.name}.{'' if is_only else f'{os.getpid()}.'}new")
+            try:
+                yield temporary
+                temporary.replace(path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+                raise
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextlib.contextmanager
+def _only_writer_in(folder: Path) -> Iterator[bool]:
+    """Whether nobody else is in this block with the same folder, however their process ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            is_only = not isinstance(error, BlockingIOError)  # else a file system without locks
+        else:
+            is_only = True
+        yield is_only
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        os.close(descriptor)
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -55,21 +55,23 @@ def end_at_once(*_: object) -> None:
     os._exit(INTERRUPTED)
 
 
-def end_interrupted(what_to_do: str | None = None) -> None:
+def end_interrupted(what_to_do: str | None = None, number: int = signal.SIGINT) -> None:
     """End a program that is interrupted, by one line.
 
     Args:
         what_to_do: what its user can do then.
+        number: the signal that did it.
     """
-    _say_interrupted(what_to_do)
-    sys.exit(INTERRUPTED)
+    _say_interrupted(what_to_do, number)
+    sys.exit(INTERRUPTED - signal.SIGINT + number)
 
 
-def _say_interrupted(what_to_do: str | None = None) -> None:
+def _say_interrupted(what_to_do: str | None = None, number: int = signal.SIGINT) -> None:
     if is_first_process():
         # A terminal shows ^C where the cursor is.
         print("\n" if sys.stderr.isatty() else "", end="", file=sys.stderr)
-        print("interrupted" + (f"; {what_to_do}" if what_to_do else ""), file=sys.stderr)
+        said = "interrupted" if number == signal.SIGINT else "terminated"
+        print(said + (f"; {what_to_do}" if what_to_do else ""), file=sys.stderr)
 
 
 def _is_looking_for_a_module_of_ours() -> bool:

@@ -26,6 +26,30 @@ def test_what_fails_leaves_the_former_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_two_writers_of_a_file_do_not_take_each_others_place(tmp_path):
+    path = tmp_path / "b.txt"
+    with files.once_complete(path) as first:
+        first.write_text("fir")
+        with files.once_complete(path) as second:
+            assert second != first
+            second.write_text("second")
+        assert path.read_text() == "second"
+        with first.open("a") as file:
+            file.write("st")
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_has_left_is_written_over(tmp_path):
+    path = tmp_path / "b.txt"
+    with files.once_complete(path) as temporary:
+        temporary.write_text("new")
+    temporary.write_text("what was left, and longer")
+    files.write(path, "newer")
+    assert path.read_text() == "newer"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_tables_align_numbers_to_the_right():
     assert markdown.table(["a", "b", "c"], [["x", "", 1.5]], left=2) == [
         "| a | b | c |",

@@ -7,8 +7,6 @@ from mmdcn.errors import InputError
 
 # isort: split
 import argparse
-import signal
-import sys
 from pathlib import Path
 
 
@@ -56,8 +54,6 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     from mmdcn.datasets.warped_shapes import CONTACT_SHEET, generate
 
-    # An exit by SystemExit removes the half-made data on the way out.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         written = generate(args.out_dir, args.parameters, args.overwrite)
     except FileExistsError as error:

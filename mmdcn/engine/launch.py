@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import sys
-import urllib.error
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -118,9 +117,16 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# What no key of a config has, but a part of a list or a dictionary that the shell has split.
+_PART_OF_VALUE = re.compile(r"[()\[\]{},'\"\s]")
+
+
 def _setting(text: str) -> str:
-    if not text.partition("=")[0].strip() or "=" not in text:
-        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    key, equals, _ = text.partition("=")
+    split = _PART_OF_VALUE.search(key) is not None
+    if not key.strip() or not equals or split:
+        hint = "; a value is one argument, without spaces" if split else ""
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}{hint}")
     return text
 
 
@@ -342,8 +348,9 @@ def run(
 ) -> None:
     """Run a tool: its arguments, what they need, and then `main`, which may give an exit status.
 
-    A mistake in what the tool was given ends it with one message and exit status 1, an interruption
-    (Ctrl-C) with one line and exit status 130.
+    A mistake in what the tool was given ends it with one message and exit status 1, as does what
+    nobody's mistake is (:mod:`mmdcn.engine.failures`); an interruption (Ctrl-C) with one line and
+    exit status 130, and SIGTERM with one line and 143.
 
     Args:
         main: is given the arguments.
@@ -357,17 +364,19 @@ def run(
         args = begin(parse_args, needs_toolbox=needs_toolbox, log_to_stderr=log_to_stderr)
         if signal.getsignal(signal.SIGINT) is startup.end_at_once:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        status = main(args)
-    except KeyboardInterrupt:
+        with failures.without_tracebacks(), _ended_by_sigterm(args):
+            status = main(args)
+    except KeyboardInterrupt as error:
         # Of a distributed run each process is interrupted by the terminal, and by who started it.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        startup.end_interrupted(what_to_do=when_interrupted)
-    except urllib.error.URLError as error:
-        _end(failures.of_download(error))
+        is_terminated = isinstance(error, failures.Terminated)
+        startup.end_interrupted(
+            when_interrupted, signal.SIGTERM if is_terminated else signal.SIGINT
+        )
     except InputError as error:
-        _end(str(error))
-    except OSError as error:
-        if (what := failures.of_disk(error)) is None:
+        _end(failures.without_worker(str(error)))
+    except Exception as error:
+        if (what := failures.sentence(error)) is None:
             raise
         _end(what)
     finally:
@@ -375,6 +384,17 @@ def run(
         _leave_process_group()
     if status:
         sys.exit(status)
+
+
+def _ended_by_sigterm(args: argparse.Namespace) -> contextlib.AbstractContextManager:
+    """What makes SIGTERM tidy up.
+
+    A process of a distributed run may wait for others that have ended, where no code of ours runs.
+    """
+    is_alone = getattr(args, "launcher", "none") == "none"
+    if not is_alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return contextlib.nullcontext()
+    return failures.termination_raised()
 
 
 def _end(message: str) -> NoReturn:

@@ -2,8 +2,9 @@
 
 `install()` changes three things in mmengine, for every run of the process:
 
-- a file that its local backend writes, checkpoints among them, appears under its name once it is
-  complete: until then it has a temporary one, which no program takes for a checkpoint;
+- a file that its local backend writes, checkpoints among them, and a config, appears under its
+  name once it is complete: until then it has a temporary one, which no program takes for a
+  checkpoint;
 - its checkpoint hook deletes a checkpoint that is one too many, and the former best one, when the
   new one is there, and not before;
 - to resume, it takes the checkpoint that the work folder's ``last_checkpoint`` names, or, where
@@ -22,12 +23,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.fileio.backends import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
 
-from mmdcn.files import once_complete
+from mmdcn.files import once_complete, write
 
 __all__ = ["find_latest_checkpoint", "install", "is_complete", "uninstall"]
 
@@ -45,6 +47,14 @@ def _put(backend: LocalBackend, content: bytes, path: str | Path) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())  # so that a machine that goes down leaves it whole too
+
+
+def _dump(cfg: Config, file: str | Path | None = None) -> str | None:
+    """Write a config whole or not at all, in place of mmengine's method."""
+    if file is None or not str(file).endswith(".py"):
+        return _originals[Config, "dump"](cfg, file)  # by the backend
+    write(Path(os.path.realpath(file)), cfg.pretty_text)
+    return None
 
 
 # ---------------------------------------------------------------------------- deleting checkpoints
@@ -156,6 +166,7 @@ def find_latest_checkpoint(path: str) -> str | None:
 
 _REPLACED: dict[tuple[type, str], Callable] = {
     (LocalBackend, "put"): _put,
+    (Config, "dump"): _dump,
     (CheckpointHook, "_save_checkpoint_with_step"): _save_checkpoint_with_step,
     (CheckpointHook, "_save_best_checkpoint"): _save_best_checkpoint,
 }

@@ -7,6 +7,7 @@ arms are taken seed by seed.
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdcn.errors import InputError
-from mmdcn.files import once_complete
+from mmdcn.files import write
 
 from .digits import FOLDS, Digits
 from .nets import ARMS, is_added, is_offset
@@ -182,8 +183,9 @@ def weights_file(run: Run, folder: Path) -> Path:
 
 
 def save_weights(network: nn.Module, path: Path) -> None:
-    with once_complete(path) as temporary:
-        torch.save(network.state_dict(), temporary)
+    buffer = io.BytesIO()
+    torch.save(network.state_dict(), buffer)
+    write(path, buffer.getvalue())
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

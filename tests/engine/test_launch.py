@@ -111,6 +111,31 @@ def test_dictionaries_are_no_settings(arguments, value):
         launch.load_config(args)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["hooks=[dict(a=1),", "dict(b=2)]", "c=3"],
+        ["hooks=[dict(a=1,", "b=2),", "dict(c=3)]"],
+        ["hooks=[", "dict(a=1)]"],
+        ["hooks=[dict(", "a=1)]"],
+        ["hooks=[{'b':1},", "{'c':2}]"],
+        ["hooks=[1,", "2]"],
+        ["hooks=(1,", "2,"],
+    ],
+)
+def test_a_list_that_the_shell_has_split(arguments, capsys, options):
+    """Parts of it that have a `=` are no settings, such as of the key `dict(b`."""
+    try:
+        args = arguments("--cfg-options", *options)
+    except SystemExit:
+        said = capsys.readouterr().err
+        assert "expected KEY=VALUE, got" in said
+        assert "; a value is one argument, without spaces" in said
+    else:
+        with pytest.raises(ConfigError, match=r"^--cfg-options: cannot read .*hooks=\["):
+            launch.load_config(args)
+
+
 @pytest.mark.parametrize("value", ["nope", "gpu", "cuda:", "cuda:x", "", "CPU"])
 def test_devices_are_read_without_torch(value):
     with pytest.raises(argparse.ArgumentTypeError, match=f"expected one of cpu, .*got '{value}'"):
