@@ -50,12 +50,14 @@ ALIGNED_LOOPS = "-falign-loops=64"
 # GPUs that people train on: T4 and RTX 20, A100, RTX 30, RTX 40 and L4, H100, B200, RTX 50. None of
 # them is good for 11.0 (Jetson Thor), which would take a seventh more time to build.
 CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+# Kernels do without what the compiler does not know: GCC 9 and 10 know none, or not the last two.
+NEW_FLAGS = ("-mavx512bf16", "-mamx-tile", "-mamx-bf16")
 CPU_CAPABILITIES = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512bf16"],
-    "avx512_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "avx512_bf16": [*AVX512, NEW_FLAGS[0]],
+    "avx512_amx": [*AVX512, *NEW_FLAGS],
 }
 
 
@@ -260,8 +262,15 @@ class BuildOperators(build_ext):
             *("-isystem", str(include / "torch" / "csrc" / "api" / "include")),
         ]
 
+    def unknown_flags(self) -> set[str]:
+        """Those of NEW_FLAGS that the compiler does not take."""
+        command = [*self.cxx, "-x", "c++", "-c", os.devnull, "-o", os.devnull]
+        tried = {flag: subprocess.run([*command, flag], capture_output=True) for flag in NEW_FLAGS}
+        return {flag for flag, done in tried.items() if done.returncode != 0}
+
     def cpu_objects(self) -> list[tuple[Path, list[str]]]:
         x86 = platform.machine() in ("x86_64", "AMD64")
+        unknown = self.unknown_flags() if x86 else set()
         commands = []
         for source in [CSRC / "library.cpp", *sorted((CSRC / "cpu").rglob("*.cpp"))]:
             if source.stem.endswith("kernel"):
@@ -270,7 +279,8 @@ class BuildOperators(build_ext):
                         continue
                     define = f"-DMMDCN_CPU_CAPABILITY={capability}"
                     target = self.object_path(source, capability)
-                    command = [*self.cxx, *self.cxx_flags(), *flags, ALIGNED_LOOPS, define]
+                    known = [flag for flag in flags if flag not in unknown]
+                    command = [*self.cxx, *self.cxx_flags(), *known, ALIGNED_LOOPS, define]
                     commands.append((target, [*command, "-c", str(source), "-o", str(target)]))
             else:
                 target = self.object_path(source)

@@ -19,8 +19,8 @@ namespace MMDCN_CPU_CAPABILITY {
 namespace {
 
 // One call of the kernel, which computes the products, the samples, and the gradients of offsets
-// and modulations tile by tile and tap by tap. Scatter is RowScatter or PlaneScatter, and L the type
-// of what products multiply.
+// and modulations tile by tile and tap by tap. Scatter is RowScatter or PlaneScatter, and L the
+// type of what products multiply.
 template <typename T, template <typename, typename> class Scatter, typename L>
 class Pass {
  public:

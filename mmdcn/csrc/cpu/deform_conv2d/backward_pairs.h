@@ -56,25 +56,25 @@ inline void pack_paired_group(const PairedBlock& sizes, const T* source, const W
   const int64_t depth = 2 * pairs(sizes.out);
   for (int64_t o = 0; o < depth; o += lanes) {
     const int64_t count = std::clamp<int64_t>(sizes.out - o, 0, lanes);
-    for_weight_chunks(sizes.channels, sizes.taps, [&](int64_t c, int64_t some, int64_t t,
-                                                      int64_t taps) {
-      float rows[kWeightChunk * kWeightChunk * lanes];
-      if (count < lanes) fill_zero(rows, some * taps * lanes);
-      load_weight_rows(source + o * layout.out_stride, layout, count, c, some, t, taps, rows);
-      const int64_t panel = c / width * width;
-      BFloat16* target = packed + panel * depth + o * width + 2 * (c - panel);
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        float square[kWeightChunk * lanes];  // output channels × channels
-        if (some < kWeightChunk) fill_zero(square, kWeightChunk * lanes);
-        transpose<float>(rows + tap * lanes, taps * lanes, some, lanes, square, kWeightChunk);
-        BFloat16* pairs_of_tap = target + (t + tap) * sizes.groups * sizes.group_size;
-        for (int64_t k = 0; k < std::min(lanes, depth - o); k += 2) {
-          const float* row = square + k * kWeightChunk;
-          store_pairs(pairs_of_tap + k * width,
-                      paired(load_register(row), load_register(row + kWeightChunk)));
-        }
-      }
-    });
+    for_weight_chunks(
+        sizes.channels, sizes.taps, [&](int64_t c, int64_t some, int64_t t, int64_t taps) {
+          float rows[kWeightChunk * kWeightChunk * lanes];
+          if (count < lanes) fill_zero(rows, some * taps * lanes);
+          load_weight_rows(source + o * layout.out_stride, layout, count, c, some, t, taps, rows);
+          const int64_t panel = c / width * width;
+          BFloat16* target = packed + panel * depth + o * width + 2 * (c - panel);
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            float square[kWeightChunk * lanes];  // output channels × channels
+            if (some < kWeightChunk) fill_zero(square, kWeightChunk * lanes);
+            transpose<float>(rows + tap * lanes, taps * lanes, some, lanes, square, kWeightChunk);
+            BFloat16* pairs_of_tap = target + (t + tap) * sizes.groups * sizes.group_size;
+            for (int64_t k = 0; k < std::min(lanes, depth - o); k += 2) {
+              const float* row = square + k * kWeightChunk;
+              store_pairs(pairs_of_tap + k * width,
+                          paired(load_register(row), load_register(row + kWeightChunk)));
+            }
+          }
+        });
   }
 }
 
@@ -160,7 +160,8 @@ struct TileAtWork<T, BFloat16> : SampledTile<T> {
           fill_zero(row + out, wide - out);
         }
       });
-      for (int64_t i = pixels; i < rounded(pixels); ++i) fill_zero(gradients + i * grad_stride, wide);
+      for (int64_t i = pixels; i < rounded(pixels); ++i)
+        fill_zero(gradients + i * grad_stride, wide);
       return transpose_pairs(gradients, grad_stride, rounded(pixels), wide, grad_planes,
                              plane_stride);
     }
@@ -203,10 +204,9 @@ struct TileAtWork<T, BFloat16> : SampledTile<T> {
     for (int64_t g = 0; g < sizes.groups; ++g) {
       const Panels<BFloat16> panels = {column_pairs + 2 * g * sizes.channels,
                                        2 * kPanelWidth<float>, pair_row()};
-      multiply<Order::kRows, Into::kAdd>(sizes.out, sizes.channels, steps,
-                                         grad_planes + g * group_width() * plane_stride,
-                                         plane_stride, panels, sums + g * sizes.sums_of_group,
-                                         sizes.sum_row);
+      multiply<Order::kRows, Into::kAdd>(
+          sizes.out, sizes.channels, steps, grad_planes + g * group_width() * plane_stride,
+          plane_stride, panels, sums + g * sizes.sums_of_group, sizes.sum_row);
     }
   }
 

@@ -102,8 +102,7 @@ struct TileAtWork : SampledTile<T> {
         grad_stride(row_stride<A>(widest_gradients(call_.shape, channels))),
         column_stride(row_stride<A>(this->widest_columns(call_.shape, channels))),
         gradients(arena.take<A>(kBackwardTile * grad_stride)),
-        grad_columns(arena.take<A>(is_depthwise(call.shape) ? 0 : kBackwardTile * column_stride)) {
-  }
+        grad_columns(arena.take<A>(is_depthwise(call.shape) ? 0 : kBackwardTile * column_stride)) {}
 
   // Reads the gradients of the tile's outputs. What fills up rows is zero.
   void load_gradients() const {

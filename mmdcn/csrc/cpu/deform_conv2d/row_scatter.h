@@ -99,8 +99,8 @@ class RowScatter {
   // Scatters sample number i, for `count` channels of the block from number `channel` on. Corners
   // outside the windows are read from the planes, and added to those of the gradient.
   template <bool wants_input, Column kind, bool wants_dots>
-  __attribute__((noinline)) void stray(const RowSamples<A, A, L>& samples, int64_t i, int64_t channel,
-                                       int64_t count) const {
+  __attribute__((noinline)) void stray(const RowSamples<A, A, L>& samples, int64_t i,
+                                       int64_t channel, int64_t count) const {
     read_strays(shape_, *work_.samples, i, windows_.input, call_.planes() + channel * plane_, count,
                 strays_, read_->at);
     Corners<A, 2> corners;
