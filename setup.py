@@ -12,6 +12,9 @@ Environment variables:
     CUDA_HOME, CXX        the CUDA toolkit and the C++ compiler to use
     MAX_JOBS              compilers that run side by side; default: the number of cores
     MMDCN_WERROR          1 makes compiler warnings errors
+    MMDCN_SANITIZE        address or thread: builds the CPU library alone with AddressSanitizer and
+                          UndefinedBehaviorSanitizer, or with ThreadSanitizer, into
+                          build/sanitized/ADDRESS_OR_THREAD; `make sanitize` tests these
 """
 
 import importlib.util
@@ -50,12 +53,23 @@ ALIGNED_LOOPS = "-falign-loops=64"
 # GPUs that people train on: T4 and RTX 20, A100, RTX 30, RTX 40 and L4, H100, B200, RTX 50. None of
 # them is good for 11.0 (Jetson Thor), which would take a seventh more time to build.
 CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+# Kernels do without what the compiler does not know: GCC 9 and 10 know none, or not the last two.
+NEW_FLAGS = ("-mavx512bf16", "-mamx-tile", "-mamx-bf16")
 CPU_CAPABILITIES = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "avx512_bf16": [*AVX512, NEW_FLAGS[0]],
+    "avx512_amx": [*AVX512, *NEW_FLAGS],
 }
+
+# As fast as what is shipped is neither the code under sanitizers nor its compilation; but the
+# vectors and the loops are the same.
+SANITIZERS = {
+    "address": ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+}
+SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer", "-DMMDCN_SANITIZED"]
 
 
 def find_torch() -> Path:
@@ -124,6 +138,13 @@ def find_nvcc() -> str | None:
             "toolkit, or name its folder in CUDA_HOME."
         )
     return nvcc
+
+
+def wanted_sanitizer() -> str | None:
+    wanted = os.environ.get("MMDCN_SANITIZE") or None
+    if wanted is not None and wanted not in SANITIZERS:
+        raise SystemExit(f"MMDCN_SANITIZE: expected {' or '.join(SANITIZERS)}, got {wanted!r}")
+    return wanted
 
 
 def cuda_home(nvcc: str) -> Path:
@@ -216,6 +237,12 @@ class BuildOperators(build_ext):
             # objects of `build_ext --inplace`.
             folder = f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
             self.build_temp = str(Path("build") / folder)
+        self.sanitizer = wanted_sanitizer()
+        if self.sanitizer is not None:
+            # Apart from all that is meant to be used.
+            self.inplace = False
+            self.build_lib = str(Path("build") / "sanitized" / self.sanitizer)
+            self.build_temp = str(Path(self.build_lib) / "objects")
 
     def build_extensions(self) -> None:
         self.torch = find_torch()
@@ -247,6 +274,8 @@ class BuildOperators(build_ext):
         flags += ["-Wall", "-Wextra"]
         if platform.machine() in ("x86_64", "AMD64"):
             flags.append("-march=x86-64-v2")
+        if self.sanitizer is not None:
+            flags += [*SANITIZED, *SANITIZERS[self.sanitizer]]
         return [*flags, "-Werror"] if self.strict else flags
 
     def torch_flags(self) -> list[str]:
@@ -259,8 +288,15 @@ class BuildOperators(build_ext):
             *("-isystem", str(include / "torch" / "csrc" / "api" / "include")),
         ]
 
+    def unknown_flags(self) -> set[str]:
+        """Those of NEW_FLAGS that the compiler does not take."""
+        command = [*self.cxx, "-x", "c++", "-c", os.devnull, "-o", os.devnull]
+        tried = {flag: subprocess.run([*command, flag], capture_output=True) for flag in NEW_FLAGS}
+        return {flag for flag, done in tried.items() if done.returncode != 0}
+
     def cpu_objects(self) -> list[tuple[Path, list[str]]]:
         x86 = platform.machine() in ("x86_64", "AMD64")
+        unknown = self.unknown_flags() if x86 else set()
         commands = []
         for source in [CSRC / "library.cpp", *sorted((CSRC / "cpu").rglob("*.cpp"))]:
             if source.stem.endswith("kernel"):
@@ -269,7 +305,8 @@ class BuildOperators(build_ext):
                         continue
                     define = f"-DMMDCN_CPU_CAPABILITY={capability}"
                     target = self.object_path(source, capability)
-                    command = [*self.cxx, *self.cxx_flags(), *flags, ALIGNED_LOOPS, define]
+                    known = [flag for flag in flags if flag not in unknown]
+                    command = [*self.cxx, *self.cxx_flags(), *known, ALIGNED_LOOPS, define]
                     commands.append((target, [*command, "-c", str(source), "-o", str(target)]))
             else:
                 target = self.object_path(source)
@@ -318,6 +355,8 @@ class BuildOperators(build_ext):
     def link(self, name: str, target: Path, objects: list[Path]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         command = [*self.cxx, "-shared", *map(str, objects)]
+        if self.sanitizer is not None:
+            command += SANITIZERS[self.sanitizer]
         if name.endswith("cuda"):
             # The library names libtorch_cuda.so as needed, so that the loader resolves torch's
             # CUDA symbols when it is loaded; an empty stub of that name stands in for it here,
@@ -350,7 +389,8 @@ def extensions() -> list[Extension]:
     files = sorted(path for path in CSRC.rglob("*") if path.is_file())
     sources = [str(path) for path in files if path.suffix == ".cpp"]
     others = [str(path) for path in files if path.suffix != ".cpp"]  # for source distributions
-    names = ["mmdcn._cpu"] + (["mmdcn._cuda"] if find_nvcc() else [])
+    with_cuda = wanted_sanitizer() is None and find_nvcc() is not None
+    names = ["mmdcn._cpu"] + (["mmdcn._cuda"] if with_cuda else [])
     return [Extension(name, sources, depends=others, py_limited_api=True) for name in names]
 
 

@@ -14,7 +14,7 @@ TESTS = Path(__file__).parent
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 
 # Two threads make the threaded paths run, on any machine.
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("MMDCN_TEST_THREADS", 2)))
 
 settings.register_profile(
     "default",

@@ -331,11 +331,11 @@ def assert_gradient_alone(problem: OperatorProblem, wanted: str) -> None:
 
 def assert_same_bits(problem: OperatorProblem, dtype: torch.dtype) -> None:
     """Output and gradients are the same for 1, 2 and 5 threads."""
-    results = []
+    results, before = [], torch.get_num_threads()
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         results.append(run(problem.function, problem.tensors(dtype), **problem.arguments()))
-    torch.set_num_threads(2)
+    torch.set_num_threads(before)
     for other in results[1:]:
         for name, value in results[0].items():
             assert torch.equal(value, other[name]), name

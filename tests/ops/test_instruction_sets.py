@@ -7,6 +7,8 @@ import pytest
 
 from tests.programs import REPOSITORY, Program
 
+CAPABILITIES = ["portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"]
+
 CHECK = """
 import dataclasses
 from tests.ops.aggregate_problems import AggregateProblem
@@ -18,6 +20,7 @@ for dtype in DTYPES:
     compare(Problem(2, 12, (7, 8), 6, groups=2, deform_groups=12), dtype)
     compare(Problem(1, 70, (20, 21), 5, deform_groups=35), dtype)
     compare(Problem(1, 68, (9, 11), 68, groups=17), dtype)
+    compare(Problem(2, 64, (9, 25), 96, groups=2, weight_channels_last=True), dtype)
     for layout in (False, True):
         compare(Problem(1, 37, (70, 9), 5, channels_last=layout, spread=15.0), dtype)
         compare(Problem(1, 37, (40, 9), 37, groups=37, channels_last=layout, spread=15.0), dtype)
@@ -38,7 +41,7 @@ def check(capability: str) -> subprocess.CompletedProcess:
     return Program(["-c", CHECK], REPOSITORY, os.environ | environment).finish()
 
 
-@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_instruction_set(capability):
     done = check(capability)
     if "this machine has no" in done.stdout:
@@ -49,5 +52,6 @@ def test_every_instruction_set(capability):
 def test_unknown_instruction_set_is_refused():
     done = check("avx1024")
     assert done.returncode != 0
-    message = "MMDCN_CPU_CAPABILITY: expected portable, avx2, avx512 or avx512_bf16, got avx1024"
+    *others, last = CAPABILITIES
+    message = f"MMDCN_CPU_CAPABILITY: expected {', '.join(others)} or {last}, got avx1024"
     assert f"RuntimeError: {message}" in done.stdout.splitlines()

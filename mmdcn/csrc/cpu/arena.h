@@ -6,6 +6,13 @@
 #include <cstdlib>
 #include <memory>
 
+#if defined(MMDCN_SANITIZED) && defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#define MMDCN_BETWEEN_ARRAYS 64
+#else
+#define MMDCN_BETWEEN_ARRAYS 0
+#endif
+
 namespace mmdcn {
 
 // Allocates `bytes` bytes that begin on a cache line, or throws when there is no memory. From the
@@ -32,7 +39,8 @@ class Buffer {
 
 // Hands out one block of memory array by array, each array on a cache line of its own. Whoever
 // takes arrays in a constructor finds out how many bytes it needs by being constructed on an arena
-// without memory, which counts what is taken and hands out null pointers.
+// without memory, which counts what is taken and hands out null pointers. Under AddressSanitizer,
+// what lies between two arrays, a line more than otherwise, may not be touched.
 class Arena {
  public:
   explicit Arena(std::byte* memory) : memory_(memory) {}
@@ -40,7 +48,13 @@ class Arena {
   template <typename E>
   E* take(int64_t count) {
     const int64_t offset = used_;
-    used_ += (count * static_cast<int64_t>(sizeof(E)) + 63) / 64 * 64;
+    used_ += (count * static_cast<int64_t>(sizeof(E)) + 63) / 64 * 64 + MMDCN_BETWEEN_ARRAYS;
+#if MMDCN_BETWEEN_ARRAYS
+    if (memory_ != nullptr) {
+      ASAN_UNPOISON_MEMORY_REGION(memory_ + offset, used_ - offset);
+      ASAN_POISON_MEMORY_REGION(memory_ + used_ - MMDCN_BETWEEN_ARRAYS, MMDCN_BETWEEN_ARRAYS);
+    }
+#endif
     return memory_ == nullptr ? nullptr : reinterpret_cast<E*>(memory_ + offset);
   }
   // Bytes that have been taken.

@@ -9,10 +9,37 @@
 #include <stdexcept>
 #include <string>
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace mmdcn {
 namespace {
 
-constexpr std::array<const char*, 4> kNames = {"portable", "avx2", "avx512", "avx512_bf16"};
+constexpr std::array<const char*, 5> kNames = {"portable", "avx2", "avx512", "avx512_bf16",
+                                               "avx512_amx"};
+
+#ifdef __x86_64__
+// Whether the processor has tile registers that multiply bfloat16, and the system lets this process
+// use them. Linux asks to be asked, as their 8 KB are then saved at every switch between threads,
+// and refuses where some thread's stack for signals has no room for them.
+bool may_use_amx() {
+#ifdef __linux__
+  constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of <asm/prctl.h>, since 5.16
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  if ((edx & kBfloat16) == 0 || (edx & kTiles) == 0) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 Capability best_capability() {
 #ifdef __x86_64__
@@ -22,10 +49,19 @@ Capability best_capability() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (!avx512) return Capability::kAvx2;
-  return __builtin_cpu_supports("avx512bf16") ? Capability::kAvx512Bf16 : Capability::kAvx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return Capability::kAvx512;
+  return may_use_amx() ? Capability::kAvx512Amx : Capability::kAvx512Bf16;
 #else
   return Capability::kPortable;
 #endif
+}
+
+std::string names() {
+  std::string listed;
+  for (size_t i = 0; i < kNames.size(); ++i) {
+    listed += std::string(i == 0 ? "" : i + 1 < kNames.size() ? ", " : " or ") + kNames[i];
+  }
+  return listed;
 }
 
 Capability choose() {
@@ -37,9 +73,7 @@ Capability choose() {
     if (i <= static_cast<int>(best)) return static_cast<Capability>(i);
     throw std::runtime_error(std::string("MMDCN_CPU_CAPABILITY: this machine has no ") + wanted);
   }
-  throw std::runtime_error(
-      std::string("MMDCN_CPU_CAPABILITY: expected portable, avx2, avx512 or avx512_bf16, got ") +
-      wanted);
+  throw std::runtime_error("MMDCN_CPU_CAPABILITY: expected " + names() + ", got " + wanted);
 }
 
 std::string cpu_capability() { return kNames[static_cast<int>(capability())]; }

@@ -1,8 +1,9 @@
-// Matrix products C += A · B of tiles that stay in the second-level cache, on the widest registers
-// that this file is compiled for. B lies in panels of two registers' width.
+// Matrix products C += A · B of tiles that stay in the second-level cache, on the widest registers,
+// or on the tile registers, that this file is compiled for.
 #pragma once
 
-#include "simd.h"
+#include "amx.h"
+#include "operands.h"
 
 namespace mmdcn {
 namespace {
@@ -17,47 +18,6 @@ constexpr int kBlockRows = 6;
 // Rows of a register block where only one register of C is left: six sums would wait for each
 // other.
 constexpr int kNarrowRows = 12;
-
-template <typename A>
-constexpr int64_t kPanelWidth = 2 * kLanes<A>;
-
-// The columns of B and C are padded to whole registers.
-template <typename A>
-inline int64_t padded(int64_t columns) {
-  return (columns + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-}
-
-// A matrix B: element (k, j) of panel number q is data[q·panel_stride + k·row_stride + j].
-template <typename A>
-struct Panels {
-  const A* data;
-  int64_t panel_stride;
-  int64_t row_stride;
-};
-
-// A row-major matrix as panels, of which each has some columns of every row.
-template <typename A>
-inline Panels<A> row_major(const A* data, int64_t row_stride) {
-  return {data, kPanelWidth<A>, row_stride};
-}
-
-// Packed panels of `depth` rows, which follow one another.
-template <typename A>
-inline Panels<A> packed(const A* data, int64_t depth) {
-  return {data, depth * kPanelWidth<A>, kPanelWidth<A>};
-}
-
-// Elements of a packed matrix.
-template <typename A>
-inline int64_t packed_size(int64_t depth, int64_t columns) {
-  return (columns + kPanelWidth<A> - 1) / kPanelWidth<A> * kPanelWidth<A> * depth;
-}
-
-// Whether C is added to, or overwritten.
-enum class Into { kAdd, kSet };
-
-// The order of A: element (i, k) is data[i·stride + k], or data[k·stride + i].
-enum class Order { kRows, kColumns };
 
 // Multiplies one step of the depth, an element of each row of A, for a register block.
 template <int Rows, int Registers, Order order, typename A>
@@ -108,20 +68,6 @@ inline void multiply_once(int64_t k, const L* a, int64_t a_stride, const L* b, i
 #endif
     multiply_step<Rows, Registers, order>(k, a, a_stride, b, b_row, sum);
 }
-
-// No other work between the steps of a multiplication. A multiplication leaves the units that load
-// and store almost idle, so other loads and stores cost next to nothing when they are done in
-// pieces between its steps. A class for such work has kAny = true; `wait`, the number of steps
-// until the next piece; and work(), which does the piece and sets `wait` again.
-struct NoWork {
-  static constexpr bool kAny = false;
-};
-
-// The depth of a product: segments of `steps` steps each, which begin every a_segment elements in A
-// and every b_segment in B. For bfloat16 a step is a pair of elements, otherwise one element.
-struct Depth {
-  int64_t steps, segments, a_segment, b_segment;
-};
 
 // One register block: Rows × Registers registers of C stay in place while A and B stream by. Not
 // inlined, so that the compiler has all registers for it and spills none of the sums.
@@ -174,9 +120,14 @@ inline void multiply_rows(int64_t rows, const Depth& depth, const L* a, int64_t 
   }
 }
 
-// The steps that multiply() takes in whole register blocks. Other work is done between these only.
-template <typename A>
+// The steps that multiply() takes in whole register blocks, between which alone other work is done;
+// in tiles, all of them.
+template <typename L, typename A>
 inline int64_t whole_steps(int64_t rows, int64_t columns, const Depth& depth) {
+  if (kHasTiles && std::is_same_v<L, BFloat16>) {
+    const int64_t tiles = (rows + kTileRows - 1) / kTileRows * ((columns - 1) / kTileRows + 1);
+    return tiles * (depth.steps / kTileRows) * depth.segments * kTileSteps;
+  }
   return rows / kBlockRows * ((columns + kLanes<A> - 1) / kPanelWidth<A>)*depth.steps *
          depth.segments;
 }
@@ -186,6 +137,11 @@ inline int64_t whole_steps(int64_t rows, int64_t columns, const Depth& depth) {
 template <Order order, Into into, typename L, typename A, typename Work>
 inline void multiply(int64_t rows, int64_t columns, const Depth& depth, const L* a,
                      int64_t a_stride, Panels<L> b, A* c, int64_t c_row, Work& work) {
+#ifdef __AMX_BF16__
+  if constexpr (std::is_same_v<L, BFloat16>) {
+    return multiply_in_tiles<into>(rows, columns, depth, a, a_stride, b, c, c_row, work);
+  }
+#endif
   for (int64_t first = 0, q = 0; first < columns; first += kPanelWidth<A>, ++q) {
     const L* panel = b.data + q * b.panel_stride;
     const bool wide = columns - first > kLanes<A>;

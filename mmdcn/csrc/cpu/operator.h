@@ -10,6 +10,7 @@
 #include "arena.h"
 #include "capability.h"
 #include "channel_block.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace mmdcn {
@@ -62,22 +63,22 @@ template <typename A>
 void add_in_order(const A* arrays, int64_t count, const Tensor& target) {
   const int64_t elements = target.numel();
   A* sums = data<A>(target);
-  torch::stable::parallel_for(0, elements, grain(elements, elements * count),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; ++i) {
-                                  A total = 0;
-                                  for (int64_t k = 0; k < count; ++k) {
-                                    total += arrays[k * elements + i];
-                                  }
-                                  sums[i] = total;
-                                }
-                              });
+  parallel_for(0, elements, grain(elements, elements * count), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      A total = 0;
+      for (int64_t k = 0; k < count; ++k) {
+        total += arrays[k * elements + i];
+      }
+      sums[i] = total;
+    }
+  });
 }
 
 // The function that returns an operator's kernels, for the instruction set in use.
 #ifdef __x86_64__
 #define MMDCN_CPU_KERNEL(name, ...)                                          \
-  (capability() == Capability::kAvx512Bf16 ? &avx512_bf16::name<__VA_ARGS__> \
+  (capability() == Capability::kAvx512Amx    ? &avx512_amx::name<__VA_ARGS__>  \
+   : capability() == Capability::kAvx512Bf16 ? &avx512_bf16::name<__VA_ARGS__> \
    : capability() == Capability::kAvx512   ? &avx512::name<__VA_ARGS__>      \
    : capability() == Capability::kAvx2     ? &avx2::name<__VA_ARGS__>        \
                                            : &portable::name<__VA_ARGS__>)

@@ -17,8 +17,8 @@ enum class Column {
 
 // Samples whose gradients are computed together, for some channels of one offset group. Arrays have
 // an element for each sample, and those of corners `quantity` elements from corner to corner.
-// Pointers to what is not wanted are not set.
-template <typename S, typename A>
+// Pointers to what is not wanted are not set. S is the type of the corners, L that of the columns.
+template <typename S, typename A, typename L = A>
 struct RowSamples {
   const uintptr_t* corner;       // addresses of S
   const uintptr_t* grad_corner;  // addresses of A
@@ -28,15 +28,15 @@ struct RowSamples {
   // that of the weighted sample.
   const A* gradient;
   const int64_t* row;
-  A* column;            // of kStored and kAdded, which begins at column + row[i]
+  L* column;            // of kStored and kAdded, which begins at column + row[i]
   const A* tap_weight;  // of Column::kDepthwise, of each channel
   A* grad_tap_weight;   // likewise, added to
   A* dots;              // Σ_c gradient[c] X(q)[c] for each corner q
 };
 
 // The gradients of one sample, for `count` channels; see scatter().
-template <bool wants_input, Column kind, bool wants_dots, typename S, typename A>
-__attribute__((always_inline)) inline void scatter_one(const RowSamples<S, A>& at, int64_t i,
+template <bool wants_input, Column kind, bool wants_dots, typename S, typename A, typename L>
+__attribute__((always_inline)) inline void scatter_one(const RowSamples<S, A, L>& at, int64_t i,
                                                        int64_t count, register_t<A> (&sums)[4]) {
   constexpr bool depthwise = kind == Column::kDepthwise, blends = kind != Column::kNone;
   const S* corner[4];
@@ -68,7 +68,7 @@ __attribute__((always_inline)) inline void scatter_one(const RowSamples<S, A>& a
       }
     }
     if constexpr (kind == Column::kStored || kind == Column::kAdded) {
-      A* target = at.column + at.row[i] + c;
+      L* target = at.column + at.row[i] + c;
       if constexpr (kind == Column::kAdded) blended += load_register(target);
       store_register(target, blended);
     }
@@ -88,8 +88,11 @@ __attribute__((always_inline)) inline void scatter_one(const RowSamples<S, A>& a
       }
       if constexpr (wants_input) grad_corner[q][c] += weight[q] * gradient;
     }
-    if constexpr (kind == Column::kStored) at.column[at.row[i] + c] = blended;
-    if constexpr (kind == Column::kAdded) at.column[at.row[i] + c] += blended;
+    if constexpr (kind == Column::kStored || kind == Column::kAdded) {
+      L* target = at.column + at.row[i] + c;
+      if constexpr (kind == Column::kAdded) blended += load(target);
+      store(target, blended);
+    }
     if constexpr (depthwise) at.grad_tap_weight[c] += outer * blended;
   }
 }
@@ -97,12 +100,12 @@ __attribute__((always_inline)) inline void scatter_one(const RowSamples<S, A>& a
 // For samples [begin, end) and `count` channels: adds to the gradients of their corners, and
 // computes the rest of RowSamples. Not inlined, so that the compiler has all registers for the
 // addresses.
-template <bool wants_input, Column kind, bool wants_dots, typename S, typename A>
-__attribute__((noinline)) void scatter(const RowSamples<S, A>& samples, int64_t begin, int64_t end,
-                                       int64_t count) {
+template <bool wants_input, Column kind, bool wants_dots, typename S, typename A, typename L>
+__attribute__((noinline)) void scatter(const RowSamples<S, A, L>& samples, int64_t begin,
+                                       int64_t end, int64_t count) {
   constexpr int64_t lanes = kLanes<A>;
   // A copy, as the compiler would otherwise read the pointers again after each store.
-  const RowSamples<S, A> at = samples;
+  const RowSamples<S, A, L> at = samples;
   register_t<A> dots[4][lanes] = {};
   for (int64_t first = begin; first < end; first += lanes) {
     const int64_t some = end - first < lanes ? end - first : lanes;

@@ -46,11 +46,10 @@ Tensor forward(const DeformAggregateShape& shape, const Tensor& input, const Ten
   tensors.output = data<T>(output);
   const AggregateKernel<T> kernel = MMDCN_CPU_KERNEL(deform_aggregate, T)();
   const int64_t pixels = shape.batch * shape.pixels();
-  torch::stable::parallel_for(0, pixels, grain(pixels, pass_work(shape)),
-                              [&](int64_t begin, int64_t end) {
-                                const Buffer<std::byte> scratch(kernel.scratch_bytes(shape));
-                                kernel.forward(shape, tensors, begin, end, scratch.get());
-                              });
+  parallel_for(0, pixels, grain(pixels, pass_work(shape)), [&](int64_t begin, int64_t end) {
+    const Buffer<std::byte> scratch(kernel.scratch_bytes(shape));
+    kernel.forward(shape, tensors, begin, end, scratch.get());
+  });
   return output;
 }
 
@@ -105,17 +104,16 @@ void run_backward(const DeformAggregateShape& shape, const Tensor& grad_output, 
   tensors.grad_input = grad_input.numel() > 0 ? data<A>(grad_input) : nullptr;
   const AggregateKernel<T> kernel = MMDCN_CPU_KERNEL(deform_aggregate, T)();
   const int64_t tasks = shape.batch * block_count;
-  torch::stable::parallel_for(
-      0, tasks, grain(tasks, 2 * pass_work(shape)), [&](int64_t begin, int64_t end) {
-        const Buffer<std::byte> scratch(kernel.scratch_bytes(shape));
-        AggregateTensors<T> own = tensors;
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t block = task % block_count;
-          own.grad_offset = offset_sums.of_block(block);
-          own.grad_mask = mask_sums.of_block(block);
-          kernel.backward(shape, own, blocks[block], task / block_count, scratch.get());
-        }
-      });
+  parallel_for(0, tasks, grain(tasks, 2 * pass_work(shape)), [&](int64_t begin, int64_t end) {
+    const Buffer<std::byte> scratch(kernel.scratch_bytes(shape));
+    AggregateTensors<T> own = tensors;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t block = task % block_count;
+      own.grad_offset = offset_sums.of_block(block);
+      own.grad_mask = mask_sums.of_block(block);
+      kernel.backward(shape, own, blocks[block], task / block_count, scratch.get());
+    }
+  });
   offset_sums.add_up();
   mask_sums.add_up();
 }

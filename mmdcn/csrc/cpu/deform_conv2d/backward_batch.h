@@ -173,7 +173,7 @@ class Backward {
   void run_span(int64_t image, int64_t first, int64_t last) {
     const int64_t pixels = std::min((last - first) * kBackwardTile, shape_.pixels());
     const int64_t block_grain = grain(plan_.block_count, 3 * pass_work(shape_, pixels));
-    torch::stable::parallel_for(0, plan_.block_count, block_grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, plan_.block_count, block_grain, [&](int64_t begin, int64_t end) {
       const Buffer<std::byte> scratch(scratch_bytes_);
       const Buffer<acc_t> weights(plan_.kept ? 0 : plan_.weight_size);
       for (int64_t b = begin; b < end; ++b) {
@@ -211,7 +211,7 @@ class Backward {
   // Adds up the sums that blocks have left in `partial` for tiles [first, last).
   void add_shared(int64_t first, int64_t last) const {
     const int64_t tile_grain = grain(1, plan_.partial_tile * kElementWork);
-    torch::stable::parallel_for(first, last, tile_grain, [&](int64_t begin, int64_t end) {
+    parallel_for(first, last, tile_grain, [&](int64_t begin, int64_t end) {
       Tile<kBackwardTile> tile;
       for (int64_t index = begin; index < end; ++index) {
         kernel_.tile_at(shape_, index, tile);

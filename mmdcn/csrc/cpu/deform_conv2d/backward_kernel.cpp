@@ -7,6 +7,7 @@
 //   grad_offset     = Δm Σ_c grad_columns Σ_q dG(q, p)/dp X(q)
 //   grad_mask       =    Σ_c grad_columns Σ_q G(q, p) X(q)
 //   grad_weight    += columnsᵀ · grad_output, where the columns, Δm X(p), are sampled again
+#include "backward_pairs.h"
 #include "backward_weights.h"
 #include "backward_windows.h"
 #include "plane_scatter.h"
@@ -18,11 +19,13 @@ namespace MMDCN_CPU_CAPABILITY {
 namespace {
 
 // One call of the kernel, which computes the products, the samples, and the gradients of offsets
-// and modulations tile by tile and tap by tap. Scatter is RowScatter or PlaneScatter.
-template <typename T, template <typename, typename> class Scatter, typename A = accumulator_t<T>>
+// and modulations tile by tile and tap by tap. Scatter is RowScatter or PlaneScatter, and L the
+// type of what products multiply.
+template <typename T, template <typename, typename> class Scatter, typename L>
 class Pass {
  public:
-  static constexpr Sampling kSampling = Scatter<T, A>::kSampling;
+  using A = accumulator_t<T>;
+  static constexpr Sampling kSampling = Scatter<T, L>::kSampling;
 
   Pass(const BlockCall<T>& call, int64_t channels, Arena& arena)
       : call_(call),
@@ -33,6 +36,7 @@ class Pass {
   // Computes tiles [begin, end). Block number `block_index`, which it is for, leaves its sums in
   // `partial`.
   void run(int64_t block_index, int64_t begin, int64_t end) {
+    [[maybe_unused]] const RegistersFor<L> registers;
     const WindowPlan plan = plan_backward<kSampling, A>(call_.shape);
     A* partial = call_.tensors.partial;
     scatter_.start();
@@ -72,45 +76,52 @@ class Pass {
   }
 
   const BlockCall<T>& call_;
-  TileAtWork<T> work_;
+  TileAtWork<T, L> work_;
   const SampleGradients<T> gradients_;
-  const Scatter<T, A> scatter_;
+  const Scatter<T, L> scatter_;
 };
 
-template <typename T, template <typename, typename> class Scatter>
+template <typename T, template <typename, typename> class Scatter, typename L>
 int64_t scratch_bytes(const DeformConv2dShape& shape, const BackwardTensors<T>& tensors,
                       int64_t block_channels) {
   const ChannelBlock block = {};
   BlockWindows<T> windows = {};
   Arena arena(nullptr);
   const BlockCall<T> call = {shape, tensors, block, windows};
-  Pass<T, Scatter>(call, block_channels, arena);
+  Pass<T, Scatter, L>(call, block_channels, arena);
   return arena.used();
 }
 
-template <typename T, template <typename, typename> class Scatter>
+template <typename T, template <typename, typename> class Scatter, typename L>
 void run(const DeformConv2dShape& shape, const BackwardTensors<T>& tensors,
          const ChannelBlock* blocks, int64_t block_index, int64_t begin, int64_t end,
          BlockWindows<T>& windows, std::byte* memory) {
   const BlockCall<T> call = {shape, tensors, blocks[block_index], windows};
   Arena arena(memory);
-  Pass<T, Scatter>(call, call.channels(), arena).run(block_index, begin, end);
+  Pass<T, Scatter, L>(call, call.channels(), arena).run(block_index, begin, end);
 }
 
-template <typename T, template <typename, typename> class Scatter>
+template <typename T, template <typename, typename> class Scatter, typename L>
 BackwardKernel<T> backward_kernel() {
-  constexpr Sampling sampling = Pass<T, Scatter>::kSampling;
+  constexpr Sampling sampling = Pass<T, Scatter, L>::kSampling;
   BackwardKernel<T> kernel = {};
-  kernel.packed_size = &packed_block_size<T>;
-  kernel.pack_weight = &pack_weight<T>;
-  kernel.sums_size = &sums_size<T>;
-  kernel.unpack_sums = &unpack_sums<T>;
+  if constexpr (std::is_same_v<L, accumulator_t<T>>) {
+    kernel.packed_size = &packed_block_size<T>;
+    kernel.pack_weight = &pack_weight<T>;
+    kernel.sums_size = &sums_size<T>;
+    kernel.unpack_sums = &unpack_sums<T>;
+  } else {
+    kernel.packed_size = &paired_block_size;
+    kernel.pack_weight = &pack_paired_weight;
+    kernel.sums_size = &paired_sums_size;
+    kernel.unpack_sums = &unpack_paired_sums;
+  }
   kernel.tiles = &tiles<sampling, T>;
   kernel.tile_at = &tile_at<sampling, T>;
-  kernel.scratch_bytes = &scratch_bytes<T, Scatter>;
+  kernel.scratch_bytes = &scratch_bytes<T, Scatter, L>;
   kernel.window_bytes = &window_bytes<sampling, T>;
   kernel.open = &open<sampling, T>;
-  kernel.run = &run<T, Scatter>;
+  kernel.run = &run<T, Scatter, L>;
   kernel.close = &close<T>;
   return kernel;
 }
@@ -119,8 +130,14 @@ BackwardKernel<T> backward_kernel() {
 
 template <typename T>
 BackwardKernel<T> deform_conv2d_backward(const DeformConv2dShape& shape) {
-  return shape.deform_group_channels() <= kPlanarChannels ? backward_kernel<T, PlaneScatter>()
-                                                          : backward_kernel<T, RowScatter>();
+  using A = accumulator_t<T>;
+  if (shape.deform_group_channels() <= kPlanarChannels) {
+    return backward_kernel<T, PlaneScatter, A>();
+  }
+  if constexpr (kHasPairs && std::is_same_v<T, BFloat16>) {
+    if (multiplied_in_pairs(shape)) return backward_kernel<T, RowScatter, T>();
+  }
+  return backward_kernel<T, RowScatter, A>();
 }
 
 template BackwardKernel<double> deform_conv2d_backward<double>(const DeformConv2dShape&);

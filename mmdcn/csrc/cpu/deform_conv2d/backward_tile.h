@@ -40,25 +40,19 @@ struct BlockCall {
   }
 };
 
+// The current tile and its samples.
 template <typename T, typename A = accumulator_t<T>>
-struct TileAtWork {
+struct SampledTile {
   const BlockCall<T>& call;
-  const int64_t grad_stride, column_stride;
   BackwardTile* const tile;
   BackwardSamples<A>* const samples;  // of the current tap and offset group
-  A* const gradients;                 // pixels × output channels of the block
-  A* const grad_columns;              // pixels × channels of the block; none where depthwise
   A* const staged;                    // memory for staged offsets and modulations
   SamplingRows<A> sampling = {};      // the offsets and modulations of the tile
 
-  TileAtWork(const BlockCall<T>& call_, int64_t channels, Arena& arena)
+  SampledTile(const BlockCall<T>& call_, int64_t channels, Arena& arena)
       : call(call_),
-        grad_stride(row_stride<A>(widest_gradients(call_.shape, channels))),
-        column_stride(row_stride<A>(widest_columns(call_.shape, channels))),
         tile(arena.take<BackwardTile>(1)),
         samples(arena.take<BackwardSamples<A>>(1)),
-        gradients(arena.take<A>(kBackwardTile * grad_stride)),
-        grad_columns(arena.take<A>(is_depthwise(call.shape) ? 0 : kBackwardTile * column_stride)),
         staged(arena.take<A>(staged_size<kBackwardTile>(call.shape, call.tensors.offset,
                                                         call.tensors.mask,
                                                         most_groups(call.shape, channels)))) {}
@@ -70,6 +64,45 @@ struct TileAtWork {
     sampling = sampling_rows(call.shape, *tile, call.tensors.offset, call.tensors.mask, first,
                              last - first + 1, staged);
   }
+
+  int64_t groups() const { return call.block.groups(call.shape.group_channels()); }
+  // The channels of each group that belong to the block.
+  int64_t group_channels() const { return call.channels() / groups(); }
+
+  // The groups that a block of so many channels has, and the elements of a row of columns: products
+  // write a whole register beyond the last group's.
+  static int64_t groups_of(const DeformConv2dShape& shape, int64_t channels) {
+    return ChannelBlock{0, 0, channels}.groups(shape.group_channels());
+  }
+  static int64_t widest_columns(const DeformConv2dShape& shape, int64_t channels) {
+    const int64_t groups = groups_of(shape, channels);
+    return channels / groups * (groups - 1) + padded<A>(channels / groups);
+  }
+
+ private:
+  // The most offset groups that the channels of a block belong to.
+  static int64_t most_groups(const DeformConv2dShape& shape, int64_t channels) {
+    return std::min(shape.deform_groups, channels / shape.deform_group_channels() + 2);
+  }
+};
+
+// The products of the current tile, which multiply elements of type L: the accumulators' here, and
+// BFloat16 in backward_pairs.h.
+template <typename T, typename L>
+struct TileAtWork : SampledTile<T> {
+  using A = L;
+  using SampledTile<T>::call, SampledTile<T>::tile;
+  using SampledTile<T>::groups, SampledTile<T>::group_channels;
+  const int64_t grad_stride, column_stride;
+  A* const gradients;     // pixels × output channels of the block
+  A* const grad_columns;  // pixels × channels of the block; none where depthwise
+
+  TileAtWork(const BlockCall<T>& call_, int64_t channels, Arena& arena)
+      : SampledTile<T>(call_, channels, arena),
+        grad_stride(row_stride<A>(widest_gradients(call_.shape, channels))),
+        column_stride(row_stride<A>(this->widest_columns(call_.shape, channels))),
+        gradients(arena.take<A>(kBackwardTile * grad_stride)),
+        grad_columns(arena.take<A>(is_depthwise(call.shape) ? 0 : kBackwardTile * column_stride)) {}
 
   // Reads the gradients of the tile's outputs. What fills up rows is zero.
   void load_gradients() const {
@@ -122,25 +155,12 @@ struct TileAtWork {
   }
 
  private:
-  int64_t groups() const { return call.block.groups(call.shape.group_channels()); }
-  // The channels of each group that belong to the block.
-  int64_t group_channels() const { return call.channels() / groups(); }
-
-  // Elements of a row of gradients, and of columns, for a block of so many channels. Products read
-  // and write a whole register beyond the last group's.
+  // Elements of a row of gradients, for a block of so many channels. Products read a whole register
+  // beyond the last group's.
   static int64_t widest_gradients(const DeformConv2dShape& shape, int64_t channels) {
-    const int64_t groups = ChannelBlock{0, 0, channels}.groups(shape.group_channels());
+    const int64_t groups = SampledTile<T>::groups_of(shape, channels);
     const int64_t out = shape.group_out_channels();
     return (groups - 1) * out + (is_depthwise(shape) ? 1 : padded<A>(out));
-  }
-  static int64_t widest_columns(const DeformConv2dShape& shape, int64_t channels) {
-    const int64_t groups = ChannelBlock{0, 0, channels}.groups(shape.group_channels());
-    return channels / groups * (groups - 1) + padded<A>(channels / groups);
-  }
-
-  // The most offset groups that the channels of a block belong to.
-  static int64_t most_groups(const DeformConv2dShape& shape, int64_t channels) {
-    return std::min(shape.deform_groups, channels / shape.deform_group_channels() + 2);
   }
 };
 

@@ -19,7 +19,7 @@ class Forward {
   Forward(const DeformConv2dShape& shape, const Tensor& weight)
       : shape_(shape),
         kernel_(MMDCN_CPU_KERNEL(deform_conv2d_forward, T)(shape)),
-        blocks_(kernel_.out_blocks(shape, torch::stable::get_num_threads())),
+        blocks_(kernel_.out_blocks(shape, thread_count())),
         block_(block_shape()),
         block_bytes_(kernel_.packed_bytes(block_)),
         packed_(blocks_ * block_bytes_) {
@@ -65,7 +65,7 @@ class Forward {
   template <typename F>
   void in_blocks(int64_t per_block, int64_t work, const F& function) const {
     const int64_t all = blocks_ * per_block;
-    torch::stable::parallel_for(0, all, grain(all, work), [&](int64_t begin, int64_t end) {
+    parallel_for(0, all, grain(all, work), [&](int64_t begin, int64_t end) {
       for (int64_t block = begin / per_block; block * per_block < end; ++block) {
         const int64_t first = block * per_block;
         function(block, std::max(begin - first, INT64_C(0)), std::min(end - first, per_block));

@@ -119,6 +119,7 @@ class RowPipeline {
 
   void run() {
     if (first_tile_ > last_tile_) return;
+    [[maybe_unused]] const RegistersFor<L> registers;
     prepare(first_tile_, 0, 0, tensors_.weight);
     for (int64_t tile = first_tile_; tile <= last_tile_; ++tile) multiply_tile(tile);
   }
@@ -232,7 +233,7 @@ class RowPipeline {
     const int64_t pixels = tile_of(number).count;
     const Depth depth = depth_of<T, L>(shape_, taps_of(chunk), scratch_.tap_stride);
     const int64_t steps =
-        shape_.groups * whole_steps<A>(pixels, shape_.group_out_channels(), depth);
+        shape_.groups * whole_steps<L, A>(pixels, shape_.group_out_channels(), depth);
     const std::byte* weight =
         tensors_.weight + chunk * together_ * tap_bytes<Sampling::kRows, T>(shape_);
     blending_.finish();
@@ -274,15 +275,11 @@ class RowPipeline {
 template <typename T, typename F>
 inline void with_types(const DeformConv2dShape& shape, ImageLayout layout, const F& function) {
   using A = accumulator_t<T>;
-#ifdef __AVX512BF16__
-  if constexpr (std::is_same_v<T, BFloat16>) {
+  if constexpr (kHasPairs && std::is_same_v<T, BFloat16>) {
     if (in_pairs<Sampling::kRows, T>(shape)) {
       return layout.channels_last() ? function(T{}, T{}) : function(A{}, T{});
     }
   }
-#else
-  (void)shape;
-#endif
   layout.channels_last() ? function(T{}, A{}) : function(A{}, A{});
 }
 

@@ -5,6 +5,7 @@
 #include <cstddef>
 
 #include "../matmul.h"
+#include "../pairs.h"
 #include "../rows.h"
 #include "weight_rows.h"
 
@@ -15,16 +16,9 @@ namespace {
 // Whether samples are rounded to bfloat16 and multiplied in pairs of channels.
 template <Sampling sampling, typename T>
 inline bool in_pairs(const DeformConv2dShape& shape) {
-#ifdef __AVX512BF16__
-  return std::is_same_v<T, BFloat16> && sampling == Sampling::kRows &&
-         (shape.groups == 1 || shape.group_channels() % 2 == 0);
-#else
-  (void)shape;
-  return false;
-#endif
+  return kHasPairs && std::is_same_v<T, BFloat16> && sampling == Sampling::kRows &&
+         (shape.groups == 1 || shape.group_channels() == 2 * pairs(shape.group_channels()));
 }
-
-inline int64_t pairs(int64_t channels) { return (channels + 1) / 2; }
 
 // The number of blocks of output channels that threads compute each by itself. Threads that share
 // the pixels pack some weights each, which the other cores then fetch from its caches. On
@@ -114,14 +108,16 @@ inline void store_weight_rows(const A* rows, int64_t stride, int64_t channels, b
   }
 }
 
-// Stores the same in pairs of channels.
+// Stores the same in pairs of channels, of which those from `channels` on are zeros.
 template <typename A>
-inline void store_weight_pairs(const A* rows, int64_t stride, int64_t channels, BFloat16* target) {
-  for (int64_t k = 0; k < channels; k += 2) {
-    for (int64_t lane = 0; lane < kLanes<A>; ++lane) {
-      BFloat16* pair = target + k * kPanelWidth<A> + 2 * lane;
-      store(pair, rows[k * stride + lane]);
-      store(pair + 1, k + 1 < channels ? rows[(k + 1) * stride + lane] : A(0));
+inline void store_weight_pairs(const A* rows, int64_t stride, int64_t channels, int64_t padded,
+                               BFloat16* target) {
+  const auto row = [&](int64_t k) {
+    return k < channels ? load_register(rows + k * stride) : register_t<A>{};
+  };
+  for (int64_t k = 0; k < padded; k += 2) {
+    if constexpr (kHasPairs && std::is_same_v<A, float>) {
+      store_pairs(target + k * kPanelWidth<A>, paired(row(k), row(k + 1)));
     }
   }
 }
@@ -142,7 +138,8 @@ inline void pack_chunks(const DeformConv2dShape& shape, const T* source, const W
       const A* first = rows + tap * lanes;
       if (paired) {
         const int64_t index = 2 * (slice.panel * pairs(in) + c / 2 * width + slice.half);
-        store_weight_pairs(first, taps * lanes, channels,
+        const int64_t padded = c + channels == in ? 2 * pairs(in) - c : channels;
+        store_weight_pairs(first, taps * lanes, channels, padded,
                            reinterpret_cast<BFloat16*>(target) + index);
       } else {
         const int64_t index = slice.panel * in + c * width + slice.half;

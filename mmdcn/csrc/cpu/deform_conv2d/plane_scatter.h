@@ -17,7 +17,7 @@ class PlaneScatter {
   static constexpr Sampling kSampling = Sampling::kPlanes;
 
   // `dots` is the memory of SampleGradients.
-  PlaneScatter(const TileAtWork<T>& work, int64_t channels, SampleDots<A, kBackwardTile>* dots,
+  PlaneScatter(const TileAtWork<T, A>& work, int64_t channels, SampleDots<A, kBackwardTile>* dots,
                Arena& arena)
       : work_(work),
         call_(work.call),
@@ -116,7 +116,7 @@ class PlaneScatter {
     }
   }
 
-  const TileAtWork<T>& work_;
+  const TileAtWork<T, A>& work_;
   const BlockCall<T>& call_;
   const BackwardTensors<T>& tensors_;
   SampleDots<A, kBackwardTile>* const dots_;

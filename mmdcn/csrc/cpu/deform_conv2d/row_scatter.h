@@ -13,13 +13,15 @@ namespace mmdcn {
 namespace MMDCN_CPU_CAPABILITY {
 namespace {
 
-template <typename T, typename A = accumulator_t<T>>
+// L is the type of what products multiply.
+template <typename T, typename L>
 class RowScatter {
  public:
+  using A = accumulator_t<T>;
   static constexpr Sampling kSampling = Sampling::kRows;
 
   // `dots` is the memory of SampleGradients.
-  RowScatter(const TileAtWork<T>& work, int64_t channels, SampleDots<A, kBackwardTile>* dots,
+  RowScatter(const TileAtWork<T, L>& work, int64_t channels, SampleDots<A, kBackwardTile>* dots,
              Arena& arena)
       : work_(work),
         call_(work.call),
@@ -28,7 +30,7 @@ class RowScatter {
         windows_(call_.windows),
         plane_(shape_.height * shape_.width),
         dots_(dots),
-        columns_(arena.take<A>(is_depthwise(shape_) ? 0 : kBackwardTile * work.column_stride)),
+        columns_(arena.take<L>(is_depthwise(shape_) ? 0 : kBackwardTile * work.column_stride)),
         read_(arena.take<WeightedCorners<A, kBackwardTile>>(1)),
         added_(arena.take<Addresses>(1)),
         zeros_(arena.take<A>(channels)),
@@ -54,11 +56,14 @@ class RowScatter {
   // block.
   void scatter_samples(int64_t tap, int64_t begin, int64_t end) const {
     const Share share = {tap * call_.channels(), begin, end};
-    if (is_depthwise(shape_)) {
-      // Rarely less than all is wanted, and little time would be saved.
-      tensors_.grad_input ? scatter_with<true, Column::kDepthwise, true>(share)
-                          : scatter_with<false, Column::kDepthwise, true>(share);
-    } else if (tensors_.grad_weight) {
+    if constexpr (std::is_same_v<L, A>) {
+      if (is_depthwise(shape_)) {
+        // Rarely less than all is wanted, and little time would be saved.
+        return tensors_.grad_input ? scatter_with<true, Column::kDepthwise, true>(share)
+                                   : scatter_with<false, Column::kDepthwise, true>(share);
+      }
+    }
+    if (tensors_.grad_weight) {
       scatter_as<Column::kStored>(share);
     } else {
       scatter_as<Column::kNone>(share);
@@ -94,8 +99,8 @@ class RowScatter {
   // Scatters sample number i, for `count` channels of the block from number `channel` on. Corners
   // outside the windows are read from the planes, and added to those of the gradient.
   template <bool wants_input, Column kind, bool wants_dots>
-  __attribute__((noinline)) void stray(const RowSamples<A, A>& samples, int64_t i, int64_t channel,
-                                       int64_t count) const {
+  __attribute__((noinline)) void stray(const RowSamples<A, A, L>& samples, int64_t i,
+                                       int64_t channel, int64_t count) const {
     read_strays(shape_, *work_.samples, i, windows_.input, call_.planes() + channel * plane_, count,
                 strays_, read_->at);
     Corners<A, 2> corners;
@@ -136,7 +141,7 @@ class RowScatter {
                                 sinks_, count, *added_);
     }
     set_weights(located, pixels, read_->weight);
-    const RowSamples<V, A> samples = samples_of<V, kind>(share);
+    const RowSamples<V, A, L> samples = samples_of<V, kind>(share);
     // Corners can only be missing in windows, which are of type A.
     if constexpr (std::is_same_v<V, A>) {
       for (int64_t i = 0, first = 0; missing && i <= pixels; ++i) {
@@ -153,8 +158,8 @@ class RowScatter {
 
   // The samples of a tile, for the channels of `share`, which are one offset group's.
   template <typename V, Column kind>
-  RowSamples<V, A> samples_of(const Share& share) const {
-    RowSamples<V, A> samples = {};
+  RowSamples<V, A, L> samples_of(const Share& share) const {
+    RowSamples<V, A, L> samples = {};
     samples.corner = read_->at.corner[0];
     samples.grad_corner = added_->corner[0];
     samples.weight = read_->weight[0];
@@ -195,14 +200,14 @@ class RowScatter {
     scatter_rows<wants_input, kind, wants_dots>(windows_.input, windows_.grad_input, 0, share);
   }
 
-  const TileAtWork<T>& work_;
+  const TileAtWork<T, L>& work_;
   const BlockCall<T>& call_;
   const DeformConv2dShape& shape_;
   const BackwardTensors<T>& tensors_;
   BlockWindows<T>& windows_;
   const int64_t plane_;  // elements of a channel
   SampleDots<A, kBackwardTile>* const dots_;
-  A* const columns_;  // pixels × channels of the block
+  L* const columns_;  // pixels × channels of the block
   WeightedCorners<A, kBackwardTile>* const read_;
   Addresses* const added_;  // of the corners' gradients
   A* const zeros_;          // stands in for the channels of corners that do not exist

@@ -16,7 +16,7 @@ class SampleGradients {
  public:
   SampleDots<A, kBackwardTile>* const dots;
 
-  SampleGradients(const TileAtWork<T>& work, int64_t channels, Arena& arena)
+  SampleGradients(const SampledTile<T>& work, int64_t channels, Arena& arena)
       : dots(arena.take<SampleDots<A, kBackwardTile>>(1)),
         work_(work),
         shape_(work.call.shape),
@@ -86,7 +86,7 @@ class SampleGradients {
     }
   }
 
-  const TileAtWork<T>& work_;
+  const SampledTile<T>& work_;
   const DeformConv2dShape& shape_;
   const BackwardTensors<T>& tensors_;
   const ChannelBlock& block_;

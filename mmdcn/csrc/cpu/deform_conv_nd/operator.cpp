@@ -29,7 +29,7 @@ Buffer<A> image_rows(const ConvNdKernel<R, T>& kernel, const Tensor& tensor, int
   Buffer<A> rows(planes.numel() + kRowSlack);
   const int64_t channels = planes.size(1), all = planes.size(0) * positions;
   const int64_t some = grain(all, planes.numel() * kElementWork + 1);
-  torch::stable::parallel_for(0, all, some, [&](int64_t begin, int64_t end) {
+  parallel_for(0, all, some, [&](int64_t begin, int64_t end) {
     kernel.to_rows(const_data<T>(planes), channels, positions, begin, end, rows.get());
   });
   return rows;
@@ -41,7 +41,7 @@ void store_rows(const ConvNdKernel<R, T>& kernel, const A* rows, int64_t positio
                 const Tensor& target) {
   const int64_t channels = target.size(1), all = target.size(0) * positions;
   const int64_t some = grain(all, target.numel() * kElementWork + 1);
-  torch::stable::parallel_for(0, all, some, [&](int64_t begin, int64_t end) {
+  parallel_for(0, all, some, [&](int64_t begin, int64_t end) {
     kernel.from_rows(rows, channels, positions, begin, end, data<T>(target));
   });
 }
@@ -66,7 +66,7 @@ Tensor forward(const DeformConvNdShape<R>& shape, const Tensor& input, const Ten
   const Buffer<acc_t> outputs(output.numel()), packed(kernel.packed_size(shape));
   const int64_t tasks = shape.groups * shape.taps();
   const int64_t task_grain = grain(tasks, weights.numel() * kElementWork);
-  torch::stable::parallel_for(0, tasks, task_grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, tasks, task_grain, [&](int64_t begin, int64_t end) {
     kernel.pack_weight(shape, const_data<T>(weights), begin, end, packed.get());
   });
 
@@ -78,11 +78,10 @@ Tensor forward(const DeformConvNdShape<R>& shape, const Tensor& input, const Ten
   tensors.bias = biases.has_value() ? const_data<acc_t>(*biases) : nullptr;
   tensors.output = outputs.get();
   const int64_t pixels = shape.batch * shape.pixels();
-  torch::stable::parallel_for(
-      0, pixels, grain(pixels, pass_work(shape)), [&](int64_t begin, int64_t end) {
-        const Buffer<std::byte> scratch(kernel.forward_scratch_bytes(shape));
-        kernel.forward(shape, tensors, begin, end, scratch.get());
-      });
+  parallel_for(0, pixels, grain(pixels, pass_work(shape)), [&](int64_t begin, int64_t end) {
+    const Buffer<std::byte> scratch(kernel.forward_scratch_bytes(shape));
+    kernel.forward(shape, tensors, begin, end, scratch.get());
+  });
   store_rows(kernel, outputs.get(), shape.pixels(), output);
   return output;
 }
@@ -125,10 +124,9 @@ class SharedGradients {
   void add_up() const {
     if (most_ == 1 || target_.numel() == 0) return;
     const int64_t tasks = shape_.batch * shape_.deform_groups;
-    torch::stable::parallel_for(0, tasks, grain(tasks, most_ * target_.numel()),
-                                [&](int64_t begin, int64_t end) {
-                                  for (int64_t task = begin; task < end; ++task) add_task(task);
-                                });
+    parallel_for(0, tasks, grain(tasks, most_ * target_.numel()), [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) add_task(task);
+    });
   }
 
  private:
@@ -205,22 +203,21 @@ class Backward {
     const int64_t shares = share_count(wants_weight), weights = weight_.numel();
     const Buffer<acc_t> weight_sums(wants_weight ? shares * weights : 0);
     const int64_t tasks = shares * range_count_;
-    torch::stable::parallel_for(
-        0, tasks, grain(tasks, 3 * pass_work(shape_)), [&](int64_t begin, int64_t end) {
-          for (int64_t task = begin; task < end; ++task) {
-            const int64_t index = task % range_count_, share = task / range_count_;
-            const ChannelRange& range = ranges_[index];
-            ConvNdBackward<acc_t> own = tensors_;
-            own.weight = packed.get() + packed_begin[index];
-            own.grad_input = elements > 0 ? sums.get() : nullptr;
-            own.grad_offset = offset_sums.target_for(range);
-            own.grad_mask = mask_sums.target_for(range);
-            own.grad_weight = wants_weight ? weight_sums.get() + share * weights : nullptr;
-            const Buffer<std::byte> scratch(kernel_.backward_scratch_bytes(shape_, own, range));
-            kernel_.backward(shape_, own, range, share * shape_.batch / shares,
-                             (share + 1) * shape_.batch / shares, scratch.get());
-          }
-        });
+    parallel_for(0, tasks, grain(tasks, 3 * pass_work(shape_)), [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t index = task % range_count_, share = task / range_count_;
+        const ChannelRange& range = ranges_[index];
+        ConvNdBackward<acc_t> own = tensors_;
+        own.weight = packed.get() + packed_begin[index];
+        own.grad_input = elements > 0 ? sums.get() : nullptr;
+        own.grad_offset = offset_sums.target_for(range);
+        own.grad_mask = mask_sums.target_for(range);
+        own.grad_weight = wants_weight ? weight_sums.get() + share * weights : nullptr;
+        const Buffer<std::byte> scratch(kernel_.backward_scratch_bytes(shape_, own, range));
+        kernel_.backward(shape_, own, range, share * shape_.batch / shares,
+                         (share + 1) * shape_.batch / shares, scratch.get());
+      }
+    });
     offset_sums.add_up();
     mask_sums.add_up();
     if (elements > 0) store_rows(kernel_, sums.get(), shape_.positions(), gradient.input);
@@ -237,7 +234,7 @@ class Backward {
     }
     Buffer<acc_t> packed(size);
     const int64_t range_grain = grain(range_count_, weight_.numel() * kElementWork);
-    torch::stable::parallel_for(0, range_count_, range_grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, range_count_, range_grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         kernel_.pack_range(shape_, const_data<T>(weight_), ranges_[i],
                            packed.get() + packed_begin[i]);
@@ -258,15 +255,14 @@ class Backward {
   // Adds up the gradients of the weight of all shares.
   void store_weight(const acc_t* sums, int64_t shares, T* target) const {
     const int64_t weights = weight_.numel();
-    torch::stable::parallel_for(0, weights, grain(weights, shares * weights * kElementWork),
-                                [&](int64_t begin, int64_t end) {
-                                  for (int64_t i = begin; i < end; ++i) {
-                                    acc_t sum = sums[i];
-                                    for (int64_t k = 1; k < shares; ++k)
-                                      sum += sums[k * weights + i];
-                                    store(target + i, sum);
-                                  }
-                                });
+    parallel_for(0, weights, grain(weights, shares * weights * kElementWork),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; ++i) {
+                     acc_t sum = sums[i];
+                     for (int64_t k = 1; k < shares; ++k) sum += sums[k * weights + i];
+                     store(target + i, sum);
+                   }
+                 });
   }
 
   const DeformConvNdShape<R>& shape_;

@@ -61,13 +61,12 @@ Tensor forward(const DeformRoIPoolShape& shape, const Tensor& input, const Tenso
   const std::vector<ChannelBlock> blocks = output_blocks(shape, width);
   const RoIPoolKernel<T> kernel = MMDCN_CPU_KERNEL(deform_roi_pool, T)();
   const int64_t scratch_bytes = kernel.scratch_bytes(shape, std::min(width, shape.out_channels));
-  torch::stable::parallel_for(0, shape.rois, grain(shape.rois, pass_work(shape)),
-                              [&](int64_t begin, int64_t end) {
-                                const Buffer<std::byte> scratch(scratch_bytes);
-                                for (const ChannelBlock& block : blocks) {
-                                  kernel.forward(shape, tensors, block, begin, end, scratch.get());
-                                }
-                              });
+  parallel_for(0, shape.rois, grain(shape.rois, pass_work(shape)), [&](int64_t begin, int64_t end) {
+    const Buffer<std::byte> scratch(scratch_bytes);
+    for (const ChannelBlock& block : blocks) {
+      kernel.forward(shape, tensors, block, begin, end, scratch.get());
+    }
+  });
   return output;
 }
 
@@ -100,18 +99,17 @@ void run_backward(const DeformRoIPoolShape& shape, const Tensor& grad_output, co
   const RoIPoolKernel<T> kernel = MMDCN_CPU_KERNEL(deform_roi_pool, T)();
   const int64_t scratch_bytes = kernel.scratch_bytes(shape, width);
   const int64_t tasks = shape.batch * block_count;
-  torch::stable::parallel_for(
-      0, tasks, grain(tasks, 2 * pass_work(shape)), [&](int64_t begin, int64_t end) {
-        const Buffer<std::byte> scratch(scratch_bytes);
-        RoIPoolTensors<T> own = tensors;
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t block = task % block_count;
-          if (grad_offset.numel() > 0) {
-            own.grad_offset = offset_sums.get() + block % group_blocks * grad_offset.numel();
-          }
-          kernel.backward(shape, own, blocks[block], task / block_count, scratch.get());
-        }
-      });
+  parallel_for(0, tasks, grain(tasks, 2 * pass_work(shape)), [&](int64_t begin, int64_t end) {
+    const Buffer<std::byte> scratch(scratch_bytes);
+    RoIPoolTensors<T> own = tensors;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t block = task % block_count;
+      if (grad_offset.numel() > 0) {
+        own.grad_offset = offset_sums.get() + block % group_blocks * grad_offset.numel();
+      }
+      kernel.backward(shape, own, blocks[block], task / block_count, scratch.get());
+    }
+  });
   if (grad_offset.numel() > 0) add_in_order(offset_sums.get(), group_blocks, grad_offset);
 }
 

@@ -1,0 +1,1 @@
+"""The compiled CPU operators under sanitizers, and between guard pages."""
