@@ -76,12 +76,12 @@ void add_in_order(const A* arrays, int64_t count, const Tensor& target) {
 
 // The function that returns an operator's kernels, for the instruction set in use.
 #ifdef __x86_64__
-#define MMDCN_CPU_KERNEL(name, ...)                                          \
+#define MMDCN_CPU_KERNEL(name, ...)                                            \
   (capability() == Capability::kAvx512Amx    ? &avx512_amx::name<__VA_ARGS__>  \
    : capability() == Capability::kAvx512Bf16 ? &avx512_bf16::name<__VA_ARGS__> \
-   : capability() == Capability::kAvx512   ? &avx512::name<__VA_ARGS__>      \
-   : capability() == Capability::kAvx2     ? &avx2::name<__VA_ARGS__>        \
-                                           : &portable::name<__VA_ARGS__>)
+   : capability() == Capability::kAvx512     ? &avx512::name<__VA_ARGS__>      \
+   : capability() == Capability::kAvx2       ? &avx2::name<__VA_ARGS__>        \
+                                             : &portable::name<__VA_ARGS__>)
 #else
 #define MMDCN_CPU_KERNEL(name, ...) (&portable::name<__VA_ARGS__>)
 #endif

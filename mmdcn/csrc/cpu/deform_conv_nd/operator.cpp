@@ -87,8 +87,9 @@ Tensor forward(const DeformConvNdShape<R>& shape, const Tensor& input, const Ten
 }
 
 // Splits the channels into ranges, whatever their groups. All but the last are of the same width.
-std::vector<ChannelRange> channel_ranges(int64_t channels) {
-  const int64_t width = block_width(channels);
+std::vector<ChannelRange> channel_ranges(int64_t channels, int64_t batch) {
+  // Several images are enough for some threads, and samples are located once for each range.
+  const int64_t width = std::max<int64_t>(block_width(channels), batch > 1 ? 32 : 16);
   std::vector<ChannelRange> ranges;
   for (int64_t c = 0; c < channels; c += width) {
     ranges.push_back({c, std::min(c + width, channels)});
@@ -177,7 +178,7 @@ class Backward {
            const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& mask)
       : shape_(shape),
         kernel_(MMDCN_CPU_KERNEL(deform_conv_nd, R, T)()),
-        ranges_(channel_ranges(shape.channels)),
+        ranges_(channel_ranges(shape.channels, shape.batch)),
         range_count_(static_cast<int64_t>(ranges_.size())),
         offset_(as_contiguous(offset)),
         weight_(as_contiguous(weight)),
