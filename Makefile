@@ -4,6 +4,8 @@
 # make benchmark  the operator and whole detectors against their peers: docs/benchmarks/cpu.md
 # make test-torch TORCH=2.10.0   operators and layers, from the wheel, under another torch
 # make fuzz SECONDS=600   random problems, malformed calls and damaged checkpoints, a third each
+# make sanitize   the CPU operators under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+# make mutants    small faults planted in the kernels, each of which the tests must find
 # make evidence   deformable layers against plain ones on transformed digits: docs/evidence.md
 # make zoo        every deformable config of mmdet against mmcv's kernels: docs/zoo.md
 # make lint       ruff and clang-format
@@ -30,7 +32,7 @@ CXX_SOURCES := $(shell find mmdcn tests -name '*.cpp' -o -name '*.h' -o -name '*
 
 MEASURED := work_dirs/benchmark
 
-.PHONY: demo test test-slow test-torch benchmark evidence fuzz zoo lint format docs wheel release-check \
+.PHONY: demo test test-slow test-torch benchmark evidence fuzz sanitize mutants zoo lint format docs wheel release-check \
     check environment clean
 
 environment: $(INSTALLED)
@@ -84,6 +86,13 @@ SECONDS ?= 60
 fuzz: $(INSTALLED)
 	@for kind in operators malformed checkpoints; do OMP_NUM_THREADS=1 \
 	    $(RUN) tools/fuzz.py $$kind --seconds $$(($(SECONDS) / 3)) $(ARGS) || exit 1; done
+
+# SANITIZERS=address or thread, and MMDCN_CPU_CAPABILITY, select a part.
+sanitize: $(INSTALLED)
+	@$(RUN) -m tests.sanitizers
+
+mutants: $(INSTALLED)
+	@$(RUN) -m tests.mutants $(ARGS)
 
 evidence: $(INSTALLED)
 	@$(RUN) tools/evidence.py $(ARGS)

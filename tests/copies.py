@@ -9,10 +9,7 @@ _LEFT_OUT = shutil.ignore_patterns("*.so", "__pycache__", ".mim", ".*_cache")
 
 
 def copy_source(target: Path) -> None:
-    """Bring a folder to the state of the tree; files whose content is the same are left as they are.
-
-    What the compiler reads keeps its time, so that nothing is compiled anew without need.
-    """
+    """Copy the tree's sources into a folder, with their times; what is compiled there stays."""
     target.mkdir(parents=True, exist_ok=True)
     for name in _COPIED:
         source = REPOSITORY / name

@@ -34,6 +34,17 @@ NAMES = ("input", "offset", "mask")
 # ------------------------------------------------------------------------------- the mathematics
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_coordinate_that_rounds_to_zero_lies_below_it(dtype):
+    """-1e-17 plus 1 is 1: the sample is between pixels -1 and 0, whose difference is its slope."""
+    one = torch.ones(1, 1, 1, 1, dtype=dtype)
+    offset = torch.full((1, 1, 1, 2), -1e-17, dtype=dtype, requires_grad=True)
+    output = dcnv3(3 * one, offset, one, kernel_size=1)
+    output.sum().backward()
+    assert torch.equal(output.detach(), 3 * one)
+    assert torch.equal(offset.grad, torch.full_like(offset, 3.0))
+
+
 @settings(max_examples=15)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(problem=aggregate_problems())

@@ -114,3 +114,15 @@ def test_each_gradient_alone(problem, wanted):
 )
 def test_same_bits_for_any_number_of_threads(problem, dtype):
     assert_same_bits(problem, dtype)
+
+
+@EVERY_RANK
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_coordinate_that_rounds_to_zero_lies_below_it(dtype, problem):
+    """-1e-17 plus 1 is 1: the sample is between pixels -1 and 0, whose difference is its slope."""
+    rank, one = problem.rank, torch.ones(1, 1, *[1] * problem.rank, dtype=dtype)
+    offset = torch.full((1, rank, *[1] * rank), -1e-17, dtype=dtype, requires_grad=True)
+    output = problem.function(3 * one, offset, one, None)
+    output.sum().backward()
+    assert torch.equal(output.detach(), 3 * one)
+    assert torch.equal(offset.grad, torch.full_like(offset, 3.0))

@@ -33,6 +33,7 @@ OPTIONS = {
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": f"halt_on_error=1:suppressions={HERE / 'thread_suppressions.txt'}",
 }
+REPORTS = ("SUMMARY: AddressSanitizer", "SUMMARY: ThreadSanitizer", "runtime error: ")
 RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
 THREADS = {"address": (2,), "thread": (2, 4)}
 
@@ -129,10 +130,12 @@ def run(title: str, command: list[str], folder: Path, environment: dict[str, str
     said = log.read_text(errors="replace")
     seconds = time.monotonic() - began
     last = said.strip().splitlines()[-1] if said.strip() else ""
-    print(f"{title}: {last if done.returncode == 0 else 'FAILED'} ({seconds:.0f} s)", flush=True)
-    if done.returncode != 0:
+    # A process that is forked may end with a report after it has told its results.
+    clean = done.returncode == 0 and not any(report in said for report in REPORTS)
+    print(f"{title}: {last if clean else f'FAILED, see {log}'} ({seconds:.0f} s)", flush=True)
+    if not clean:
         print("\n".join(said.splitlines()[-60:]), flush=True)
-    return done.returncode == 0
+    return clean
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Small faults planted in the kernels and operators, each of which the tests must find."""
