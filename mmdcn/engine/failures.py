@@ -194,6 +194,18 @@ class Terminated(KeyboardInterrupt):
     """The program was asked to end, by ``kill`` or by what runs its jobs."""
 
 
+def interruption(error: BaseException) -> KeyboardInterrupt | None:
+    """The interruption that an error is, or that it came of.
+
+    One that comes while a lock is waited for ends as the error of the lock, which is then released
+    though it is not held.
+    """
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, KeyboardInterrupt):
+        found = found.__context__
+    return found
+
+
 @contextlib.contextmanager
 def termination_raised() -> Iterator[None]:
     """Let SIGTERM raise :class:`Terminated` in this process, so that what is unfinished is removed.

@@ -366,24 +366,29 @@ def run(
             signal.signal(signal.SIGINT, signal.default_int_handler)
         with failures.without_tracebacks(), _ended_by_sigterm(args):
             status = main(args)
-    except KeyboardInterrupt as error:
-        # Of a distributed run each process is interrupted by the terminal, and by who started it.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        is_terminated = isinstance(error, failures.Terminated)
-        startup.end_interrupted(
-            when_interrupted, signal.SIGTERM if is_terminated else signal.SIGINT
-        )
-    except InputError as error:
-        _end(failures.without_worker(str(error)))
-    except Exception as error:
-        if (what := failures.sentence(error)) is None:
-            raise
-        _end(what)
+    except (KeyboardInterrupt, Exception) as error:
+        _end_by(error, when_interrupted)
     finally:
         signal.signal(signal.SIGINT, handler)
         _leave_process_group()
     if status:
         sys.exit(status)
+
+
+def _end_by(error: BaseException, when_interrupted: str | None) -> None:
+    """End the program by the sentence that an error has; without one, raise it."""
+    interruption = failures.interruption(error)
+    if interruption is not None:
+        # Of a distributed run each process is interrupted by the terminal, and by who started it.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        is_terminated = isinstance(interruption, failures.Terminated)
+        number = signal.SIGTERM if is_terminated else signal.SIGINT
+        startup.end_interrupted(when_interrupted, number)
+    if isinstance(error, InputError):
+        _end(failures.without_worker(str(error)))
+    if (what := failures.sentence(error)) is None:
+        raise error
+    _end(what)
 
 
 def _ended_by_sigterm(args: argparse.Namespace) -> contextlib.AbstractContextManager:

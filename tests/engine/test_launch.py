@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 
 import pytest
 from mmengine.config import Config
@@ -333,6 +334,30 @@ def test_an_interruption_is_one_line_and_status_130(when, monkeypatch, capsys):
         "interrupted; call again\n" if when == "main" else "interrupted\n"
     )
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "terminated\n")],
+)
+def test_a_signal_while_a_lock_is_waited_for_is_that_signal(number, status, said, capsys):
+    """The lock's own error comes of it."""
+
+    def main(_):
+        condition = threading.Condition()
+        with condition:
+            condition.release()
+            signal.raise_signal(number)
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            launch.run(main, argparse.Namespace)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == status
+    assert capsys.readouterr().err == said
 
 
 def test_interruptions_stay_ignored(monkeypatch):

@@ -5,9 +5,8 @@ import subprocess
 
 import pytest
 
+from tests.instruction_sets import CAPABILITIES
 from tests.programs import REPOSITORY, Program
-
-CAPABILITIES = ["portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"]
 
 CHECK = """
 import dataclasses

@@ -14,10 +14,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests import instruction_sets
 from tests.copies import REPOSITORY, copy_source
 
 HERE = Path(__file__).parent
-CAPABILITIES = ("portable", "avx2", "avx512", "avx512_bf16")
 OPERATORS = [
     f"tests/ops/test_{name}.py"
     for name in (
@@ -78,7 +78,7 @@ def capabilities() -> tuple[str, ...]:
     command = [sys.executable, "-c", ask]
     said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     best = said.stdout.split()[-1]
-    return CAPABILITIES[: CAPABILITIES.index(best) + 1]
+    return instruction_sets.up_to(best)
 
 
 def environment_of(sanitizer: str, capability: str, threads: int, folder: Path) -> dict[str, str]:

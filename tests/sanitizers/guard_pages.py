@@ -17,10 +17,10 @@ from typing import ClassVar
 
 import torch
 
+from tests import instruction_sets
 from tests.fuzz import operators, trials
 
 ALLOCATOR = ctypes.CDLL(None)
-CAPABILITIES = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def main() -> int:
         assert said == "the process died: SIGSEGV", f"a read beyond a tensor: {said}"
     tried = 0
     best = trials.fault_of(torch.ops.mmdcn.cpu_capability)
-    for capability in CAPABILITIES[: CAPABILITIES.index(best) + 1]:
+    for capability in instruction_sets.up_to(best):
         for at_end in (True, False):
             calls = [
                 Guarded(operators.draw(name, Random(f"{args.seed} {name} {n}")), capability, at_end)
