@@ -32,7 +32,8 @@ CXX_SOURCES := $(shell find mmdcn tests -name '*.cpp' -o -name '*.h' -o -name '*
 
 MEASURED := work_dirs/benchmark
 
-.PHONY: demo test test-slow test-torch benchmark evidence fuzz sanitize mutants zoo lint format docs wheel release-check \
+.PHONY: demo test test-slow test-torch benchmark evidence fuzz sanitize mutants zoo lint format docs \
+    wheel release-check \
     check environment clean
 
 environment: $(INSTALLED)
