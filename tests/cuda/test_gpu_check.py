@@ -191,6 +191,13 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
     assert not Path(f"/proc/{workers[0]}").exists()
 
 
+def test_a_process_whose_parent_has_ended_before_it_could_ask_ends(tmp_path):
+    """As between fork and exec: here the one that is named is not the parent."""
+    program = "from mmdcn.benchmark.gpu.processes import die_with_parent as d; d(1 << 30); print(1)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=tmp_path)
+    assert done.returncode == 1 and b"1" not in done.stdout.splitlines()
+
+
 def test_errors_leave_a_worker_as_far_as_the_device_works(tmp_path):
     faults = {"ceilings/copy": "error", "ceilings/read": "cuda"}
     records = tmp_path / "records"

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -16,10 +17,16 @@ _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def die_with_parent() -> None:
-    """Have Linux kill this process as soon as the one that started it ends, however it does."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Have Linux kill this process as soon as the one that started it ends, however it does.
+
+    Args:
+        parent: the identifier of that process, where it is known: it may have ended by now.
+    """
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if parent is not None and os.getppid() != parent:
+            os._exit(1)
 
 
 def start(command: Sequence[str | Path], log: IO, own_group: bool = False, **options):
@@ -34,7 +41,7 @@ def start(command: Sequence[str | Path], log: IO, own_group: bool = False, **opt
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=own_group,
-        preexec_fn=die_with_parent,
+        preexec_fn=functools.partial(die_with_parent, os.getpid()),
         **options,
     )
 

@@ -47,10 +47,10 @@ def config(data):
                     bbox_roi_extractor=dict(
                         type="SingleRoIExtractor",
                         roi_layer=dict(type="RoIAlign", output_size=7, sampling_ratio=0),
-                        out_channels=64,
-                        featmap_strides=[32],
+                        out_channels=8,
+                        featmap_strides=[4],
                     ),
-                    bbox_head=dict(type="Shared2FCBBoxHead", in_channels=64, num_classes=2),
+                    bbox_head=dict(type="Shared2FCBBoxHead", in_channels=8, num_classes=2),
                 ),
                 train_cfg=None,
                 test_cfg=dict(rcnn=None),

@@ -138,6 +138,7 @@ def test_an_extractor_from_one_map_gives_what_it_has(config):
     """There, its out_channels are not used."""
     config.model.roi_head.bbox_roi_extractor.out_channels = 32
     config.model.backbone.out_indices = (3,)
+    config.model.roi_head.bbox_head.in_channels = 64
     preflight.check(config, ("train",))
     config.model.roi_head.bbox_head.in_channels = 32
     assert "expected those that it is given, 64, got 32" in message_of(config)

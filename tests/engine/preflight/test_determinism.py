@@ -85,9 +85,9 @@ def add_roi_layer(config, **layer):
         roi_head=dict(
             type="StandardRoIHead",
             bbox_roi_extractor=dict(
-                type="SingleRoIExtractor", roi_layer=layer, out_channels=64, featmap_strides=[32]
+                type="SingleRoIExtractor", roi_layer=layer, out_channels=8, featmap_strides=[4]
             ),
-            bbox_head=dict(type="Shared2FCBBoxHead", in_channels=64, num_classes=2),
+            bbox_head=dict(type="Shared2FCBBoxHead", in_channels=8, num_classes=2),
         ),
     )
 
