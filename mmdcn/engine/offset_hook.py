@@ -124,11 +124,7 @@ class OffsetStatisticsHook(NamedArguments, Hook):
     def _add(self, name: str, module: nn.Module, describe: Callable[[], SampledCall]) -> None:
         layer = name.partition("#")[0] or type(module).__name__
         values = offset_sums(describe())
-        if layer in self._sums:
-            former = self._sums[layer]
-            largest = torch.maximum(former[0], values[0])
-            values = torch.cat([largest[None], former[1:] + values[1:]])
-        self._sums[layer] = values
+        self._sums[layer] = add_offset_sums(self._sums.get(layer), values)
 
     def _warn(self, runner: Runner, statistics: dict[str, tuple[float, float, float]]) -> None:
         away = {
@@ -167,6 +163,14 @@ def offset_sums(call: SampledCall) -> Tensor:
     samples = here.sum() * (call.locations.shape[0] * call.locations.shape[1])
     counts = [moved.sum(), moved.new_tensor(moved.numel()), outside.sum(), samples]
     return torch.stack([value.to(moved.dtype) for value in (largest, *counts)])
+
+
+def add_offset_sums(former: Tensor | None, found: Tensor) -> Tensor:
+    """Sums of :func:`offset_sums` with those of another call, if there was one."""
+    if former is None:
+        return found
+    largest = torch.maximum(former[0], found[0])
+    return torch.cat([largest[None], former[1:] + found[1:]])
 
 
 def offset_statistics(

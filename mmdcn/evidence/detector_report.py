@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
 from mmdcn.markdown import table
 
-from . import runner
 from .conclusions import compared
 from .detector_grid import ARMS, STRENGTHS, TRAINED_STRENGTH, TRAININGS, VAL_IMAGES
-from .jobs import DetectorJob
 from .plots import COLOURS
+from .results import Finished
 from .spread import Estimate, paired
 
 BASELINES = {"detectors": "plain-size", "detectors-frozen": "norm"}
@@ -28,30 +26,8 @@ _TEXT = {
 
 
 @dataclass
-class DetectorResults:
-    """What is known.
-
-    Args:
-        by_arm: for each training and arm, the result of each seed, as :func:`~.detectors.train`
-            gives it.
-        missing: the jobs that are not finished.
-    """
-
-    by_arm: dict[tuple[str, str], dict[int, dict]] = field(default_factory=dict)
-    missing: list[DetectorJob] = field(default_factory=list)
-
-    @classmethod
-    def read(cls, jobs: Iterable[DetectorJob], folder: Path) -> DetectorResults:
-        """The results of jobs that are finished."""
-        found = cls()
-        for job in jobs:
-            result = runner.read_result(job, folder)
-            if result is None:
-                found.missing.append(job)
-            else:
-                seeds = found.by_arm.setdefault((job.part, job.run.arm), {})
-                seeds[job.run.seed] = result
-        return found
+class DetectorResults(Finished):
+    """What is known of detectors: results as :func:`~.detectors.train` gives them."""
 
     def all(self) -> list[dict]:
         """Every result."""

@@ -24,7 +24,7 @@ from mmengine.runner import Runner, set_random_seed
 from torch import nn
 
 from mmdcn.datasets import warped_shapes
-from mmdcn.engine.offset_hook import offset_statistics, offset_sums
+from mmdcn.engine.offset_hook import add_offset_sums, offset_statistics, offset_sums
 from mmdcn.engine.sampled_calls import named_calls
 from mmdcn.ops._observers import SampledCall
 
@@ -198,11 +198,7 @@ def offsets(runner: Runner, run: DetectorRun, folder: Path) -> dict[str, list[fl
     sums: dict[str, torch.Tensor] = {}
 
     def look(name: str, module: nn.Module, describe: Callable[[], SampledCall]) -> None:
-        found = offset_sums(describe())
-        if name in sums:
-            largest = torch.maximum(sums[name][0], found[0])
-            found = torch.cat([largest[None], sums[name][1:] + found[1:]])
-        sums[name] = found
+        sums[name] = add_offset_sums(sums.get(name), offset_sums(describe()))
 
     runner.model.eval()
     loader = runner.build_dataloader(_dataloader(run, folder, "val"), seed=0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import runner
 from .grid import PARTS
-from .jobs import DigitJob
+from .jobs import DetectorJob, DigitJob
 from .spread import Estimate, paired
 from .transforms import ALL, KINDS
 
@@ -27,20 +27,19 @@ COLUMNS: dict[str, Test] = {
 
 
 @dataclass
-class Results:
-    """What is known.
+class Finished:
+    """The results of jobs, and the jobs that have none.
 
     Args:
-        by_arm: for each part and arm, the result of each seed, as :func:`~.training.train` gives
-            it.
+        by_arm: for each part and arm, the result of each seed.
         missing: the jobs that are not finished.
     """
 
     by_arm: dict[tuple[str, str], dict[int, dict]] = field(default_factory=dict)
-    missing: list[DigitJob] = field(default_factory=list)
+    missing: list[DigitJob | DetectorJob] = field(default_factory=list)
 
     @classmethod
-    def read(cls, jobs: Iterable[DigitJob], folder: Path) -> Results:
+    def read(cls, jobs: Iterable[DigitJob | DetectorJob], folder: Path) -> Finished:
         """The results of jobs that are finished."""
         found = cls()
         for job in jobs:
@@ -51,6 +50,11 @@ class Results:
                 key = (job.part, job.run.arm)
                 found.by_arm.setdefault(key, {})[job.run.seed] = result
         return found
+
+
+@dataclass
+class Results(Finished):
+    """What is known of digits: results as :func:`~.training.train` gives them."""
 
     def arms(self, part: str) -> list[str]:
         """The arms of a part that have results, in the grid's order."""
