@@ -256,27 +256,26 @@ void conv_nd(Problems& file, Results& results) {
   const Values<T> grad_output = file.tensor<T>();
 
   const ConvNdKernel<kRank, T> kernel = portable::deform_conv_nd<kRank, T>();
-  const int64_t positions = shape.positions(), pixels = shape.pixels();
-  const Values<A> rows(input.count() + kRowSlack), grad_rows(grad_output.count() + kRowSlack);
-  kernel.to_rows(input.get(), shape.channels, positions, 0, shape.batch * positions, rows.get());
-  kernel.to_rows(grad_output.get(), shape.out_channels, pixels, 0, shape.batch * pixels,
-                 grad_rows.get());
+  const int64_t positions = shape.batch * shape.positions(), pixels = shape.batch * shape.pixels();
+  const VolumeRows in(shape), out(shape.out_channels, shape.pixels());
+  const Values<A> rows(shape.batch * in.image), grad_rows(grad_output.count() + kRowSlack);
+  kernel.to_rows(input.get(), in, 0, positions, rows.get());
+  kernel.to_rows(grad_output.get(), out, 0, pixels, grad_rows.get());
   const Values<A> packed(kernel.packed_size(shape)), out_rows(grad_output.count());
   kernel.pack_weight(shape, weight.get(), 0, shape.groups * shape.taps(), packed.get());
   const Values<std::byte> scratch(kernel.forward_scratch_bytes(shape));
   kernel.forward(shape,
                  {rows.get(), offset.get(), mask.get(), packed.get(), bias.get(), out_rows.get()},
-                 0, shape.batch * pixels, scratch.get());
+                 0, pixels, scratch.get());
   const Values<T> output(grad_output.count());
-  kernel.from_rows(out_rows.get(), shape.out_channels, pixels, 0, shape.batch * pixels,
-                   output.get());
+  kernel.from_rows(out_rows.get(), out, 0, pixels, output.get());
   results.write(output);
 
   const ChannelRange all = {0, shape.channels};
   const Values<A> range_packed(kernel.range_packed_size(shape, all));
   kernel.pack_range(shape, weight.get(), all, range_packed.get());
-  const Values<A> input_rows(input.count()), grad_offset(offset.count()), grad_mask(mask.count());
-  const Values<A> grad_weight(weight.count());
+  const Values<A> input_rows(shape.batch * in.image), grad_offset(offset.count());
+  const Values<A> grad_mask(mask.count()), grad_weight(weight.count());
   ConvNdBackward<A> tensors = {};
   tensors.grad_output = grad_rows.get();
   tensors.input = rows.get();
@@ -290,8 +289,7 @@ void conv_nd(Problems& file, Results& results) {
   const Values<std::byte> own(kernel.backward_scratch_bytes(shape, tensors, all));
   kernel.backward(shape, tensors, all, 0, shape.batch, own.get());
   const Values<T> grad_input(input.count());
-  kernel.from_rows(input_rows.get(), shape.channels, positions, 0, shape.batch * positions,
-                   grad_input.get());
+  kernel.from_rows(input_rows.get(), in, 0, positions, grad_input.get());
   results.write(grad_input);
   results.write(grad_offset);
   results.write(grad_weight);

@@ -157,7 +157,7 @@ FAULTS = [
           "(tensors.bias ? tensors.bias[0] : A(0))", "all channels have the first one's bias", ND),
     Fault("nd-group-columns", _ND, "columns + group * channels, row,", "columns, row,",
           "all groups multiply the first one's channels", ND),
-    Fault("nd-planes", _ND, "pixels, pixels, 2};", "pixels, pixels, 1};",
+    Fault("nd-planes", _ND, "first + (q >> 2) * rows.plane", "first + 0 * rows.plane",
           "the far plane of a volume is not sampled", ND),
     Fault("nd-added-column", _ND_BACK, "scatter<wants_input, Column::kAdded, wants_dots>",
           "scatter<wants_input, Column::kStored, wants_dots>",

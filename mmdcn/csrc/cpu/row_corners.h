@@ -62,19 +62,14 @@ struct WeightedCorners {
   A weight[4][kMost];
 };
 
-// How many bytes behind the window each sample's rows are.
-struct InTheWindow {
-  int64_t operator()(int64_t) const { return 0; }
-};
-
 // Sets the addresses of the corners' channels from `channel` on in `rows`, which is a window on an
 // image of this size. A corner number q that does not exist is at `nowhere` + q · nowhere_stride.
 // Returns whether any corner is missing.
-template <typename S, typename A, int kMost, typename Distance = InTheWindow>
+template <typename S, typename A, int kMost>
 inline bool set_corners(int64_t image_height, int64_t image_width, const RowWindow<S>& rows,
                         int64_t channel, const Samples<A, kMost>& samples, int64_t count,
-                        const S* nowhere, int64_t nowhere_stride, CornerAddresses<kMost>& addresses,
-                        const Distance& distance = {}) {
+                        const S* nowhere, int64_t nowhere_stride,
+                        CornerAddresses<kMost>& addresses) {
   // Two loops, for numbers of 32 bits and of 64 bits, as loops that mix them are not vectorised
   // well.
   const int32_t begin = static_cast<int32_t>(rows.begin), left = static_cast<int32_t>(rows.left);
@@ -112,8 +107,7 @@ inline bool set_corners(int64_t image_height, int64_t image_width, const RowWind
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
     const int64_t y0 = row[0][i], y1 = row[1][i], x0 = column[0][i], x1 = column[1][i];
-    const uintptr_t rows_begin = base + distance(i);
-    const uintptr_t upper = rows_begin + y0 * row_bytes, lower = rows_begin + y1 * row_bytes;
+    const uintptr_t upper = base + y0 * row_bytes, lower = base + y1 * row_bytes;
     const uintptr_t before = x0 * pixel_bytes, after = x1 * pixel_bytes;
     addresses.corner[0][i] = (y0 | x0) < 0 ? none : upper + before;
     addresses.corner[1][i] = (y0 | x1) < 0 ? none + step : upper + after;

@@ -21,6 +21,7 @@ class BackwardPass {
       : shape_(shape),
         tensors_(tensors),
         range_(range),
+        rows_(shape),
         width_(range.end - range.begin),
         row_(width_ + kLanes<A>),
         sum_row_(padded<A>(shape.group_out_channels())),
@@ -28,16 +29,12 @@ class BackwardPass {
         read_(arena.take<WeightedCorners<A, kMostSamples>>(1)),
         added_(arena.take<CornerAddresses<kMostSamples>>(1)),
         dots_(arena.take<SampleDots<A, kMostSamples>>(1)),
-        zeros_(arena.take<A>(width_)),
-        sinks_(arena.take<A>(4 * width_)),
         gradients_(arena.take<A>(kMostPixels * row_)),
         columns_(arena.take<A>(kMostPixels * row_)),
         sums_(arena.take<A>(tensors.grad_weight ? shape.taps() * width_ * sum_row_ : 0)),
         row_of_(arena.take<int64_t>(kMostSamples)) {}
 
   void run(int64_t begin, int64_t end) {
-    fill_zero(zeros_, width_);
-    fill_zero(sinks_, 4 * width_);
     if (wants_weight()) fill_zero(sums_, shape_.taps() * width_ * sum_row_);
     for (int64_t image = begin; image < end; ++image) run_image(image);
     if (wants_weight()) store_weight();
@@ -118,12 +115,12 @@ class BackwardPass {
   // gradients to those of the input, and stores those of the offsets and the modulations.
   void run_samples(const Tile& tile, int64_t tap, int64_t group, int64_t begin, int64_t end) {
     const SampleElements at(shape_, tile.image, tile.pixel, group, tap);
-    const int64_t start = tile.image * shape_.positions() * shape_.channels;
+    const int64_t start = tile.image * rows_.image + begin;
     samples_.locate(tap, tensors_.offset + at.offset, element(tensors_.mask, at.mask));
-    samples_.set_corners(tensors_.input + start, begin, zeros_, 0, read_->at);
+    samples_.set_corners(rows_, tensors_.input + start, read_->at);
     samples_.set_weights(read_->weight);
     if (tensors_.grad_input) {
-      samples_.set_corners(tensors_.grad_input + start, begin, sinks_, width_, *added_);
+      samples_.set_corners(rows_, tensors_.grad_input + start, *added_);
     }
     const bool input = tensors_.grad_input != nullptr, sampling = wants_sampling();
     if (input && sampling) scatter_planes<true, true>(begin, end);
@@ -171,6 +168,7 @@ class BackwardPass {
   const DeformConvNdShape<3>& shape_;
   const ConvNdBackward<A>& tensors_;
   const ChannelRange& range_;
+  const VolumeRows rows_;  // of the input and its gradient
   const int64_t width_;    // channels of the range
   const int64_t row_;      // elements from row to row of columns, which are padded by a register
   const int64_t sum_row_;  // elements from row to row of sums_
@@ -178,8 +176,6 @@ class BackwardPass {
   WeightedCorners<A, kMostSamples>* const read_;
   CornerAddresses<kMostSamples>* const added_;  // of the corners' gradients
   SampleDots<A, kMostSamples>* const dots_;
-  A* const zeros_;         // stands in for the channels of corners that do not exist
-  A* const sinks_;         // 4 × channels: stands in for their gradients, never read
   A* const gradients_;     // of columns, pixels × row_
   A* const columns_;       // pixels × row_
   A* const sums_;          // the gradients of weights, taps × channels × sum_row_

@@ -5,7 +5,6 @@
 // are multiplied by the weights.
 #include "kernel.h"
 
-#include "../row_sums.h"
 #include "../transpose.h"
 #include "backward_pass.h"
 
@@ -22,37 +21,70 @@ constexpr int64_t kTransposed = 64;
 // ------------------------------------------------------------------------------ images as rows
 
 // Calls function(image, first, count) for the positions of each image within [begin, end), at most
-// `chunk` at a time.
+// `chunk` of a line at a time.
 template <typename F>
-inline void for_positions(int64_t positions, int64_t begin, int64_t end, int64_t chunk,
+inline void for_positions(const VolumeRows& rows, int64_t begin, int64_t end, int64_t chunk,
                           const F& function) {
   for (int64_t at = begin; at < end;) {
-    const int64_t image = at / positions, first = at - image * positions;
-    const int64_t count = smaller(smaller(chunk, positions - first), end - at);
+    const int64_t image = at / rows.positions, first = at - image * rows.positions;
+    const int64_t left = rows.width - first % rows.width;
+    const int64_t count = smaller(smaller(chunk, left), end - at);
     function(image, first, count);
     at += count;
   }
 }
 
 template <typename T, typename A = accumulator_t<T>>
-void to_rows(const T* planes, int64_t channels, int64_t positions, int64_t begin, int64_t end,
-             A* rows) {
-  for_positions(positions, begin, end, kTransposed,
-                [&](int64_t image, int64_t first, int64_t count) {
-                  transpose<A>(planes + image * channels * positions + first, positions, channels,
-                               count, rows + (image * positions + first) * channels, channels);
-                });
+void to_rows(const T* planes, const VolumeRows& at, int64_t begin, int64_t end, A* rows) {
+  const int64_t channels = at.pixel, positions = at.positions;
+  for_positions(at, begin, end, kTransposed, [&](int64_t image, int64_t first, int64_t count) {
+    transpose<A>(planes + image * channels * positions + first, positions, channels, count,
+                 rows + at.at(image, first), channels);
+  });
 }
 
 template <typename T, typename A = accumulator_t<T>>
-void from_rows(const A* rows, int64_t channels, int64_t positions, int64_t begin, int64_t end,
-               T* planes) {
-  for_positions(positions, begin, end, kTransposed,
-                [&](int64_t image, int64_t first, int64_t count) {
-                  transpose<A>(rows + (image * positions + first) * channels, channels, count,
-                               channels, planes + image * channels * positions + first, positions);
-                });
+void from_rows(const A* rows, const VolumeRows& at, int64_t begin, int64_t end, T* planes) {
+  const int64_t channels = at.pixel, positions = at.positions;
+  for_positions(at, begin, end, kTransposed, [&](int64_t image, int64_t first, int64_t count) {
+    transpose<A>(rows + at.at(image, first), channels, count, channels,
+                 planes + image * channels * positions + first, positions);
+  });
 }
+
+// The corners of a sample of a volume, numbered as in sampling.h.
+template <typename A>
+struct VolumeCorners {
+  const A* row[8];
+  A weight[8];
+
+  void set(const VolumeRows& rows, const A* first) {
+    for (int q = 0; q < 8; ++q) {
+      row[q] = first + (q >> 2) * rows.plane + (q >> 1 & 1) * rows.line + (q & 1) * rows.pixel;
+    }
+  }
+
+  // Stores the sample's channels, of `kRegisters` registers from number `channel` on.
+  template <int kRegisters>
+  void blend(int64_t channel, A* target) const {
+    register_t<A> sum[kRegisters];
+#pragma GCC unroll 8
+    for (int q = 0; q < 8; ++q) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kRegisters; ++j) {
+        const register_t<A> value = load_register(row[q] + channel + j * kLanes<A>);
+        sum[j] = q == 0 ? weight[q] * value : sum[j] + weight[q] * value;
+      }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kRegisters; ++j) store_register(target + channel + j * kLanes<A>, sum[j]);
+  }
+  A blended(int64_t channel) const {
+    A sum = 0;
+    for (int q = 0; q < 8; ++q) sum += weight[q] * row[q][channel];
+    return sum;
+  }
+};
 
 // Samples channels into columns.
 template <typename A>
@@ -60,45 +92,53 @@ class Sampler {
  public:
   Sampler(const DeformConvNdShape<3>& shape, Arena& arena)
       : shape_(shape),
+        rows_(shape),
         samples_(shape, arena),
-        corners_(arena.take<WeightedCorners<A, kMostSamples>>(1)),
-        zeros_(arena.take<A>(shape.deform_group_channels())) {}
+        first_(arena.take<uintptr_t[kMostPixels]>(1)),
+        weight_(arena.take<A[4][kMostSamples]>(1)) {}
 
   void start(int64_t image, int64_t pixel, int64_t count) {
     image_ = image;
     pixel_ = pixel;
     samples_.start(pixel, count);
-    fill_zero(zeros_, shape_.deform_group_channels());
   }
 
   // Samples all channels for one tap. The rows of columns are `stride` elements apart.
   void sample(const ConvNdForward<A>& tensors, int64_t tap, A* columns, int64_t stride) {
-    const A* input = tensors.input + image_ * shape_.positions() * shape_.channels;
+    const A* input = tensors.input + image_ * rows_.image;
     const int64_t channels = shape_.deform_group_channels();
     for (int64_t group = 0; group < shape_.deform_groups; ++group) {
       const SampleElements at(shape_, image_, pixel_, group, tap);
       samples_.locate(tap, tensors.offset + at.offset, element(tensors.mask, at.mask));
-      samples_.set_corners(input, group * channels, zeros_, 0, corners_->at);
-      samples_.set_weights(corners_->weight);
-      add_planes(columns + group * channels, stride);
+      samples_.set_first_corners(rows_, input + group * channels, *first_);
+      samples_.set_weights(*weight_);
+      blend(columns + group * channels, stride);
     }
   }
 
  private:
-  void add_planes(A* columns, int64_t stride) const {
-    const int64_t pixels = samples_.pixels();
-    for (int64_t i = 0; i < pixels; ++i) {
-      const PixelSamples<A> planes = {
-          &corners_->at.corner[0][i], &corners_->weight[0][i], kMostSamples, pixels, pixels, 2};
-      sum_samples<A, A>(planes, NoTapWeights{}, shape_.deform_group_channels(), nullptr,
-                        columns + i * stride);
+  // Stores each pixel's sample to a row of columns.
+  void blend(A* columns, int64_t stride) const {
+    const int64_t pixels = samples_.pixels(), channels = shape_.deform_group_channels();
+    for (int64_t i = 0; i < pixels; ++i, columns += stride) {
+      VolumeCorners<A> corners;
+      corners.set(rows_, reinterpret_cast<const A*>((*first_)[i]));
+      for (int q = 0; q < 8; ++q) corners.weight[q] = (*weight_)[q & 3][(q >> 2) * pixels + i];
+      int64_t c = 0;
+      for (; c + 4 * kLanes<A> <= channels; c += 4 * kLanes<A>)
+        corners.template blend<4>(c, columns);
+      for (; c + 2 * kLanes<A> <= channels; c += 2 * kLanes<A>)
+        corners.template blend<2>(c, columns);
+      for (; c + kLanes<A> <= channels; c += kLanes<A>) corners.template blend<1>(c, columns);
+      for (; c < channels; ++c) columns[c] = corners.blended(c);
     }
   }
 
   const DeformConvNdShape<3>& shape_;
+  const VolumeRows rows_;
   VolumeSamples<A> samples_;
-  WeightedCorners<A, kMostSamples>* const corners_;
-  A* const zeros_;  // stands in for the channels of corners that do not exist
+  uintptr_t (*const first_)[kMostPixels];  // addresses of the samples' first corners
+  A (*const weight_)[4][kMostSamples];
   int64_t image_ = 0, pixel_ = 0;
 };
 
@@ -152,7 +192,7 @@ void forward(const DeformConvNdShape<R>& shape, const ConvNdForward<A>& tensors,
   for (int64_t first = begin; first < end; first += tile) {
     const int64_t count = smaller(tile, end - first);
     A* target = columns;
-    for_positions(pixels, first, first + count, kMostPixels,
+    for_positions(VolumeRows(shape.out_channels, pixels), first, first + count, kMostPixels,
                   [&](int64_t image, int64_t pixel, int64_t some) {
                     scratch.sampler.start(image, pixel, some);
                     for (int64_t tap = 0; tap < taps; ++tap) {

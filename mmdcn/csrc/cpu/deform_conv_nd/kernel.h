@@ -1,7 +1,8 @@
 // The interface of deform_conv_nd's CPU kernels. They are compiled once for each instruction set;
 // operator.cpp chooses one, owns all memory and runs the threads.
 //
-// The kernels work on rows: an image's channels pixel by pixel, in the accumulators' type.
+// The kernels work on rows: an image's channels pixel by pixel, in the accumulators' type. Those of
+// the input and of its gradient have borders.
 #pragma once
 
 #include <cstddef>
@@ -9,6 +10,7 @@
 
 #include "../../deform_conv_nd_shape.h"
 #include "../simd.h"
+#include "volume_rows.h"
 
 namespace mmdcn {
 
@@ -22,7 +24,7 @@ struct ChannelRange {
 
 template <typename A>
 struct ConvNdForward {
-  const A* input;   // rows, (N, positions, C)
+  const A* input;   // rows, with a border of zeros
   const A* offset;  // (N, samples, R, pixels)
   const A* mask;    // (N, samples, pixels), or null
   const A* weight;  // packed
@@ -33,11 +35,11 @@ struct ConvNdForward {
 template <typename A>
 struct ConvNdBackward {
   const A* grad_output;  // rows, (N, pixels, Co), and kRowSlack more
-  const A* input;        // rows, (N, positions, C)
+  const A* input;        // rows, with a border of zeros
   const A* offset;       // (N, samples, R, pixels)
   const A* mask;         // (N, samples, pixels), or null
   const A* weight;       // the range's, packed
-  A* grad_input;         // rows, (N, positions, C), added to; or null
+  A* grad_input;         // rows, with a border, added to; or null
   // The sums over the range's channels, (N, samples, R, pixels) and (N, samples, pixels); or null.
   A* grad_offset;
   A* grad_mask;
@@ -51,10 +53,8 @@ struct ConvNdKernel {
 
   // Converts positions [begin, end), numbered over the whole batch, of images whose channels lie in
   // planes to rows, and back.
-  void (*to_rows)(const T* planes, int64_t channels, int64_t positions, int64_t begin, int64_t end,
-                  A* rows);
-  void (*from_rows)(const A* rows, int64_t channels, int64_t positions, int64_t begin, int64_t end,
-                    T* planes);
+  void (*to_rows)(const T* planes, const VolumeRows&, int64_t begin, int64_t end, A* rows);
+  void (*from_rows)(const A* rows, const VolumeRows&, int64_t begin, int64_t end, T* planes);
 
   int64_t (*packed_size)(const Shape&);
   // Packs the weights of taps [begin, end), which are numbered over all groups.

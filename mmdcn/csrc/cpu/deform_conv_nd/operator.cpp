@@ -22,27 +22,36 @@ int64_t pass_work(const DeformConvNdShape<R>& shape) {
                     kElementWork * shape.deform_groups);
 }
 
-// The images of a tensor, (N, C, …), as rows, with kRowSlack more elements.
+// As much memory as the rows of a batch take, with kRowSlack more elements; its borders are zero.
+template <typename A>
+Buffer<A> rows_with_borders(const VolumeRows& at, int64_t batch, bool all_zero) {
+  const int64_t elements = batch * at.image;
+  Buffer<A> rows(elements + kRowSlack);
+  if (all_zero || at.begin > 0) std::fill_n(rows.get(), elements, A(0));
+  return rows;
+}
+
+// The images of a tensor, (N, C, …), as rows.
 template <int R, typename T, typename A = accumulator_t<T>>
-Buffer<A> image_rows(const ConvNdKernel<R, T>& kernel, const Tensor& tensor, int64_t positions) {
+Buffer<A> image_rows(const ConvNdKernel<R, T>& kernel, const Tensor& tensor, const VolumeRows& at) {
   const Tensor planes = as_contiguous(tensor);
-  Buffer<A> rows(planes.numel() + kRowSlack);
-  const int64_t channels = planes.size(1), all = planes.size(0) * positions;
+  Buffer<A> rows = rows_with_borders<A>(at, planes.size(0), false);
+  const int64_t all = planes.size(0) * at.positions;
   const int64_t some = grain(all, planes.numel() * kElementWork + 1);
   parallel_for(0, all, some, [&](int64_t begin, int64_t end) {
-    kernel.to_rows(const_data<T>(planes), channels, positions, begin, end, rows.get());
+    kernel.to_rows(const_data<T>(planes), at, begin, end, rows.get());
   });
   return rows;
 }
 
 // Stores rows to the images of a tensor, (N, C, …).
 template <int R, typename T, typename A = accumulator_t<T>>
-void store_rows(const ConvNdKernel<R, T>& kernel, const A* rows, int64_t positions,
+void store_rows(const ConvNdKernel<R, T>& kernel, const A* rows, const VolumeRows& at,
                 const Tensor& target) {
-  const int64_t channels = target.size(1), all = target.size(0) * positions;
+  const int64_t all = target.size(0) * at.positions;
   const int64_t some = grain(all, target.numel() * kElementWork + 1);
   parallel_for(0, all, some, [&](int64_t begin, int64_t end) {
-    kernel.from_rows(rows, channels, positions, begin, end, data<T>(target));
+    kernel.from_rows(rows, at, begin, end, data<T>(target));
   });
 }
 
@@ -62,7 +71,7 @@ Tensor forward(const DeformConvNdShape<R>& shape, const Tensor& input, const Ten
   if (bias.has_value()) {
     biases = as_contiguous(converted(*bias, offset.scalar_type()));
   }
-  const Buffer<acc_t> inputs = image_rows(kernel, input, shape.positions());
+  const Buffer<acc_t> inputs = image_rows(kernel, input, VolumeRows(shape));
   const Buffer<acc_t> outputs(output.numel()), packed(kernel.packed_size(shape));
   const int64_t tasks = shape.groups * shape.taps();
   const int64_t task_grain = grain(tasks, weights.numel() * kElementWork);
@@ -82,7 +91,7 @@ Tensor forward(const DeformConvNdShape<R>& shape, const Tensor& input, const Ten
     const Buffer<std::byte> scratch(kernel.forward_scratch_bytes(shape));
     kernel.forward(shape, tensors, begin, end, scratch.get());
   });
-  store_rows(kernel, outputs.get(), shape.pixels(), output);
+  store_rows(kernel, outputs.get(), VolumeRows(shape.out_channels, shape.pixels()), output);
   return output;
 }
 
@@ -183,8 +192,10 @@ class Backward {
         offset_(as_contiguous(offset)),
         weight_(as_contiguous(weight)),
         mask_(as_contiguous(mask)),
-        input_(image_rows(kernel_, input, shape.positions())),
-        grad_output_(image_rows(kernel_, grad_output, shape.pixels())) {
+        rows_(shape),
+        input_(image_rows(kernel_, input, rows_)),
+        grad_output_(
+            image_rows(kernel_, grad_output, VolumeRows(shape.out_channels, shape.pixels()))) {
     tensors_.grad_output = grad_output_.get();
     tensors_.input = input_.get();
     tensors_.offset = const_data<acc_t>(offset_);
@@ -196,9 +207,9 @@ class Backward {
   void run(const ConvNdGradients& gradient, bool wants_data, bool wants_weight) const {
     std::vector<int64_t> packed_begin(range_count_, 0);
     const Buffer<acc_t> packed = wants_data ? packed_weight(packed_begin) : Buffer<acc_t>(0);
-    const int64_t elements = gradient.input.numel();
-    const Buffer<acc_t> sums(elements);
-    std::fill(sums.get(), sums.get() + elements, acc_t(0));
+    const bool wants_input = gradient.input.numel() > 0;
+    const Buffer<acc_t> sums =
+        rows_with_borders<acc_t>(rows_, wants_input ? shape_.batch : 0, true);
     const SharedGradients<R, acc_t> offset_sums(shape_, ranges_, gradient.offset, R);
     const SharedGradients<R, acc_t> mask_sums(shape_, ranges_, gradient.mask, 1);
     const int64_t shares = share_count(wants_weight), weights = weight_.numel();
@@ -210,7 +221,7 @@ class Backward {
         const ChannelRange& range = ranges_[index];
         ConvNdBackward<acc_t> own = tensors_;
         own.weight = packed.get() + packed_begin[index];
-        own.grad_input = elements > 0 ? sums.get() : nullptr;
+        own.grad_input = wants_input ? sums.get() : nullptr;
         own.grad_offset = offset_sums.target_for(range);
         own.grad_mask = mask_sums.target_for(range);
         own.grad_weight = wants_weight ? weight_sums.get() + share * weights : nullptr;
@@ -221,7 +232,7 @@ class Backward {
     });
     offset_sums.add_up();
     mask_sums.add_up();
-    if (elements > 0) store_rows(kernel_, sums.get(), shape_.positions(), gradient.input);
+    if (wants_input) store_rows(kernel_, sums.get(), rows_, gradient.input);
     if (wants_weight) store_weight(weight_sums.get(), shares, data<T>(gradient.weight));
   }
 
@@ -272,6 +283,7 @@ class Backward {
   const int64_t range_count_;
   const Tensor offset_, weight_;
   const std::optional<Tensor> mask_;
+  const VolumeRows rows_;                    // of the input and its gradient
   const Buffer<acc_t> input_, grad_output_;  // as rows
   ConvNdBackward<acc_t> tensors_ = {};       // but for the weight and the gradients
 };

@@ -12,6 +12,7 @@
 #include "../arena.h"
 #include "../matmul.h"
 #include "../row_gradients.h"
+#include "volume_rows.h"
 
 namespace mmdcn {
 namespace MMDCN_CPU_CAPABILITY {
@@ -21,14 +22,6 @@ namespace {
 constexpr int kMostPixels = 8 * kBlockRows;
 // Samples of planes: first those before the samples of all pixels, then those behind them.
 constexpr int kMostSamples = 2 * kMostPixels;
-
-// The distance of each sample's plane from the first plane.
-struct PlaneDistances {
-  const int32_t* plane;
-  int64_t plane_bytes;
-
-  int64_t operator()(int64_t i) const { return plane[i] * plane_bytes; }
-};
 
 // The elements that belong to one tap and one offset group, from an output pixel on.
 struct SampleElements {
@@ -103,43 +96,79 @@ class VolumeSamples {
       const bool reached = reaches(z, depth);
       int32_t low;
       split(reached ? z : A(0), low, of.fraction[i]);
-      of.low[i] = reached ? low : planar.kNowhere;
+      of.low_z[i] = reached ? low : planar.kNowhere;
     }
 #pragma GCC ivdep
     for (int64_t i = 0; i < pixels; ++i) {
       const A y = of.origin[1][i] + step[1] + offset[stride + i];
       const A x = of.origin[2][i] + step[2] + offset[2 * stride + i];
       planar.locate(i, y, x, height, width);
-      const A modulation = of.low[i] != planar.kNowhere ? of.modulation[i] : A(0);
-      of.modulation[i] = planar.low_y[i] != planar.kNowhere ? modulation : A(0);
+      of.low_z[i] = planar.low_y[i] != planar.kNowhere ? of.low_z[i] : planar.kNowhere;
+      of.modulation[i] = of.low_z[i] != planar.kNowhere ? of.modulation[i] : A(0);
     }
-    std::copy_n(planar.low_x, pixels, planar.low_x + pixels);
-    std::copy_n(planar.fraction_y, pixels, planar.fraction_y + pixels);
-    std::copy_n(planar.fraction_x, pixels, planar.fraction_x + pixels);
-    place(1, pixels);
-    place(0, 0);
   }
 
-  // Sets the addresses of the corners' channels from `channel` on in one image, (positions, C).
-  // Corner number q of a plane that does not exist is at `nowhere` + q · nowhere_stride.
+  // Sets the addresses of the samples' first corners in an image with borders, from its first
+  // channel that is sampled on.
   template <typename S>
-  void set_corners(S* image, int64_t channel, const std::remove_const_t<S>* nowhere,
-                   int64_t nowhere_stride, CornerAddresses<kMostSamples>& addresses) const {
-    const int64_t height = shape_.size[1], width = shape_.size[2];
-    const auto first_plane = whole_image(image, height, width, shape_.channels);
-    const int64_t plane_bytes = height * width * shape_.channels * sizeof(S);
-    mmdcn::set_corners<S>(height, width, first_plane, channel, *planar_, count(), nowhere,
-                          nowhere_stride, addresses, PlaneDistances{arrays_->plane, plane_bytes});
+  void set_first_corners(const VolumeRows& rows, S* image, uintptr_t (&first)[kMostPixels]) const {
+    const int64_t size = sizeof(S);
+    const int64_t pixel = rows.pixel * size, line = rows.line * size, plane = rows.plane * size;
+    const uintptr_t nowhere = reinterpret_cast<uintptr_t>(image);
+    const uintptr_t begin = nowhere + rows.begin * size;
+    const Arrays& of = *arrays_;
+    const Samples<A, kMostSamples>& planar = *planar_;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < pixels_; ++i) {
+      const int64_t z = of.low_z[i], y = planar.low_y[i], x = planar.low_x[i];
+      const uintptr_t there = begin + z * plane + y * line + x * pixel;
+      first[i] = z != planar.kNowhere ? there : nowhere;
+    }
+  }
+
+  // The same of all corners, as those of samples of planes.
+  template <typename S>
+  void set_corners(const VolumeRows& rows, S* image,
+                   CornerAddresses<kMostSamples>& addresses) const {
+    const int64_t size = sizeof(S), pixels = pixels_;
+    const int64_t pixel = rows.pixel * size, line = rows.line * size, plane = rows.plane * size;
+    uintptr_t first[kMostPixels];
+    set_first_corners(rows, image, first);
+    for (int64_t high = 0; high < 2; ++high) {
+      for (int64_t i = 0; i < pixels; ++i) {
+        const uintptr_t corner = first[i] + high * plane;
+        addresses.corner[0][high * pixels + i] = corner;
+        addresses.corner[1][high * pixels + i] = corner + pixel;
+        addresses.corner[2][high * pixels + i] = corner + line;
+        addresses.corner[3][high * pixels + i] = corner + line + pixel;
+      }
+    }
   }
 
   void set_weights(A (&weight)[4][kMostSamples]) const {
-    mmdcn::set_weights(*planar_, count(), weight);
+    const Arrays& of = *arrays_;
+    const Samples<A, kMostSamples>& planar = *planar_;
+    const int64_t pixels = pixels_;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < pixels; ++i) {
+      const A low_x = planar.weight_x(0, i), high_x = planar.weight_x(1, i);
+      for (int high = 0; high < 2; ++high) {
+        const A modulation = of.modulation[i] * weight_along(of.fraction[i], high);
+        const A low_y = modulation * planar.weight_y(0, i);
+        const A high_y = modulation * planar.weight_y(1, i);
+        weight[0][high * pixels + i] = low_y * low_x;
+        weight[1][high * pixels + i] = low_y * high_x;
+        weight[2][high * pixels + i] = high_y * low_x;
+        weight[3][high * pixels + i] = high_y * high_x;
+      }
+    }
   }
 
   // Stores the gradients of the samples' offsets, (3, pixels), and of their modulations, from the
   // dot products at their corners. Either target may be null.
   void store_gradients(const SampleDots<A, kMostSamples>& dots, A* grad_offset,
                        A* grad_mask) const {
+    set_planes();
     set_sample_gradients(shape_.size[1], shape_.size[2], *planar_, count(), dots, *gradients_);
     const Arrays& of = *arrays_;
     const auto& planar = gradients_->of;
@@ -158,26 +187,31 @@ class VolumeSamples {
 
  private:
   struct Arrays {
-    A origin[3][kMostPixels];   // of the first tap, without its offset
-    A fraction[kMostPixels];    // of the coordinate across planes
-    A modulation[kMostPixels];  // 0 of a sample that contributes nothing
-    int32_t low[kMostPixels];   // the plane before; kNowhere of one that no plane reaches
-    int32_t plane[kMostSamples];
+    A origin[3][kMostPixels];    // of the first tap, without its offset
+    A fraction[kMostPixels];     // of the coordinate across planes
+    A modulation[kMostPixels];   // 0 of a sample that contributes nothing
+    int32_t low_z[kMostPixels];  // kNowhere of a sample that contributes nothing
   };
 
-  // Sets the samples, from number `first` on, of the planes before (0) or behind (1) the pixels'.
-  void place(int high, int64_t first) {
-    Arrays& of = *arrays_;
+  // Sets the samples of planes: those behind the pixels' samples, and then those before them.
+  void set_planes() const {
+    Samples<A, kMostSamples>& planar = *planar_;
+    std::copy_n(planar.low_x, pixels_, planar.low_x + pixels_);
+    std::copy_n(planar.fraction_y, pixels_, planar.fraction_y + pixels_);
+    std::copy_n(planar.fraction_x, pixels_, planar.fraction_x + pixels_);
+    set_plane(1, pixels_);
+    set_plane(0, 0);
+  }
+  void set_plane(int high, int64_t first) const {
+    const Arrays& of = *arrays_;
     Samples<A, kMostSamples>& planar = *planar_;
     const int32_t depth = static_cast<int32_t>(shape_.size[0]);
 #pragma GCC ivdep
     for (int64_t i = 0; i < pixels_; ++i) {
-      const int32_t plane = of.low[i] + high;
-      const bool there = exists(plane, depth);
+      const bool there = exists(of.low_z[i] + high, depth);
       const A modulation = of.modulation[i] * weight_along(of.fraction[i], high);
       planar.low_y[first + i] = there ? planar.low_y[i] : planar.kNowhere;
       planar.modulation[first + i] = there ? modulation : A(0);
-      of.plane[first + i] = there ? plane : 0;
     }
   }
 
