@@ -92,11 +92,13 @@ __attribute__((noinline)) void multiply_block(const Depth& depth, const L* a, in
     if constexpr (Work::kAny) {
       while (k + work.wait <= steps) {
         const int64_t until = k + work.wait;
+#pragma GCC unroll 4
         for (; k < until; ++k) multiply_once<Rows, Registers, order>(k, a, a_stride, b, b_row, sum);
         work.work();
       }
       work.wait -= steps - k;
     }
+#pragma GCC unroll 4
     for (; k < steps; ++k) multiply_once<Rows, Registers, order>(k, a, a_stride, b, b_row, sum);
     a += depth.a_segment;
     b += depth.b_segment;
