@@ -16,38 +16,43 @@ from .runner import Job
 
 
 @dataclass(frozen=True)
-class DigitJob:
-    """A run on digits.
-
-    Args:
-        part: the name of its part of the grid.
-        run: what is trained.
-        cache: the folder that keeps the digits; None for the user's cache.
-    """
-
-    part: str
-    run: training.Run
-    cache: Path | None = None
+class _RunJob:
+    run: training.Run | detector_grid.DetectorRun
 
     @property
     def name(self) -> str:
         return self.run.name
 
     @property
-    def seconds(self) -> float:
-        return grid.seconds(self.run)
-
-    @property
     def needs(self) -> tuple[str, ...]:
         return (self.run.base.name,) if self.run.base is not None else ()
+
+    def settings(self) -> dict:
+        return self.run.settings()
+
+
+@dataclass(frozen=True)
+class DigitJob(_RunJob):
+    """A run on digits.
+
+    Args:
+        run: what is trained.
+        part: the name of its part of the grid.
+        cache: the folder that keeps the digits; None for the user's cache.
+    """
+
+    run: training.Run
+    part: str
+    cache: Path | None = None
+
+    @property
+    def seconds(self) -> float:
+        return grid.seconds(self.run)
 
     @property
     def length(self) -> str:
         """Of the training, in words."""
         return f"{self.run.epochs} epochs"
-
-    def settings(self) -> dict:
-        return self.run.settings()
 
     def execute(self, folder: Path, tell: training.Tell) -> dict:
         return training.train(self.run, _digits(self.cache), folder, tell)
@@ -58,11 +63,11 @@ _digits = functools.cache(digits.load)
 
 def digit_jobs(choice: grid.Choice, cache: Path | None = None) -> list[DigitJob]:
     """The jobs of what is chosen of the grid, in its order."""
-    return [DigitJob(part, run, cache) for part, run in grid.runs(choice)]
+    return [DigitJob(run, part, cache) for part, run in grid.runs(choice)]
 
 
 @dataclass(frozen=True)
-class DetectorJob:
+class DetectorJob(_RunJob):
     """A detector on warped shapes, whose images are in the folder of the results.
 
     Args:
@@ -76,24 +81,13 @@ class DetectorJob:
         return self.run.training
 
     @property
-    def name(self) -> str:
-        return self.run.name
-
-    @property
     def seconds(self) -> float:
         return detector_grid.seconds(self.run)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return (self.run.base.name,) if self.run.base is not None else ()
 
     @property
     def length(self) -> str:
         """Of the training, in words."""
         return f"{self.run.iterations} iterations"
-
-    def settings(self) -> dict:
-        return self.run.settings()
 
     def execute(self, folder: Path, tell: training.Tell) -> dict:
         from . import detectors  # which imports the toolbox
