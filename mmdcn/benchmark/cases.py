@@ -25,7 +25,9 @@ VERSIONS = ("v1", "v2")
 #: What ours is compared with (:mod:`~.implementations`).
 PEERS = ("dense", "mmcv", "onnxruntime", "openvino", "torchvision")
 #: What a detector runs in beside eager PyTorch (:mod:`~.deployment`).
-RUNTIMES = ("compiled", "onnxruntime", "openvino")
+RUNTIMES = ("tuned", "compiled", "onnxruntime", "openvino")
+#: Those of them that are PyTorch.
+IN_PYTORCH = ("tuned", "compiled")
 #: The other operators (:mod:`~.family`).
 OTHER_OPERATORS = ("deform_conv1d", "deform_conv3d", "dcnv3", "dcnv4", "deform_roi_pool")
 
