@@ -86,6 +86,7 @@ def export(
             computes something else than PyTorch.
         ConfigError: a package that the exporter needs is missing or too old, or there can be no
             such file.
+        OSError: the disk takes no more.
     """
     try:
         import onnx
@@ -114,6 +115,8 @@ def export(
             comparison = network.comparison(HALF if half else SINGLE)
             return _verify(network, images, str(temporary), comparison, seconds)
     except OSError as error:
+        if error.errno in files.DISK_ERRORS:
+            raise
         raise ConfigError(f"cannot write {path}: {error}") from error
 
 

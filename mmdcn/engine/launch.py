@@ -210,6 +210,8 @@ def read_config(path: str, settings: Sequence[str] | None = None) -> Config:
     try:
         cfg = Config.fromfile(path)
     except _UNREADABLE as error:
+        if failures.of_disk(error):  # mmengine reads a copy of it, in the folder for what passes
+            raise
         raise ConfigError(f"cannot read the config {path}: {_describe(error)}") from error
     if startup.is_first_process():
         config_keys.warn_of_unknown(cfg, overrides)
