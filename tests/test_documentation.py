@@ -144,7 +144,8 @@ def test_messages_to_search_for_are_messages():
 
 def readme_ratios() -> dict[str, list[float]]:
     """The columns of the generated table, but for the row of the detector."""
-    header, _, *rows = [line for line in README.splitlines() if line.startswith("| ")][:8]
+    block = README[README.index("<!-- benchmark -->") :]
+    header, _, *rows = [line for line in block.splitlines() if line.startswith("| ")][:8]
     names = [cell.strip() for cell in header.strip("|").split("|")]
     values = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     shapes = [row for row in values if re.match(r"\d", row[0])]
@@ -167,6 +168,26 @@ def test_readme_quotes_the_generated_table():
         assert span(column) in row
     for column in ("mmdcn, forward", "mmdcn, forward + backward"):
         assert span(column) in row
+
+
+def test_results_in_the_readme_are_those_of_the_evidence():
+    def rows(text: str) -> tuple[list[str], dict[str, list[str]]]:
+        header, _, *lines = (
+            [c.strip() for c in line.split("|")[1:-1]] for line in text.split("\n")
+        )
+        return header, {cells[0]: cells for cells in lines}
+
+    header, own = rows(re.search(r"^\| accuracy, %(?:.*\n)+?(?=\n)", README, re.M)[0].strip())
+    page = (DOCS / "evidence.md").read_text()
+    names, measured = rows(
+        re.search(r"^\| arm \| parameters(?:.*\n)+?(?=\n)", page, re.M)[0].strip()
+    )
+    assert len(own) == 4
+    for arm, cells in own.items():
+        for name, cell in list(zip(header, cells, strict=True))[1:]:
+            assert cell == measured[arm][names.index(name)], (arm, name)
+    (seeds,) = {measured[arm][names.index("seeds")] for arm in own}
+    assert f"Means of {seeds} seeds" in README
 
 
 def test_costs_of_layers_are_those_of_the_benchmark():

@@ -348,7 +348,9 @@ def deployment_lines(run: dict) -> list[str]:
     return [
         *lines,
         f"Files in {settings['precision']}; PyTorch in float32, mmdet's own prediction on our "
-        "kernels. Random weights and images, so that there are few detections; offsets of all "
+        "kernels; tuned is the same with norms folded into convolutions, channels-last, and RoIs "
+        "pooled by our operator; compiled is tuned, with the decoding of the files. Random weights "
+        "and images, so that there are few detections; offsets of all "
         f"deformable layers ~ N(0, {settings['offset_std']:g}²).",
         "",
         *_left_out(run),
