@@ -47,15 +47,41 @@ def build_without_memory(cfg: Config) -> nn.Module:
     """
     from mmdet.registry import MODELS
 
-    with contextlib.suppress(Exception), torch.device("meta"), silence():
-        return MODELS.build(copy.deepcopy(cfg.model))
-    # Some compute with values while they are built, such as the rates of Swin's paths.
-    node = copy.deepcopy(cfg.model)
+    with _process_group(cfg):
+        with contextlib.suppress(Exception), torch.device("meta"), silence():
+            return MODELS.build(copy.deepcopy(cfg.model))
+        # Some compute with values while they are built, such as the rates of Swin's paths.
+        node = copy.deepcopy(cfg.model)
+        try:
+            with silence():
+                return MODELS.build(node).to("meta")
+        except Exception as error:
+            said = sentence(error)
+            if "init_process_group" in said:
+                said = (
+                    f"it is for distributed runs alone (tools/dist_train.sh, "
+                    f"tools/dist_test.sh): {said}"
+                )
+            raise CannotBuild(_place(error, node), said) from error
+
+
+@contextlib.contextmanager
+def _process_group(cfg: Config) -> Iterator[None]:
+    """A process group of this process alone where the run will have one of all.
+
+    Some layers ask it for its size while they are built, such as mmcv's ``MMSyncBN``. The run's
+    own is made with its runner, after the checks.
+    """
+    from torch import distributed
+
+    if cfg.get("launcher", "none") == "none" or distributed.is_initialized():
+        yield
+        return
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        with silence():
-            return MODELS.build(node).to("meta")
-    except Exception as error:
-        raise CannotBuild(_place(error, node), sentence(error)) from error
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

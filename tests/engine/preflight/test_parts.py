@@ -4,6 +4,7 @@ from pathlib import Path
 
 import mmdet
 import pytest
+import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DefaultScope
 
@@ -183,3 +184,16 @@ def test_what_building_logs_is_not_seen_twice(evaluated, capsys):
     said = captured.out + captured.err
     assert "image shape" not in said
     assert "before" in said and "after" in said
+
+
+def test_layers_that_ask_for_the_process_group(config):
+    """mmdet's strong baselines have them; the run's own group comes after the checks."""
+    config.model.roi_head.bbox_head.update(
+        type="Shared4Conv1FCBBoxHead", conv_out_channels=8, norm_cfg=dict(type="MMSyncBN")
+    )
+    message = message_of(config)
+    assert "it is for distributed runs alone (tools/dist_train.sh" in message
+    assert "(model.roi_head.bbox_head.norm_cfg)" in message
+    config.launcher = "pytorch"
+    assert preflight.check(config, ("train",)) == []
+    assert not torch.distributed.is_initialized()
