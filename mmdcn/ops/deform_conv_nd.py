@@ -6,7 +6,9 @@ is an image of height one, and has the kernels that are tuned for images.
 """
 
 import functools
+import warnings
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -67,11 +69,24 @@ def deform_conv1d(
     )
 
 
+def _as_number(size: int | Tensor) -> int:
+    """A size that a trace is to hold as a constant."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return int(size)
+
+
 def _over_height_one(
     input, offset, weight, bias, stride, padding, dilation, mask, operator=_OPERATOR_2D
 ) -> Tensor:
     """The operator over two dimensions, on a sequence: no offset leads out of its one row."""
-    y_and_x = F.pad(offset.unsqueeze(2), (0, 0, 1, 0)).flatten(1, 2)
+    if torch.jit.is_tracing():
+        # torch.onnx's older exporter loses the number of channels in the padding.
+        batch, channels, length = offset.shape
+        still = torch.zeros_like(offset)
+        y_and_x = torch.stack([still, offset], 2).reshape(batch, 2 * _as_number(channels), length)
+    else:
+        y_and_x = F.pad(offset.unsqueeze(2), (0, 0, 1, 0)).flatten(1, 2)
     output = operator(
         input.unsqueeze(2),
         y_and_x.unsqueeze(2),

@@ -18,6 +18,7 @@ pytest.importorskip("onnxruntime", minversion=ONNXRUNTIME_WITH_DEFORM_CONV)
 import onnx
 import onnxruntime
 
+from mmdcn.layers import DeformConv1dPack, ModulatedDeformConv1dPack
 from mmdcn.ops import dcnv3, dcnv4, deform_conv1d, deform_conv2d, deform_conv3d, deform_roi_pool
 from tests.ops.problems import Problem
 from tests.programs import run_python
@@ -316,6 +317,28 @@ def test_layers_of_open_size_in_a_row_by_torchscript(name, traced, tmp_path):
     operators = [node.op_type for node in standard(path).graph.node]
     assert operators.count("DeformConv") == 2
     for shape in ((1, 8, 9, 11), (2, 8, 30, 20)):
+        compare(path, model, (torch.randn(shape),))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("kind", [DeformConv1dPack, ModulatedDeformConv1dPack])
+def test_sequences_of_open_length_by_the_older_exporter(kind, traced, tmp_path):
+    model = nn.Sequential(kind(4, 6, 3, padding=1), nn.ReLU(), kind(6, 4, 3, padding=1)).eval()
+    for name, parameter in model.named_parameters():
+        if "offset" in name:
+            nn.init.normal_(parameter, std=0.3)
+    example, path = torch.randn(2, 4, 20), tmp_path / "model.onnx"
+    axes = {0: "batch", 2: "length"}
+    export(
+        torch.jit.trace(model, example) if traced else model,
+        (example,),
+        path,
+        dynamo=False,
+        input_names=["input"],
+        output_names=["output"],
+        dynamic_axes={"input": axes, "output": axes},
+    )
+    for shape in ((1, 4, 9), (3, 4, 33)):
         compare(path, model, (torch.randn(shape),))
 
 
