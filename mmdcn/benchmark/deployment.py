@@ -150,7 +150,9 @@ def _measured(
         with torch.no_grad():
             expected = network(*inputs)
         calls = {EAGER: detector.call("inference")}
-        folded = fuse_conv_bn(copy.deepcopy(detector.model)).to(memory_format=torch.channels_last)
+        if set(IN_PYTORCH) & set(settings.runtimes):
+            folded = fuse_conv_bn(copy.deepcopy(detector.model))
+            folded = folded.to(memory_format=torch.channels_last)
         if "tuned" in settings.runtimes:
             tuned = _with_our_pooling(copy.deepcopy(folded))
             decoded = _without_gradients(EndToEnd(copy.deepcopy(tuned)), *inputs)

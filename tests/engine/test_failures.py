@@ -6,7 +6,6 @@ import logging
 import os
 import pickle
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import torch
 
 from mmdcn import files
 from mmdcn.engine import failures
+from tests.limits import limited_files
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -58,14 +58,8 @@ def test_a_disk_error_names_the_open_file():
 
 def limited_save(path):
     """torch's own writer, where files must not be larger than a kilobyte."""
-    former = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, former[1]))
-    try:
+    with limited_files(1000):
         torch.save(torch.zeros(100_000), path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, former)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_what_torch_says_of_a_full_disk(tmp_path):

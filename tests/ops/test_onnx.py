@@ -295,6 +295,19 @@ def test_layer_of_open_size(name, tmp_path):
         compare(path, model, (torch.randn(shape),))
 
 
+def export_by_torchscript(model, example, path, axes, traced):
+    """With open dimensions of input and output; as a module, or traced before."""
+    export(
+        torch.jit.trace(model, example) if traced else model,
+        (example,),
+        path,
+        dynamo=False,
+        input_names=["input"],
+        output_names=["output"],
+        dynamic_axes={"input": axes, "output": axes},
+    )
+
+
 @pytest.mark.parametrize("traced", [False, True], ids=["module", "traced"])
 @pytest.mark.parametrize("name", PACKS)
 def test_layers_of_open_size_in_a_row_by_torchscript(name, traced, tmp_path):
@@ -305,15 +318,7 @@ def test_layers_of_open_size_in_a_row_by_torchscript(name, traced, tmp_path):
         scatter_samples(layer)
     example, path = torch.randn(1, 8, 9, 11), tmp_path / "model.onnx"
     axes = {0: "batch", 2: "height", 3: "width"}
-    export(
-        torch.jit.trace(model, example) if traced else model,
-        (example,),
-        path,
-        dynamo=False,
-        input_names=["input"],
-        output_names=["output"],
-        dynamic_axes={"input": axes, "output": axes},
-    )
+    export_by_torchscript(model, example, path, axes, traced)
     operators = [node.op_type for node in standard(path).graph.node]
     assert operators.count("DeformConv") == 2
     for shape in ((1, 8, 9, 11), (2, 8, 30, 20)):
@@ -329,15 +334,7 @@ def test_sequences_of_open_length_by_the_older_exporter(kind, traced, tmp_path):
             nn.init.normal_(parameter, std=0.3)
     example, path = torch.randn(2, 4, 20), tmp_path / "model.onnx"
     axes = {0: "batch", 2: "length"}
-    export(
-        torch.jit.trace(model, example) if traced else model,
-        (example,),
-        path,
-        dynamo=False,
-        input_names=["input"],
-        output_names=["output"],
-        dynamic_axes={"input": axes, "output": axes},
-    )
+    export_by_torchscript(model, example, path, axes, traced)
     for shape in ((1, 4, 9), (3, 4, 33)):
         compare(path, model, (torch.randn(shape),))
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import resource
 import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,8 @@ import pytest
 pytest.importorskip("mmdet")
 
 from mmengine.config import ConfigDict
+
+from tests.limits import limited_files
 
 from .project import REPOSITORY, Project
 
@@ -97,17 +98,6 @@ CASES = [
     ),
     Case("demo.py", "--work-dir OUT --train-images 1 --val-images 1", (), goes_on=False),
 ]
-
-
-@contextlib.contextmanager
-def limited_files(size: int) -> Iterator[None]:
-    """No file can be written beyond so many bytes."""
-    former = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, former)
 
 
 @pytest.fixture
