@@ -227,12 +227,16 @@ def _refuse_tangents(overload: torch._ops.OpOverload, arguments: tuple) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Derivative:
-    """The backward pass of an operator, with the arguments that it needs."""
+    """The backward pass of an operator, with the arguments that it needs.
 
-    arguments: tuple[str, ...]  # the names of the operator's arguments, by position
-    saved: tuple[str, ...]  # the arguments that `backward` is given, if they are tensors
-    # backward(arguments by name, options, which arguments' gradients are wanted, grads of outputs)
-    backward: Callable[[dict[str, Any], dict, dict[str, bool], tuple], dict[str, Tensor | None]]
+    Arguments, and what is said of each, are by position: names would take time at every call.
+    """
+
+    arguments: tuple[str, ...]  # the names of the operator's arguments
+    saved: tuple[bool, ...]  # which of them `backward` is given, if they are tensors
+    # backward(arguments, options, which arguments' gradients are wanted, gradients of the outputs)
+    # gives the gradients of the arguments
+    backward: Callable[[list, dict, tuple[bool, ...], tuple], list[Tensor | None]]
 
 
 def _register_autograd(overload: torch._ops.OpOverload, derivative: _Derivative) -> None:
@@ -240,27 +244,30 @@ def _register_autograd(overload: torch._ops.OpOverload, derivative: _Derivative)
 
     This does what torch.library.register_autograd does, which has no place for that error.
     """
+    count = len(derivative.arguments)
+    tensors = [i for i, a in enumerate(overload._schema.arguments[:count]) if _holds_tensor(a.type)]
+    saved = [i for i in tensors if derivative.saved[i]]
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx, keyset, options, *arguments):
-            ctx.options = options
             ctx.set_materialize_grads(False)
-            named = dict(zip(derivative.arguments, arguments))
-            tensors = {n: named[n] for n in derivative.saved if isinstance(named[n], Tensor)}
-            ctx.save_for_backward(*tensors.values())
-            ctx.tensor_names = tuple(tensors)
-            ctx.others = {n: None if isinstance(a, Tensor) else a for n, a in named.items()}
-            return _below_autograd(overload, keyset, arguments, options)
+            ctx.save_for_backward(*[arguments[i] for i in saved])
+            others = list(arguments)
+            for i in tensors:
+                others[i] = None
+            ctx.others, ctx.options = others, options
+            return _below_autograd(overload, arguments, options, keyset)
 
         @staticmethod
         def backward(ctx, *grads):
-            named = {**ctx.others, **dict(zip(ctx.tensor_names, ctx.saved_tensors))}
-            wanted = dict(zip(derivative.arguments, ctx.needs_input_grad[2:]))
-            gradients = {}
-            if any(grad is not None for grad in grads):
-                gradients = derivative.backward(named, ctx.options, wanted, grads)
-            return None, None, *(gradients.get(name) for name in derivative.arguments)
+            if all(grad is None for grad in grads):
+                return (None,) * (2 + count)
+            arguments = list(ctx.others)
+            for i, tensor in zip(saved, ctx.saved_tensors):
+                arguments[i] = tensor
+            wanted = ctx.needs_input_grad[2:]
+            return None, None, *derivative.backward(arguments, ctx.options, wanted, grads)
 
     def kernel(keyset, *arguments, **options):
         _refuse_tangents(overload, arguments)
@@ -269,15 +276,22 @@ def _register_autograd(overload: torch._ops.OpOverload, derivative: _Derivative)
         )
         if wanted:
             return Differentiable.apply(keyset, options, *arguments)
-        return _below_autograd(overload, keyset, arguments, options)
+        return _below_autograd(overload, arguments, options, keyset)
 
     Differentiable.__name__ = Differentiable.__qualname__ = f"{overload._opname}_autograd"
     _LIBRARY.impl(overload._opname, kernel, "Autograd", with_keyset=True)
 
 
-def _below_autograd(overload, keyset, arguments: tuple, options: dict):
+def _holds_tensor(kind: object) -> bool:
+    return str(kind) in ("Tensor", "Optional[Tensor]")
+
+
+def _below_autograd(overload, arguments, options: dict, keyset=None):
+    """The operator without what autograd does; `keyset` is what its kernel was called with."""
     try:
         with torch._C._AutoDispatchBelowAutograd():
+            if keyset is None:
+                return overload(*arguments, **options)
             keyset = keyset & torch._C._after_autograd_keyset
             return overload.redispatch(keyset, *arguments, **options)
     except RuntimeError as error:
@@ -290,36 +304,47 @@ def _below_autograd(overload, keyset, arguments: tuple, options: dict):
 
 def _first_order(operator: Operator) -> _Derivative:
     """The first derivative: the backward operator's kernels."""
+    first, *kept, last = operator.backward_arguments
+    assert (first, last) == ("grad_output", "output_mask")
+    kept = [operator.arguments.index(name) for name in kept]
+    differentiated = [operator.arguments.index(name) for name in operator.gradients]
+    bias = operator.arguments.index("bias") if "bias" in operator.arguments else None
 
-    def backward(named, options, wanted, grads):
+    def backward(arguments, options, wanted, grads):
         (grad_output,) = grads
         options = {name: value for name, value in options.items() if value}
-        input = named["input"]
-        if input.is_cuda:
-            _order_of_addition(operator, options, wanted)
-        gradients = {}
-        output_mask = [wanted[name] for name in operator.gradients]
+        if arguments[0].is_cuda:
+            _order_of_addition(operator, options, wanted[0])
+        gradients = [None] * len(arguments)
+        output_mask = [wanted[i] for i in differentiated]
         if any(output_mask):
-            named = {**named, "grad_output": grad_output, "output_mask": output_mask}
-            arguments = [named[name] for name in operator.backward_arguments]
-            gradients = dict(zip(operator.gradients, operator.backward(*arguments, **options)))
-            gradients = {n: gradients[n] for n, want in zip(gradients, output_mask) if want}
-        if wanted.get("bias"):
-            gradients["bias"] = grad_output.sum((0, *range(2, grad_output.dim())))
+            passed = [grad_output, *[arguments[i] for i in kept], output_mask]
+            if torch.is_grad_enabled() or is_transformed():
+                computed = operator.backward(*passed, **options)
+            else:
+                computed = _below_autograd(operator.backward, passed, options)
+            for i, gradient in zip(differentiated, computed):
+                if wanted[i]:
+                    gradients[i] = gradient
+        if bias is not None and wanted[bias]:
+            gradients[bias] = grad_output.sum((0, *range(2, grad_output.dim())))
         return gradients
 
-    saved = tuple(n for n in operator.arguments if n in operator.backward_arguments)
-    return _Derivative(operator.arguments, saved, backward)
+    return _Derivative(
+        operator.arguments,
+        tuple(n in operator.backward_arguments for n in operator.arguments),
+        backward,
+    )
 
 
-def _order_of_addition(operator: Operator, options: dict, wanted: dict[str, bool]) -> None:
+def _order_of_addition(operator: Operator, options: dict, to_input: bool) -> None:
     """On CUDA, request a fixed order of additions if torch wants one, or report its absence."""
     if operator.multiplies:
         _determinism.alert_products(operator.public)
     if "deterministic" in operator.backward_options:
         if torch.are_deterministic_algorithms_enabled():
             options["deterministic"] = True
-    elif wanted["input"]:
+    elif to_input:
         _determinism.alert_gradient(operator.public)
 
 
@@ -329,8 +354,14 @@ def _second_order(operator: Operator) -> _Derivative:
     The result is differentiable again, for derivatives of any order.
     """
     differentiable = ("grad_output", *operator.gradients)
+    names = operator.backward_arguments
 
-    def backward(named, options, wanted, grads):
+    def backward(arguments, options, wanted, grads):
+        named = dict(zip(names, arguments))
+        gradients = by_name(named, grads)
+        return [gradients.get(name) for name in names]
+
+    def by_name(named: dict[str, Any], grads: tuple) -> dict[str, Tensor | None]:
         create_graph = torch.is_grad_enabled()
         present = [name for name in differentiable if named[name] is not None]
         asked = {
@@ -365,5 +396,4 @@ def _second_order(operator: Operator) -> _Derivative:
             )
         return dict(zip(variables, second))
 
-    arguments = operator.backward_arguments
-    return _Derivative(arguments, arguments, backward)
+    return _Derivative(names, (True,) * len(names), backward)

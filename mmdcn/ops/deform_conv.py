@@ -134,6 +134,8 @@ def deform_conv(
     if _goes_straight(input, offset, weight, bias, mask):
         # The operator itself refuses arguments that do not fit together. The checks that find what
         # is at fault run only after such a refusal, because their time counts for small layers.
+        if torch._C._is_any_autocast_enabled():
+            input, weight, bias = autocast_features(input, weight, bias)
         arguments = (input, offset, weight, bias, stride, padding, dilation, mask)
         try:
             if torch.is_grad_enabled():
@@ -209,7 +211,7 @@ def _goes_straight(
         and offset.dtype not in HALF_DTYPES
         and (mask is None or mask.dtype not in HALF_DTYPES)
         # Tracers other than Dynamo need no check: their tensors have a type of their own.
-        and not (is_transformed() or torch._C._is_any_autocast_enabled())
+        and not is_transformed()
     )
 
 

@@ -13,19 +13,64 @@ from tests.ops.problems import NAMES, TOLERANCE, VOLUME, Problem, largest_error,
 pytestmark = pytest.mark.usefixtures("host_operators")
 
 
+def channels_last(offset: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """As a channels-last convolution's, whose gradients are then so, too."""
+    return tuple(t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (offset, mask))
+
+
+def predicted_together(offset: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """As those of one branch: the channels of one tensor, with others between."""
+    together = torch.cat([offset, torch.full_like(mask, float("nan")), mask], dim=1)
+    return together[:, : offset.shape[1]], together[:, -mask.shape[1] :]
+
+
+def the_same_for_all(offset: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(t[:1].expand_as(t) for t in (offset, mask))
+
+
+def in_rows_with_gaps(offset: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(torch.cat([t, t], dim=-1)[..., : t.shape[-1]] for t in (offset, mask))
+
+
+LAYOUTS = [channels_last, predicted_together, the_same_for_all, in_rows_with_gaps]
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize("memory", MEMORY, ids=str)
 @pytest.mark.parametrize("problem", [Problem(5, 16, (7, 6), 6), VOLUME], ids=["2d", "volume"])
-def test_offsets_may_have_any_strides(set_memory, problem, memory):
-    """As those of a channels-last convolution, whose gradients are then so, too."""
+def test_offsets_may_have_any_strides(set_memory, problem, memory, layout, deterministic):
     set_memory(*memory)
     tensors = problem.tensors(torch.float64)
-    expected = run(host_deform_conv, tensors, **problem.arguments())
-    for name in ("offset", "mask"):
-        moved = tensors[name].detach().movedim(1, -1).contiguous().movedim(-1, 1)
-        tensors[name] = moved.requires_grad_()
-    actual = run(host_deform_conv, tensors, **problem.arguments())
-    for name, value in expected.items():
-        assert largest_error(actual[name], value) <= TOLERANCE[torch.float64], name
+    laid_out = layout(tensors["offset"].detach(), tensors["mask"].detach())
+    results = []
+    for coordinates in (map(Tensor.contiguous, laid_out), laid_out):
+        given = dict(zip(("offset", "mask"), (t.requires_grad_() for t in coordinates)))
+        options = problem.arguments() | {"deterministic": deterministic}
+        results.append(run(host_deform_conv, tensors | given, **options))
+    for name, expected in results[0].items():
+        assert largest_error(results[1][name], expected) <= TOLERANCE[torch.float64], name
+
+
+def test_offsets_of_one_branch_are_not_copied(host_operators, set_memory):
+    """They take no memory beside what contiguous ones take, where a copy would."""
+    set_memory(10**8, 10**8)
+    tensors = {n: t.detach() for n, t in Problem(3, 8, (9, 8), 8).tensors(torch.float32).items()}
+    x, offset, weight, _, mask = (tensors[name] for name in NAMES)
+    grad_output = torch.randn(3, 8, 9, 8)
+    geometry = ([1, 1], [1, 1], [1, 1])
+
+    def peaks(offset: Tensor, mask: Tensor) -> list[int]:
+        forward = host_operators.deform_conv2d
+        backward = host_operators.deform_conv2d_backward
+        return [
+            peak_bytes(forward, x, offset, weight, None, *geometry, mask),
+            peak_bytes(backward, grad_output, x, offset, weight, *geometry, mask, [True] * 4),
+        ]
+
+    contiguous = peaks(offset, mask)
+    assert peaks(*predicted_together(offset, mask)) == contiguous
+    assert peaks(*in_rows_with_gaps(offset, mask)) > contiguous
 
 
 def peak_bytes(function, *arguments, **options) -> int:

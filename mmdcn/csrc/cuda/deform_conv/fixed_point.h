@@ -111,6 +111,14 @@ MMDCN_BLOCK void magnitudes_block(const Ctx& ctx, const ConvProblem<R>& problem,
     }
     return found;
   };
+  const auto largest_of_mask = [&] {
+    int found = mask ? 0 : magnitude(acc_t(1));
+    for (int64_t image = 0; mask && image < problem.shape.batch; ++image) {
+      const int one = largest(mask + image * problem.mask_image, problem.samples * problem.pixels);
+      found = one > found ? one : found;
+    }
+    return found;
+  };
   const int64_t all_pixels = problem.shape.batch * problem.pixels;
   for (int i = ctx.thread(); i < 3; i += Ctx::kThreads) storage.largest[i] = 0;
   ctx.sync();
@@ -118,8 +126,7 @@ MMDCN_BLOCK void magnitudes_block(const Ctx& ctx, const ConvProblem<R>& problem,
                  largest(grad_output, all_pixels * problem.shape.out_channels));
   ctx.atomic_max(&storage.largest[1],
                  largest(weight, problem.shape.out_channels * problem.columns));
-  ctx.atomic_max(&storage.largest[2],
-                 mask ? largest(mask, all_pixels * problem.samples) : magnitude(acc_t(1)));
+  ctx.atomic_max(&storage.largest[2], largest_of_mask());
   ctx.sync();
   for (int i = ctx.thread(); i < 3; i += Ctx::kThreads) {
     ctx.atomic_max(&magnitudes[i], storage.largest[i]);

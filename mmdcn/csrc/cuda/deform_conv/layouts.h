@@ -72,9 +72,21 @@ inline Tensor channels_last(const Tensor& any, const Stream& stream) {
   return result;
 }
 
+// Whether the kernels can take offsets or masks as they are: each image's are contiguous planes,
+// as those that a branch predicts together are, where the images do not follow each other.
+inline bool are_planes(const Tensor& any) {
+  int64_t expected = 1;
+  for (int64_t d = any.dim() - 1; d > 0; --d) {
+    if (any.size(d) != 1 && any.stride(d) != expected) return false;
+    expected *= any.size(d);
+  }
+  return true;
+}
+
 // The same elements as the kernels take offsets and masks.
 inline Tensor as_planes(const Tensor& any, const Stream& stream) {
-  const bool by_torch = any.is_contiguous() || !channels_last_view(any).is_contiguous();
+  if (are_planes(any)) return any;
+  const bool by_torch = !channels_last_view(any).is_contiguous();
   if (by_torch || !transposes(any.size(1), pixels_of(any))) return as_contiguous(any);
   const Tensor result = new_tensor(any, sizes_of(any), any.scalar_type());
   transpose(any, pixels_of(any), any.size(1), result, stream);

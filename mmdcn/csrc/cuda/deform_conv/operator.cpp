@@ -49,11 +49,15 @@ struct Context {
         stream(device.current_stream()),
         calls(precision, tf32, matmul_tf32, deterministic, stream) {}
 
-  // The problem of some images alone.
-  ConvProblem<R> problem(const Images& images) const {
+  // The problem of some images alone, with their offsets and masks as the kernels take them.
+  ConvProblem<R> problem(const Images& images, const Tensor& offsets,
+                         const std::optional<Tensor>& masks) const {
     DeformConvNdShape<R> of_images = shape;
     of_images.batch = images.count;
-    return ConvProblem<R>(of_images);
+    ConvProblem<R> problem(of_images);
+    problem.offset_image = offsets.stride(0);
+    if (masks.has_value()) problem.mask_image = masks->stride(0);
+    return problem;
   }
 
   Chunks chunks(const ConvProblem<R>& problem, int64_t element_size) const {
@@ -85,10 +89,10 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& offset, const 
   const Tensor weights = channels_last(weight, context.stream);
   const int64_t image_bytes = copied_bytes(input, is_usable(input)) + copied_bytes(offset, mask);
   for_each_span(shape.batch, images_at_a_time(shape.batch, image_bytes), [&](const Images& span) {
-    const ConvProblem<R> problem = context.problem(span);
     const Tensor features = channels_last(span.of(input), context.stream);
     const Tensor offsets = as_planes(span.of(offset), context.stream), result = span.of(output);
     const std::optional<Tensor> masks = as_planes(span.of(mask), context.stream);
+    const ConvProblem<R> problem = context.problem(span, offsets, masks);
     context.chunks(problem, input.element_size()).for_each([&](const Chunk& chunk) {
       const PixelRange range = chunk.range(problem.pixels);
       const Tensor columns = new_tensor(input, {range.count, problem.row}, input.scalar_type());
@@ -111,7 +115,8 @@ template <int R>
 class Backward {
   const Context<R>& context_;
   const bool deterministic_;
-  const Tensor weight_;       // channels last
+  const Tensor weight_;  // channels last
+  std::optional<Tensor> transposed_weight_;
   const Tensor& grad_input_;  // these four of no elements where not wanted
   const Tensor &grad_offset_, &grad_mask_;
   const std::optional<Tensor>& grad_weight_sum_;  // in the type of offsets, channels last
@@ -131,12 +136,12 @@ class Backward {
 
   void run(const Images& span, const Tensor& grad_output, const Tensor& input, const Tensor& offset,
            const std::optional<Tensor>& mask) {
-    const ConvProblem<R> problem = context_.problem(span);
     const Stream& stream = context_.stream;
     const Tensor features = channels_last(span.of(input), stream);
     const Tensor gradients = channels_last(span.of(grad_output), stream);
     const Tensor offsets = as_planes(span.of(offset), stream);
     const std::optional<Tensor> masks = as_planes(span.of(mask), stream);
+    const ConvProblem<R> problem = context_.problem(span, offsets, masks);
     const bool to_input = grad_input_.numel() > 0;
     const bool to_samples = to_input || grad_offset_.numel() > 0 || grad_mask_.numel() > 0;
     const bool wide = grad_weight_sum_.has_value() && context_.calls.wide_columns();
@@ -156,7 +161,7 @@ class Backward {
       if (!to_samples) return;
       const Tensor columns = new_tensor(input, {range.count, problem.row}, input.scalar_type());
       multiply_grad_columns(context_.calls, product_shape(problem), gradients, range.first,
-                            range.count, weight_, columns);
+                            range.count, weight_, transposed_weight_, columns);
       scatter(context_.precision, problem, range, columns.const_data_ptr(),
               features.const_data_ptr(), offsets.const_data_ptr(), pointer(masks), sum.target(),
               grad_offset.pointer(), grad_mask.pointer(), context_.stream);

@@ -14,13 +14,14 @@ template <int R>
 struct ConvProblem {
   DeformConvNdShape<R> shape;
 
-  int64_t taps, samples;          // of an output pixel: its samples are deform_groups * taps
-  int64_t positions, pixels;      // of an input image and of an output image
-  int64_t group_channels;         // input channels of one group
-  int64_t group_out_channels;     // and its output channels
-  int64_t deform_group_channels;  // input channels that share their samples
-  int64_t columns;                // summands of an output element: taps * group_channels
-  int64_t row;                    // elements of the columns of one pixel: groups * columns
+  int64_t taps, samples;             // of an output pixel: its samples are deform_groups * taps
+  int64_t positions, pixels;         // of an input image and of an output image
+  int64_t group_channels;            // input channels of one group
+  int64_t group_out_channels;        // and its output channels
+  int64_t deform_group_channels;     // input channels that share their samples
+  int64_t columns;                   // summands of an output element: taps * group_channels
+  int64_t row;                       // elements of the columns of one pixel: groups * columns
+  int64_t offset_image, mask_image;  // elements from an image's offsets, or mask, to the next one's
   Divisor by_samples, by_taps, by_pixels;
   Divisor by_out_size[R], by_kernel[R];
 
@@ -35,6 +36,8 @@ struct ConvProblem {
         deform_group_channels(shape.deform_group_channels()),
         columns(taps * group_channels),
         row(shape.groups * columns),
+        offset_image(samples * R * pixels),
+        mask_image(samples * pixels),
         by_samples(samples),
         by_taps(taps),
         by_pixels(pixels) {

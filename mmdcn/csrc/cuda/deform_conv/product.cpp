@@ -199,58 +199,66 @@ Tensor transposed_weight(const ProductCalls& calls, const ProductShape& shape,
   return result;
 }
 
-void matmul_output(const ProductShape& shape, const Tensor& columns, int64_t images, int64_t pixels,
-                   const Tensor& weight, const Tensor& output, bool channels_last, int64_t pixel) {
+// Where some pixels of each of some images are in an output in planes of channels, as (images,
+// pixels, channels).
+Tensor in_planes(const ProductShape& shape, int64_t images, int64_t pixels, const Tensor& output,
+                 int64_t pixel) {
+  const int64_t channels = shape.all_out_channels(), image = divide(pixel, shape.pixels);
+  return view(output, {images, pixels, channels}, {channels * shape.pixels, 1, shape.pixels},
+              pixel + image * (channels - 1) * shape.pixels);
+}
+
+// The product by `multiply(result)`, which writes channels last, and then a transposition.
+template <typename Multiply>
+void transposed_product(const ProductCalls& calls, const ProductShape& shape, const Tensor& columns,
+                        const Tensor& planes, const Multiply& multiply) {
+  const int64_t images = planes.size(0), pixels = planes.size(1), channels = planes.size(2);
+  const Tensor result = new_tensor(columns, {images, pixels, channels}, columns.scalar_type());
+  multiply(result);
+  if (!transposes(pixels, channels)) {
+    Tensor target = planes;
+    torch::stable::copy_(target, result);
+    return;
+  }
+  transpose(calls.precision, {images, pixels, channels, shape.pixels, channels * shape.pixels},
+            false, result.const_data_ptr(), planes.mutable_data_ptr(), calls.stream);
+}
+
+void matmul_output(const ProductCalls& calls, const ProductShape& shape, const Tensor& columns,
+                   int64_t images, int64_t pixels, const Tensor& weight, const Tensor& output,
+                   bool channels_last, int64_t pixel) {
   const int64_t channels = shape.all_out_channels();
-  const Matrices weights = weights_of(shape);
-  if (channels_last) {
-    return matmul(columns_of(shape, images * pixels).in(columns), weights.transposed().in(weight),
-                  outputs_of(shape, images * pixels).in(output, pixel * channels));
+  const Matrices weights = weights_of(shape), outputs = outputs_of(shape, images * pixels);
+  const auto multiply = [&](const Tensor& result, int64_t first = 0) {
+    matmul(columns_of(shape, images * pixels).in(columns), weights.transposed().in(weight),
+           outputs.in(result, first));
+  };
+  if (channels_last) return multiply(output, pixel * channels);
+  const Tensor planes = in_planes(shape, images, pixels, output, pixel);
+  // In planes that start at addresses of any kind, the product takes longer than it does with a
+  // transposition after it.
+  const bool at_vectors = is_aligned(planes) && shape.pixels * output.element_size() % 16 == 0;
+  if (shape.groups > 1 || !at_vectors) {
+    return transposed_product(calls, shape, columns, planes, multiply);
   }
-  // In planes of channels, with no copy in between: the product is transposed.
-  if (shape.groups == 1) {
-    const Matrices each = {images, shape.columns, pixels, {pixels * shape.row(), 1, shape.row()}};
-    const Matrices shared = {images, channels, shape.columns, {0, shape.columns, 1}};
-    const Matrices planes = {images, channels, pixels, {channels * shape.pixels, shape.pixels, 1}};
-    const int64_t image = divide(pixel, shape.pixels);
-    return matmul(shared.in(weight), each.in(columns),
-                  planes.in(output, pixel + image * (channels - 1) * shape.pixels));
-  }
-  for (int64_t i = 0; i < images; ++i) {
-    const int64_t image = divide(pixel, shape.pixels) + i;
-    const int64_t in_image = pixel - divide(pixel, shape.pixels) * shape.pixels;
-    const Matrices planes = {shape.groups,
-                             shape.out_channels,
-                             pixels,
-                             {shape.out_channels * shape.pixels, shape.pixels, 1}};
-    matmul(weights.in(weight),
-           columns_of(shape, pixels).transposed().in(columns, i * pixels * shape.row()),
-           planes.in(output, image * channels * shape.pixels + in_image));
-  }
+  const Matrices each = {images, shape.columns, pixels, {pixels * shape.row(), 1, shape.row()}};
+  const Matrices shared = {images, channels, shape.columns, {0, shape.columns, 1}};
+  const Matrices result = {images, channels, pixels, {channels * shape.pixels, shape.pixels, 1}};
+  matmul(shared.in(weight), each.in(columns), result.in(planes));
 }
 
 void cudnn_output(const ProductCalls& calls, const ProductShape& shape, const Tensor& columns,
                   int64_t images, int64_t pixels, const Tensor& weight, const Tensor& output,
                   bool channels_last, int64_t pixel) {
   const int64_t channels = shape.all_out_channels();
-  const Tensor image = as_image(columns, shape.row(), images * pixels);
-  const Tensor kernel = as_kernel(weight, channels, shape.columns);
-  if (channels_last) {
-    const Tensor result = as_image(output, channels, images * pixels, pixel * channels);
-    return convolve(calls, shape.groups, image, kernel, result);
-  }
-  const Tensor result = new_tensor(columns, {images, pixels, channels}, columns.scalar_type());
-  convolve(calls, shape.groups, image, kernel, as_image(result, channels, images * pixels));
-  const int64_t first_image = divide(pixel, shape.pixels);
-  Tensor planes =
-      view(output, {images, pixels, channels}, {channels * shape.pixels, 1, shape.pixels},
-           pixel + first_image * (channels - 1) * shape.pixels);
-  if (!transposes(pixels, channels)) {
-    torch::stable::copy_(planes, result);
-    return;
-  }
-  transpose(calls.precision, {images, pixels, channels, shape.pixels, channels * shape.pixels},
-            false, result.const_data_ptr(), planes.mutable_data_ptr(), calls.stream);
+  const auto multiply = [&](const Tensor& result, int64_t first = 0) {
+    convolve(calls, shape.groups, as_image(columns, shape.row(), images * pixels),
+             as_kernel(weight, channels, shape.columns),
+             as_image(result, channels, images * pixels, first));
+  };
+  if (channels_last) return multiply(output, pixel * channels);
+  transposed_product(calls, shape, columns, in_planes(shape, images, pixels, output, pixel),
+                     multiply);
 }
 
 }  // namespace
@@ -278,19 +286,22 @@ void multiply_output(const ProductCalls& calls, const ProductShape& shape, const
       [&] {
         cudnn_output(calls, shape, columns, images, pixels, weight, output, channels_last, pixel);
       },
-      [&] { matmul_output(shape, columns, images, pixels, weight, output, channels_last, pixel); });
+      [&] {
+        matmul_output(calls, shape, columns, images, pixels, weight, output, channels_last, pixel);
+      });
 }
 
 void multiply_grad_columns(const ProductCalls& calls, const ProductShape& shape,
                            const Tensor& grad_output, int64_t pixel, int64_t pixels,
-                           const Tensor& weight, const Tensor& grad_columns) {
+                           const Tensor& weight, std::optional<Tensor>& transposed,
+                           const Tensor& grad_columns) {
   const int64_t channels = shape.all_out_channels(), first = pixel * channels;
   compute(
       calls, Product::kGradColumns,
       [&] {
-        const Tensor transposed = transposed_weight(calls, shape, weight);
+        if (!transposed.has_value()) transposed = transposed_weight(calls, shape, weight);
         convolve(calls, shape.groups, as_image(grad_output, channels, pixels, first),
-                 as_kernel(transposed, shape.row(), shape.out_channels),
+                 as_kernel(*transposed, shape.row(), shape.out_channels),
                  as_image(grad_columns, shape.row(), pixels));
       },
       [&] {

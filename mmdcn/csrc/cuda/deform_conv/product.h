@@ -7,6 +7,8 @@
 // tensors on that torch refuses what was chosen for.
 #pragma once
 
+#include <optional>
+
 #include "../types.h"
 #include "../views.h"
 
@@ -77,10 +79,11 @@ void multiply_output(const ProductCalls& calls, const ProductShape& shape, const
                      bool channels_last, int64_t pixel);
 
 // grad_columns = grad_output * weight, for `pixels` pixels. `grad_output` is channels last, and is
-// read from pixel number `pixel` on.
+// read from pixel number `pixel` on. `transposed` is the weight as another call has left it.
 void multiply_grad_columns(const ProductCalls& calls, const ProductShape& shape,
                            const Tensor& grad_output, int64_t pixel, int64_t pixels,
-                           const Tensor& weight, const Tensor& grad_columns);
+                           const Tensor& weight, std::optional<Tensor>& transposed,
+                           const Tensor& grad_columns);
 
 // grad_weight = columns * grad_output, which is channels last, and is read from pixel number
 // `pixel` on. The result is in the type of offsets; where wide_columns(), the columns are, too.

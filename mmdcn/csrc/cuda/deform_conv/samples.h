@@ -42,9 +42,17 @@ struct SampleIndex {
 
   // Of the mask, (images, samples, pixels), and of the first coordinate's offset.
   MMDCN_BLOCK int64_t mask_index(const ConvProblem<R>& problem) const {
-    return (image * problem.samples + sample) * problem.pixels + pixel;
+    return image * problem.mask_image + sample * problem.pixels + pixel;
   }
   MMDCN_BLOCK int64_t offset_index(const ConvProblem<R>& problem) const {
+    return image * problem.offset_image + sample * R * problem.pixels + pixel;
+  }
+
+  // The same of their gradients, whose images follow each other.
+  MMDCN_BLOCK int64_t grad_mask_index(const ConvProblem<R>& problem) const {
+    return (image * problem.samples + sample) * problem.pixels + pixel;
+  }
+  MMDCN_BLOCK int64_t grad_offset_index(const ConvProblem<R>& problem) const {
     return (image * problem.samples + sample) * R * problem.pixels + pixel;
   }
 };

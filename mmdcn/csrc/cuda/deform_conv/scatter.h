@@ -13,7 +13,7 @@ template <typename acc_t, int R>
 struct ScatterStorage {
   ColumnSample<acc_t, R> sample[kScatterSamples];
   acc_t fraction[kScatterSamples][R];
-  int64_t mask_index[kScatterSamples], offset_index[kScatterSamples];
+  int64_t grad_mask_index[kScatterSamples], grad_offset_index[kScatterSamples];
   acc_t dot[kScatterSamples][1 << R];  // of each corner's features with the column's gradient
 };
 
@@ -38,8 +38,8 @@ MMDCN_BLOCK void scatter_block(const Ctx& ctx, const ConvProblem<R>& problem,
       sample.exists = false;
       if (first + i >= samples) continue;
       const SampleIndex<R> index(problem, range, first + i);
-      storage.mask_index[i] = index.mask_index(problem);
-      storage.offset_index[i] = index.offset_index(problem);
+      storage.grad_mask_index[i] = index.grad_mask_index(problem);
+      storage.grad_offset_index[i] = index.grad_offset_index(problem);
       locate(problem, index, offset, mask, sample, storage.fraction[i]);
     }
     ctx.sync();
@@ -69,11 +69,11 @@ MMDCN_BLOCK void scatter_block(const Ctx& ctx, const ConvProblem<R>& problem,
       if (!sample.exists) continue;
       acc_t by_modulation, by_coordinate[R];
       sample.derivatives(storage.fraction[i], storage.dot[i], by_modulation, by_coordinate);
-      if (grad_mask) ctx.store(grad_mask + storage.mask_index[i], by_modulation);
+      if (grad_mask) ctx.store(grad_mask + storage.grad_mask_index[i], by_modulation);
       if (!grad_offset) continue;
       MMDCN_UNROLL
       for (int d = 0; d < R; ++d) {
-        ctx.store(grad_offset + storage.offset_index[i] + d * problem.pixels,
+        ctx.store(grad_offset + storage.grad_offset_index[i] + d * problem.pixels,
                   sample.modulation * by_coordinate[d]);
       }
     }

@@ -22,7 +22,10 @@ inline int64_t images_at_a_time(int64_t batch, int64_t bytes) {
 struct Images {
   int64_t first, count;
 
-  Tensor of(Tensor tensor) const { return torch::stable::narrow(tensor, 0, first, count); }
+  Tensor of(Tensor tensor) const {
+    if (count == tensor.size(0)) return tensor;
+    return torch::stable::narrow(tensor, 0, first, count);
+  }
   std::optional<Tensor> of(const std::optional<Tensor>& tensor) const {
     if (!tensor.has_value()) return std::nullopt;
     return of(*tensor);
@@ -43,8 +46,8 @@ inline int64_t copied_bytes(const Tensor& tensor, bool is_taken_as_it_is) {
 
 // The same of offsets and masks, which the kernels take as planes.
 inline int64_t copied_bytes(const Tensor& offset, const std::optional<Tensor>& mask) {
-  const int64_t of_mask = mask.has_value() ? copied_bytes(*mask, mask->is_contiguous()) : 0;
-  return copied_bytes(offset, offset.is_contiguous()) + of_mask;
+  const int64_t of_mask = mask.has_value() ? copied_bytes(*mask, are_planes(*mask)) : 0;
+  return copied_bytes(offset, are_planes(offset)) + of_mask;
 }
 
 // The gradients of some images' offsets or masks, which the kernels write as planes.
