@@ -72,7 +72,7 @@ SECTIONS: dict[str, Section] = {
     "tests": Section("correct", "programs.tests", 190, 150),
     "sanitizers": Section("correct", "programs.sanitizers", 100, 60),
     "ceilings": Section("fast", "ceilings.cases", 40),
-    "convolution": Section("fast", "timed.rows", 170),
+    "convolution": Section("fast", "timed.rows", 195),
     "passes": Section("fast", "timed.passes", 30),
     "product calls": Section("fast", "sweeps.products", 35),
     "offsets": Section("fast", "sweeps.offsets", 25),
