@@ -27,7 +27,7 @@ _PASS_OF = {
 }
 _OFFSET_STDS = (0.0, 0.5, 2.0, 8.0)
 # MiB of columns at a time; 0: what follows from the device's cache.
-_CHUNKS = (0, 4, 8, 16, 24, 32, 48, 96)
+_CHUNKS = (0, 8, 16, 32, 48, 96, 192)
 
 
 def products(settings: Settings) -> list[Case]:

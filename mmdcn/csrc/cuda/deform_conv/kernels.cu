@@ -79,11 +79,12 @@ int samples_of_a_block(int64_t all, int64_t vectors, int device) {
 }  // namespace
 
 int64_t chunk_bytes(int device) {
-  constexpr int64_t kLeast = INT64_C(16) << 20, kMost = INT64_C(48) << 20;
-  return std::clamp(int64_t{device_attribute(device, cudaDevAttrL2CacheSize)}, kLeast, kMost);
+  constexpr int64_t kLeast = INT64_C(16) << 20, kMost = INT64_C(96) << 20;
+  const int64_t cache = device_attribute(device, cudaDevAttrL2CacheSize);
+  return std::clamp(2 * cache, kLeast, kMost);
 }
 
-int64_t copy_bytes() { return INT64_C(8) << 20; }
+int64_t copy_bytes() { return INT64_C(16) << 20; }
 
 template <int R>
 void gather(Precision precision, const ConvProblem<R>& problem, const PixelRange& range,

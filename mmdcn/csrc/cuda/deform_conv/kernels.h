@@ -8,7 +8,7 @@
 
 namespace mmdcn::cuda {
 
-// Bytes of columns to work on at a time: as many as the device's second-level cache holds, within
+// Bytes of columns to work on at a time: twice what the device's second-level cache holds, within
 // bounds. Larger chunks need fewer launches and more memory.
 int64_t chunk_bytes(int device);
 
