@@ -30,6 +30,8 @@ _DEAD_WORKER = re.compile(r"DataLoader worker \(pid(\(s\))? [\d, ]+\) (is killed
 _ENDED_BY = re.compile(r"DataLoader worker .* (signal: .*?|exit code \d+)\.")
 # Where the toolbox reads images, as tracebacks have it.
 _LOADING = "mmcv/transforms/loading.py"
+# What mmcv says where it has an operator for other devices alone.
+_NO_KERNEL = re.compile(r"(\w+?)(?:_impl)?: implementation for device (\w+):?\d* not found")
 _CAUGHT = re.compile(r"Caught (\w+) in DataLoader worker process")
 
 
@@ -37,7 +39,8 @@ def sentence(error: Exception) -> str | None:
     """What happened, and what to do; None where it is something else, which a traceback tells."""
     if isinstance(error, urllib.error.URLError):
         return of_download(error)
-    return of_shared_memory(error) or of_disk(error) or of_worker(error) or of_image(error)
+    kinds = (of_shared_memory, of_disk, of_worker, of_image, of_device)
+    return next(filter(None, (of_kind(error) for of_kind in kinds)), None)
 
 
 def of_download(error: urllib.error.URLError) -> str:
@@ -111,6 +114,17 @@ def of_image(error: Exception) -> str | None:
     return (
         f"cannot read {what}: put it right, or take it out of the annotations; training goes on "
         "from its last checkpoint with --resume"
+    )
+
+
+def of_device(error: Exception) -> str | None:
+    """What to do about an operator of mmcv's own that the device has not."""
+    found = _NO_KERNEL.match(str(error)) if isinstance(error, RuntimeError) else None
+    if found is None:
+        return None
+    return (
+        f"mmcv's operator {found[1]}, which this model calls, does not compute on {found[2]}: use "
+        "another device, such as a GPU"
     )
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from mmdcn.engine.checkpoint import load
 from mmdcn.engine.saving import find_latest_checkpoint
-from mmdcn.errors import first_line
 
 from .nodes import Problems, some, warn
 
@@ -180,7 +179,7 @@ def _fit(model: nn.Module, weights: dict) -> _Fit:
         except RuntimeError as error:
             found = _MISFIT.findall(str(error))
             misfits = [f"{name}: ({a}) for ({b})" for name, a, b in found]
-            return _Fit(misfits or [first_line(error)], [], plain)
+            return _Fit(misfits or [str(error).splitlines()[-1].strip()], [], plain)
     # Offset branches start at zero where a plain model's checkpoint has none, as they should.
     parameters = {name for name, _ in model.named_parameters()}
     lacking = [name for name in missing if name in parameters and "offset" not in name]
