@@ -110,11 +110,19 @@ def of_image(error: Exception) -> str | None:
         return None
     *_, said = str(error).strip().splitlines() or [type(error).__name__]
     found = re.search(r"(?:failed to load image: |No such file or directory: )(.*)", said)
-    what = f"the image {found[1]}" if found else f"an image of the data: {said}"
+    name = found[1] if found else _image_in(error)
+    what = f"the image {name}" if name else f"an image of the data: {said}"
     return (
-        f"cannot read {what}: put it right, or take it out of the annotations; training goes on "
-        "from its last checkpoint with --resume"
+        f"cannot read {what}: put it right, or take it out of the data (training goes on from its "
+        "last checkpoint with --resume)"
     )
+
+
+def _image_in(error: BaseException) -> str | None:
+    """The name of the image that was being read, of which OpenCV says nothing."""
+    results = (frame.f_locals.get("results") for frame in _frames(error))
+    names = (r.get("img_path") for r in results if isinstance(r, dict))
+    return next((name for name in names if isinstance(name, str)), None)
 
 
 def of_device(error: Exception) -> str | None:

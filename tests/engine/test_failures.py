@@ -127,7 +127,7 @@ def test_an_image_is_named(tmp_path):
     from mmcv.transforms import LoadImageFromFile
 
     image = tmp_path / "a.png"
-    for content in (b"\x89PNG\r\n\x1a\n", None):
+    for content in (b"\x89PNG\r\n\x1a\n", b"", None):
         if content is None:
             image.unlink()
         else:
