@@ -113,8 +113,8 @@ def of_image(error: Exception) -> str | None:
     name = found[1] if found else _image_in(error)
     what = f"the image {name}" if name else f"an image of the data: {said}"
     return (
-        f"cannot read {what}: put it right, or take it out of the data (training goes on from its "
-        "last checkpoint with --resume)"
+        f"cannot read {what}: put it right, or take it out of the data; training goes on from its "
+        "last checkpoint with --resume"
     )
 
 
