@@ -11,16 +11,21 @@ and imports something of mmdcn first, from where on an interruption is one line;
 modules of the package that are run so are taken to have said it.
 
 Here is, too, what such a program needs before anything else is imported: which process of a
-distributed run it is, and its end where it is interrupted.
+distributed run it is, and its end where it is interrupted, or where the Python that runs it lacks
+what it imports.
 """
 
 import importlib
 import os
 import signal
 import sys
+from types import TracebackType
 
 # What a shell says of a program that an interruption ended: 128, and the signal's number.
 INTERRUPTED = 128 + signal.SIGINT
+
+# What the programs import, and only their environment has; other modules are a config's own.
+NEEDED = ("torch", "numpy", "cv2", "shapely", "rich", "matplotlib", "mmengine", "mmcv", "mmdet")
 
 _postponed = False
 
@@ -32,8 +37,10 @@ def postponed() -> bool:
     _postponed = not _postponed and (
         getattr(main, "__arguments_first__", False) or _is_looking_for_a_module_of_ours()
     )
-    if _postponed and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, end_at_once)
+    if _postponed:
+        sys.excepthook = say_what_is_missing
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, end_at_once)
     return _postponed
 
 
@@ -41,6 +48,22 @@ def is_first_process() -> bool:
     """Whether this is the first of a distributed run's processes, or the only one."""
     names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
     return next(filter(None, map(os.environ.get, names)), "0") == "0"
+
+
+def say_what_is_missing(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+    """Say in a sentence that this Python lacks a module of :data:`NEEDED`, as ``sys.excepthook``.
+
+    Of any other error there is a traceback, as ever.
+    """
+    if not isinstance(error, ModuleNotFoundError) or error.name not in NEEDED:
+        sys.__excepthook__(kind, error, trace)
+    elif is_first_process():
+        print(
+            f"error: this Python ({sys.executable}) has no module {error.name}: activate the "
+            "environment that has torch and the toolbox (`. .venv/bin/activate` in a checkout, "
+            "where `make environment` makes it), and start again",
+            file=sys.stderr,
+        )
 
 
 def end_at_once(*_: object) -> None:

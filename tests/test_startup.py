@@ -15,6 +15,7 @@ from mmdcn import startup
 @pytest.fixture(autouse=True)
 def imported_at_once(monkeypatch):
     monkeypatch.setattr(startup, "_postponed", False)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
@@ -50,6 +51,21 @@ def test_a_program_that_says_so(monkeypatch):
     main.__arguments_first__ = True
     assert startup.postponed()
     assert not startup.postponed()  # the second import is the whole one
+
+
+def test_what_is_missing_is_a_sentence_and_all_else_a_traceback(monkeypatch, capsys):
+    def said(error):
+        startup.say_what_is_missing(type(error), error, None)
+        return capsys.readouterr().err
+
+    for name in startup.NEEDED:
+        line = said(ModuleNotFoundError(f"No module named '{name}'", name=name))
+        assert line.startswith("error: this Python (") and f"has no module {name}: " in line
+    theirs = ModuleNotFoundError("No module named 'torch.gone'", name="torch.gone")
+    for error in (theirs, ImportError("x"), ZeroDivisionError("x")):
+        assert said(error).startswith(type(error).__name__)
+    monkeypatch.setenv("RANK", "1")
+    assert said(ModuleNotFoundError("No module named 'torch'", name="torch")) == ""
 
 
 def test_loading_is_importing_once(monkeypatch):

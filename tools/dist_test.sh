@@ -11,6 +11,10 @@ if [ $# -lt 3 ]; then
     echo "usage: $0 CONFIG CHECKPOINT GPUS [options of tools/test.py]" >&2
     exit 2
 fi
+if ! command -v python >/dev/null; then
+    echo "error: there is no python here: activate the environment that has torch" >&2
+    exit 1
+fi
 tools=$(cd "$(dirname "$0")" && pwd)
 config=$1 checkpoint=$2 gpus=$3
 shift 3

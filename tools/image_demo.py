@@ -92,7 +92,8 @@ def main(args: argparse.Namespace) -> int:
     )
     if predicted.images and any(writes.values()):
         folders = [str(args.out_dir / name) for name, written in writes.items() if written]
-        print(f"{len(predicted.images)} images: wrote {' and '.join(folders)}")
+        count = len(predicted.images)
+        print(f"{count} image{'s' * (count != 1)}: wrote {' and '.join(folders)}")
     for path in predicted.unreadable:
         print(f"error: cannot read the image {path}", file=sys.stderr)
     return 1 if predicted.unreadable else 0

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mmdcn import files
+from mmdcn.engine import failures
 
 from . import values
 
@@ -30,20 +31,22 @@ def measure(args: argparse.Namespace, fill: Callable[[dict], None]) -> int:
         files.check_folder(args.json.parent, "--json")
     command = shlex.join([*program().split(), *sys.argv[1:]])
     result = {"command": command}
-    interrupted = False
+    interruption = None
     try:
         fill(result)
-    except KeyboardInterrupt:
-        interrupted = True
+    except KeyboardInterrupt as error:
+        interruption = error
     if result.get("cases"):
         print(tables.text(result))
         if args.json is not None:
             report.write_json(args.json, result)
-    if interrupted:
+    if interruption is not None:
         known = len(result.get("cases", []))
         where = f", in {args.json}" if known and args.json is not None else ""
-        print(f"interrupted; measured so far: {known} cases{where}", file=sys.stderr)
-        return 130
+        is_terminated = isinstance(interruption, failures.Terminated)
+        said, status = ("terminated", 143) if is_terminated else ("interrupted", 130)
+        print(f"{said}; measured so far: {known} cases{where}", file=sys.stderr)
+        return status
     return 0
 
 

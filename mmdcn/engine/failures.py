@@ -30,6 +30,8 @@ _DEAD_WORKER = re.compile(r"DataLoader worker \(pid(\(s\))? [\d, ]+\) (is killed
 _ENDED_BY = re.compile(r"DataLoader worker .* (signal: .*?|exit code \d+)\.")
 # Where the toolbox reads images, as tracebacks have it.
 _LOADING = "mmcv/transforms/loading.py"
+# What mmcv says where it has an operator for other devices alone.
+_NO_KERNEL = re.compile(r"(\w+?)(?:_impl)?: implementation for device (\w+):?\d* not found")
 _CAUGHT = re.compile(r"Caught (\w+) in DataLoader worker process")
 
 
@@ -37,7 +39,8 @@ def sentence(error: Exception) -> str | None:
     """What happened, and what to do; None where it is something else, which a traceback tells."""
     if isinstance(error, urllib.error.URLError):
         return of_download(error)
-    return of_shared_memory(error) or of_disk(error) or of_worker(error) or of_image(error)
+    kinds = (of_shared_memory, of_disk, of_worker, of_image, of_device)
+    return next(filter(None, (of_kind(error) for of_kind in kinds)), None)
 
 
 def of_download(error: urllib.error.URLError) -> str:
@@ -107,10 +110,29 @@ def of_image(error: Exception) -> str | None:
         return None
     *_, said = str(error).strip().splitlines() or [type(error).__name__]
     found = re.search(r"(?:failed to load image: |No such file or directory: )(.*)", said)
-    what = f"the image {found[1]}" if found else f"an image of the data: {said}"
+    name = found[1] if found else _image_in(error)
+    what = f"the image {name}" if name else f"an image of the data: {said}"
     return (
-        f"cannot read {what}: put it right, or take it out of the annotations; training goes on "
-        "from its last checkpoint with --resume"
+        f"cannot read {what}: put it right, or take it out of the data; training goes on from its "
+        "last checkpoint with --resume"
+    )
+
+
+def _image_in(error: BaseException) -> str | None:
+    """The name of the image that was being read, of which OpenCV says nothing."""
+    results = (frame.f_locals.get("results") for frame in _frames(error))
+    names = (r.get("img_path") for r in results if isinstance(r, dict))
+    return next((name for name in names if isinstance(name, str)), None)
+
+
+def of_device(error: Exception) -> str | None:
+    """What to do about an operator of mmcv's own that the device has not."""
+    found = _NO_KERNEL.match(str(error)) if isinstance(error, RuntimeError) else None
+    if found is None:
+        return None
+    return (
+        f"mmcv's operator {found[1]}, which this model calls, does not compute on {found[2]}: use "
+        "another device, such as a GPU"
     )
 
 

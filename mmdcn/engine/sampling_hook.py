@@ -39,9 +39,10 @@ class SamplingVisualizationHook(NamedArguments, Hook):
 
     Raises:
         TypeError: there is no such argument.
-        ValueError: an argument is out of range; when training begins, where the model has no module
-            of a name in `layers`; at the first picture, where it calls no deformable operator of
-            which anything can be drawn, or none of a name in `layers`.
+        ValueError: an argument is out of range.
+        ConfigError: when training begins, where the model has no module of a name in `layers`; at
+            the first picture, where it calls no deformable operator of which anything can be drawn,
+            or none of a name in `layers`. A tool ends in the sentence; it is a ValueError too.
     """
 
     priority = "VERY_LOW"
@@ -72,13 +73,15 @@ class SamplingVisualizationHook(NamedArguments, Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Check that the model has the layers, before an iteration is spent."""
+        from mmdcn.engine.preflight import ConfigError
+
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         names = [name for name, _ in model.named_modules()]
         for layer in self.layers or ():
             if layer.partition("#")[0] not in names:
                 close = difflib.get_close_matches(layer, names, n=3)
                 hint = f", such as {', '.join(map(repr, close))}" if close else ""
-                raise ValueError(
+                raise ConfigError(
                     f"SamplingVisualizationHook: layers: expected names of the model's modules"
                     f"{hint}, got {layer!r}"
                 )
@@ -103,6 +106,7 @@ class SamplingVisualizationHook(NamedArguments, Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """Draw what was recorded."""
+        from mmdcn.engine.preflight import ConfigError
         from mmdcn.visualization import (
             SampledImage,
             choose_layers,
@@ -120,12 +124,15 @@ class SamplingVisualizationHook(NamedArguments, Hook):
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         image, sample = batch["inputs"][0], batch["data_samples"][0]
         height, width = sample.img_shape[:2]
-        sampled = SampledImage(
-            image=_denormalize(image, model.data_preprocessor)[:height, :width],
-            layers=of_images(layers, len(batch["inputs"])),
-            input_size=tuple(image.shape[-2:]),
-        )
-        names = choose_layers(sampled, self.layers, self.num_layers)
+        try:
+            sampled = SampledImage(
+                image=_denormalize(image, model.data_preprocessor)[:height, :width],
+                layers=of_images(layers, len(batch["inputs"])),
+                input_size=tuple(image.shape[-2:]),
+            )
+            names = choose_layers(sampled, self.layers, self.num_layers)
+        except ValueError as error:
+            raise ConfigError(f"SamplingVisualizationHook: {error}") from error
         points = _largest_objects(sample, self.max_points) or [(width / 2, height / 2)]
         runner.visualizer.add_image(
             "sampling_points",

@@ -3,6 +3,9 @@
 The DCNv2 packages, and CenterNet, CenterTrack, EDVR and others with them, call the offset branch
 ``conv_offset_mask``. Its channels are in our order: all offsets, y then x of each tap, then the
 modulations.
+
+DCNv3 and DCNv4 are not told of: their weights are those of linear layers, which no plain model has.
+A checkpoint with these and without an offset branch is damaged, and mmengine lists what it lacks.
 """
 
 from collections.abc import Iterator

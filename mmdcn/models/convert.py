@@ -200,6 +200,10 @@ def _convert(
     dcn = dict(dcn)
     layer_class = _layer_class(dcn.pop("type", None), dcn.pop("_scope_", None), registry)
     fallback_on_stride = dcn.pop("fallback_on_stride", False)
+    if not isinstance(fallback_on_stride, bool):
+        raise TypeError(
+            f"dcn: expected fallback_on_stride to be True or False, got {fallback_on_stride!r}"
+        )
     repeated = [name for name in _OF_THE_CONVOLUTION if name in dcn]
     if repeated:
         raise ValueError(f"dcn: expected no {repeated[0]}, which is the convolution's, got {dcn}")

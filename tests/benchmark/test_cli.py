@@ -11,6 +11,7 @@ import pytest
 
 from mmdcn import timing
 from mmdcn.benchmark import cli, operators
+from mmdcn.engine import failures
 from mmdcn.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -57,22 +58,28 @@ def test_ops_as_a_command(tmp_path):
         assert "Left out: torchvision: torchvision " in done.stdout
 
 
-def test_an_interruption_keeps_what_is_measured(quick, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("kind", "word", "status"),
+    [(KeyboardInterrupt, "interrupted", 130), (failures.Terminated, "terminated", 143)],
+)
+def test_an_interruption_keeps_what_is_measured(
+    kind, word, status, quick, monkeypatch, tmp_path, capsys
+):
     time_case = operators._time_case
     measured = []
 
     def interrupted(case, *rest):
         if measured:
-            raise KeyboardInterrupt
+            raise kind
         measured.append(case)
         return time_case(case, *rest)
 
     monkeypatch.setattr(operators, "_time_case", interrupted)
     path = tmp_path / "ops.json"
     command = ["ops", "--shapes", "1x4x8x8,1x4x9x9", "--peers", "dense", "--seconds", "0.001"]
-    assert cli.main([*command, "--json", str(path)]) == 130
+    assert cli.main([*command, "--json", str(path)]) == status
     said = capsys.readouterr()
-    assert f"interrupted; measured so far: 1 cases, in {path}" in said.err
+    assert f"{word}; measured so far: 1 cases, in {path}" in said.err
     assert "1, 4→4, 8×8" in said.out and "Interrupted: this is not all." in said.out
     result = json.loads(path.read_text())
     assert (len(result["cases"]), result["complete"]) == (1, False)

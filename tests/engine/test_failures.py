@@ -109,11 +109,25 @@ def test_other_errors_keep_their_tracebacks():
         assert failures.sentence(caught(lambda error=error: raise_(error))) is None
 
 
+def test_an_operator_that_the_device_has_not():
+    def masked():
+        from mmcv.ops import MaskedConv2d
+
+        layer = MaskedConv2d(1, 1, 3, padding=1)
+        layer(torch.zeros(1, 1, 4, 4), torch.ones(1, 4, 4))
+
+    said = failures.sentence(caught(masked))
+    assert said.startswith(
+        "mmcv's operator masked_im2col_forward, which this model calls, does not"
+    )
+    assert said.endswith("compute on cpu: use another device, such as a GPU")
+
+
 def test_an_image_is_named(tmp_path):
     from mmcv.transforms import LoadImageFromFile
 
     image = tmp_path / "a.png"
-    for content in (b"\x89PNG\r\n\x1a\n", None):
+    for content in (b"\x89PNG\r\n\x1a\n", b"", None):
         if content is None:
             image.unlink()
         else:

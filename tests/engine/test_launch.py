@@ -178,12 +178,36 @@ def test_what_is_no_config_file(tmp_path, name, expected):
 def test_settings_that_nobody_reads(arguments, monkeypatch):
     messages = []
     monkeypatch.setattr(config_keys, "print_log", lambda text, **_: messages.append(text))
-    settings = ["modl.backbone.depth=18", "hooks.0.a=2", "load_from=a.pth", "xyz=1"]
-    launch.load_config(arguments("--cfg-options", *settings))
+    settings = ["modl.backbone.depth=18", "model.a=2", "load_from=a.pth", "xyz=1"]
+    launch.load_config(arguments("--cfg-options", *settings, text="model = dict(a=1)\n"))
     first, second = messages
     assert "'modl.backbone.depth' changes nothing" in first
     assert first.endswith("no 'modl': did you mean 'model.backbone.depth'?")
     assert second.endswith("no 'xyz'")
+
+
+VARIABLES = """
+data_root = 'here/'
+size = (8, 8)
+train_dataloader = dict(dataset=dict(datasets=[dict(data_root=data_root)] * 2))
+val_dataloader = test_dataloader = dict(dataset=dict(data_root=data_root))
+"""
+
+
+def test_variables_of_a_config_that_are_read_before_they_are_set(arguments, monkeypatch):
+    messages = []
+    monkeypatch.setattr(config_keys, "print_log", lambda text, **_: messages.append(text))
+    settings = ["data_root=there/", "size=(9,9)", "val_dataloader.dataset.data_root=there/"]
+    cfg = launch.load_config(arguments("--cfg-options", *settings, text=VARIABLES))
+    assert cfg.test_dataloader.dataset.data_root == "here/"
+    first, second = messages
+    assert "'data_root' changes nothing" in first
+    assert first.endswith(
+        "already: set train_dataloader.dataset.datasets.0.data_root, "
+        "train_dataloader.dataset.datasets.1.data_root, "
+        "val_dataloader.dataset.data_root and 1 more"
+    )
+    assert second.endswith("value of 'size' already, and what has its value is to be set")
 
 
 @pytest.mark.parametrize("launcher", ["pytorch", "slurm", "mpi"])

@@ -62,6 +62,19 @@ def test_nothing_is_said_of_a_complete_checkpoint(loader, lines, tmp_path):
     assert not [line for line in lines if "offset branch" in line]
 
 
+@pytest.mark.parametrize("layer", [layers.DCNv3, layers.DCNv4])
+def test_nothing_is_said_of_layers_that_no_plain_checkpoint_fills(layer, lines):
+    """Their weights are linear layers': without an offset branch they are part of a checkpoint."""
+    target = nn.Sequential(layer(4, 4, 3, padding=1))
+    without = {key: v for key, v in target.state_dict().items() if ".offset" not in key}
+    assert any("proj.weight" in key for key in without)
+    plain = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)).state_dict()
+    for state in (without, plain):
+        missing = target.load_state_dict(state, strict=False).missing_keys
+        assert any(".offset" in key for key in missing)  # of which mmengine tells
+    assert not [line for line in lines if "offset branch" in line]
+
+
 def test_both_are_given_back(lines):
     plugin.uninstall()
     try:

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("mmdet")
 
+import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, VISBACKENDS
@@ -19,7 +20,9 @@ from mmengine.visualization import BaseVisBackend
 from torch import nn
 
 from mmdcn.engine.offset_hook import OffsetStatisticsHook
+from mmdcn.engine.preflight import ConfigError
 from mmdcn.engine.sampling_hook import SamplingVisualizationHook
+from mmdcn.layers import DeformConv2dPack
 from tests.tools import project
 
 
@@ -133,8 +136,32 @@ def test_layers_are_looked_for_before_training():
     model = nn.ModuleDict({"backbone": nn.Sequential(nn.Conv2d(3, 3, 1))})
     runner = SimpleNamespace(model=model)
     SamplingVisualizationHook(layers=["backbone.0", "backbone.0#2"]).before_train(runner)
-    with pytest.raises(ValueError, match=r"such as 'backbone.0', .*got 'backbon.0'"):
+    with pytest.raises(ConfigError, match=r"such as 'backbone.0', .*got 'backbon.0'"):
         SamplingVisualizationHook(layers=["backbon.0"]).before_train(runner)
+
+
+@pytest.mark.parametrize(
+    ("layer", "layers", "message"),
+    [
+        (nn.Conv2d, None, "expected deformable convolutions .*, got none: RoI pooling"),
+        (DeformConv2dPack, ["backbone.1"], "layers: expected some of backbone.0, got 'backbone.1'"),
+    ],
+)
+def test_a_model_of_which_nothing_can_be_drawn_ends_a_tool_in_a_sentence(layer, layers, message):
+    model = nn.ModuleDict(
+        {
+            "backbone": nn.Sequential(layer(3, 3, 3, padding=1), nn.ReLU()),
+            "data_preprocessor": nn.Identity(),
+        }
+    )
+    runner = SimpleNamespace(model=model, iter=0)
+    hook = SamplingVisualizationHook(layers=layers)
+    hook.before_train_iter(runner, 0)
+    sample = SimpleNamespace(img_shape=(16, 16))
+    model["data_preprocessor"](dict(inputs=torch.zeros(1, 3, 16, 16), data_samples=[sample]))
+    model["backbone"](torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ConfigError, match=f"^SamplingVisualizationHook: .*{message}"):
+        hook.after_train_iter(runner, 0)
 
 
 @pytest.mark.parametrize("kind", [SamplingVisualizationHook, OffsetStatisticsHook])

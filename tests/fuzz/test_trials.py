@@ -47,6 +47,8 @@ def test_what_a_process_says():
     assert fault_of(lambda: "a fault") == "a fault"
     assert fault_of(lambda: os._exit(3)) == "the process died: exit status 3"
     assert fault_of(Number(9, ends="dies").check) == "the process died: SIGKILL"
+    interrupted = fault_of(lambda: signal.raise_signal(signal.SIGINT))
+    assert interrupted == "the process died: SIGINT"  # and says nothing of its own
     assert fault_of(Number(9, ends="hangs").check, patience=0.2) == "no end after 0 s"
 
 

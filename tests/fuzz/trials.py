@@ -66,6 +66,8 @@ def fault_of(task: Callable[[], str | None], patience: float = PATIENCE) -> str 
 
 
 def _report(task: Callable[[], str | None], sender) -> None:
+    # A terminal interrupts this process too, of which its parent is to tell alone.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sender.send(task())
     sender.close()
     sys.stdout.flush()

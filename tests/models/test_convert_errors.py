@@ -137,6 +137,9 @@ def test_train_offsets_is_true_or_false(value):
     with pytest.raises(TypeError, match=r"^train_offsets: expected True or False, got"):
         convert_to_deformable(model, dict(type="DCN"), "conv", train_offsets=value)
     assert type(model.conv) is nn.Conv2d
+    dcn = dict(type="DCN", fallback_on_stride=value)
+    with pytest.raises(TypeError, match=r"^dcn: expected fallback_on_stride to be True or False"):
+        convert_to_deformable(model, dcn, "conv")
 
 
 def test_convolutions_of_which_something_would_be_lost():

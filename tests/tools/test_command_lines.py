@@ -139,6 +139,56 @@ def test_a_file_that_is_not_there_is_named_at_once(tool, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+CONFIG = str(REPOSITORY / "configs/demo/faster-rcnn_r50_fpn_demo.py")
+PICTURE = str(REPOSITORY / "docs/evidence/receptive.png")
+# What gets each program beyond its arguments; the file "checkpoint" is there.
+COMPLETE = {
+    "tools/train.py": [CONFIG],
+    "tools/test.py": [CONFIG, "checkpoint"],
+    "tools/export_onnx.py": [CONFIG, "checkpoint", "-o", "model.onnx"],
+    "tools/visualize_sampling.py": [CONFIG, "checkpoint", PICTURE],
+    "tools/image_demo.py": [PICTURE, CONFIG, "checkpoint"],
+    "tools/dist_run.py": ["2", str(REPOSITORY / "tools/train.py"), CONFIG],
+    "tools/demo.py": [],
+    "tools/make_warped_shapes.py": ["shapes"],
+    "tools/benchmark.py": ["ops"],
+    "tools/evidence.py": [],
+    "tools/fuzz.py": ["operators"],
+    "tools/check_zoo.py": [],
+    "tools/gpu_check.py": ["--part", "fast", "--out", "out.json"],
+    "mmdcn/check.py": [],
+    "mmdcn/benchmark/__main__.py": ["family"],
+}
+
+
+def test_every_tool_is_tried_without_torch():
+    assert {name(path) for path in TOOLS} <= set(COMPLETE)
+
+
+@pytest.mark.parametrize("program", COMPLETE)
+def test_a_python_without_torch_is_one_sentence(program, tmp_path):
+    (tmp_path / "checkpoint").touch()
+    # Without site, Python does not find what is installed.
+    command = start(REPOSITORY / program, *COMPLETE[program], flags=("-S",))
+    done, _ = run(command, tmp_path)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert re.match(rf"error: this Python \({sys.executable}\) has no module (torch|cv2): ", line)
+    assert "activate the environment" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("script", ["dist_train.sh", "dist_test.sh"])
+def test_a_shell_without_python_is_one_sentence(script, tmp_path):
+    (tmp_path / "dirname").symlink_to("/usr/bin/dirname")
+    command = ["/bin/bash", str(REPOSITORY / "tools" / script), "a", "b", "c"]
+    done = subprocess.run(
+        command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert re.fullmatch("error: there is no python here: activate .*\n", done.stderr)
+
+
 def interruptible(command: list, cwd: Path) -> subprocess.Popen:
     return subprocess.Popen(
         [*map(str, command)],

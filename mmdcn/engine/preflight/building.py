@@ -49,7 +49,8 @@ def build_without_memory(cfg: Config) -> nn.Module:
 
     with _process_group(cfg):
         with contextlib.suppress(Exception), torch.device("meta"), silence():
-            return MODELS.build(copy.deepcopy(cfg.model))
+            # mmcv's own layers are made of torch.Tensor(…), which takes no device from a context.
+            return MODELS.build(copy.deepcopy(cfg.model)).to("meta")
         # Some compute with values while they are built, such as the rates of Swin's paths.
         node = copy.deepcopy(cfg.model)
         try:

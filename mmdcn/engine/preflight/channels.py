@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from .building import silence
 from .nodes import Problems
 
 _SIZE = 256  # of an image, which every backbone can halve often enough
+# And not "input size per channel", of maps that are too small for a kernel, as SSD's last ones are.
+_OF_CHANNELS = re.compile("(?<!per )channel")
 
 
 def channel_problems(model: nn.Module, node: Mapping) -> Problems:
@@ -60,7 +63,7 @@ def _is_refused(module: nn.Module, given: Any) -> bool:
     error = _error(module, given)
     if error is None:
         return False
-    if isinstance(error, (RuntimeError, ValueError)) and "channel" in str(error):
+    if isinstance(error, (RuntimeError, ValueError)) and _OF_CHANNELS.search(str(error)):
         return True
     declared = _with_channels(given, getattr(module, "in_channels", None))
     return declared is not None and _error(module, declared) is None

@@ -1,8 +1,8 @@
 """Checks of a run's small parts: transforms, hooks, evaluators, backends of the visualizer.
 
 The toolbox builds them after the model, and asks some of them for the first time when an epoch has
-been trained. Transforms and COCO's metric are built here; of the others, which may begin something,
-the arguments are held against their signatures.
+been trained. Transforms, COCO's metric and mmdcn's hooks are built here; of the others, which may
+begin something, the arguments are held against their signatures.
 """
 
 from __future__ import annotations
@@ -51,7 +51,11 @@ def part_problems(
         if _is_coco(metric) and not problems:
             yield from _building_problems(METRICS, {**metric, "ann_file": None}, where)
     for hook, where in _hooks(cfg):
-        yield from _argument_problems(HOOKS, hook, where, given=("priority",))
+        problems = list(_argument_problems(HOOKS, hook, where, given=("priority",)))
+        if not problems and _is_ours(hook):
+            hook = {key: value for key, value in hook.items() if key != "priority"}
+            problems = list(_building_problems(HOOKS, hook, where))
+        yield from problems
     backends = (cfg.get("visualizer") or {}).get("vis_backends")
     for backend, where in each(backends, "visualizer.vis_backends"):
         yield from _argument_problems(VISBACKENDS, backend, where, is_whole=False)
@@ -99,6 +103,11 @@ def _hooks(cfg: Config) -> Iterator[tuple[Mapping, str]]:
     for key, hook in (cfg.get("default_hooks") or {}).items():
         yield from each(hook, f"default_hooks.{key}")
     yield from each(cfg.get("custom_hooks"), "custom_hooks")
+
+
+def _is_ours(hook: Mapping) -> bool:
+    kind = class_of(hook, HOOKS)
+    return kind is not None and kind.__module__.partition(".")[0] == "mmdcn"
 
 
 # ------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from mmdcn.engine.checkpoint import load
 from mmdcn.engine.saving import find_latest_checkpoint
-from mmdcn.errors import first_line
 
 from .nodes import Problems, some, warn
 
@@ -179,9 +178,23 @@ def _fit(model: nn.Module, weights: dict) -> _Fit:
             missing = model.load_state_dict(weights, strict=False).missing_keys
         except RuntimeError as error:
             found = _MISFIT.findall(str(error))
-            misfits = [f"{name}: ({a}) for ({b})" for name, a, b in found]
-            return _Fit(misfits or [first_line(error)], [], plain)
+            if not found:
+                # Some layers compute with what they load, as DetectoRS's do: that has no values.
+                found, missing = _compared(model, weights)
+            if found:
+                return _Fit([f"{name}: ({a}) for ({b})" for name, a, b in found], [], plain)
     # Offset branches start at zero where a plain model's checkpoint has none, as they should.
     parameters = {name for name, _ in model.named_parameters()}
     lacking = [name for name in missing if name in parameters and "offset" not in name]
     return _Fit([], lacking, plain)
+
+
+def _compared(model: nn.Module, weights: dict) -> tuple[list[tuple[str, str, str]], list[str]]:
+    """The weights of other shapes, with both, and the names of those that are missing."""
+
+    def shape(value: Any) -> str:
+        return ", ".join(map(str, getattr(value, "shape", ())))
+
+    own = model.state_dict()
+    shapes = [(name, shape(weights[name]), shape(own[name])) for name in own if name in weights]
+    return [one for one in shapes if one[1] != one[2]], [n for n in own if n not in weights]

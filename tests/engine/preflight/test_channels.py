@@ -62,6 +62,16 @@ def test_parts_that_do_not_fit_are_named(single_stage, changes, said):
     assert said in message and f"(model.{next(iter(changes)).partition('.')[0]})" in message
 
 
+def test_maps_that_are_too_small_are_no_fault_of_channels():
+    """SSD is for images of one size, and its neck has a norm that mmdet makes with memory."""
+    preflight.register_toolbox()
+    cfg = Config.fromfile(TOOLBOX / "_base_" / "models" / "ssd300.py")
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        model = building.build_without_memory(cfg)
+        assert all(value.is_meta for value in model.state_dict().values())
+        assert list(channels.channel_problems(model, cfg.model)) == []
+
+
 def test_what_a_neck_does_with_values_is_no_fault_of_channels(single_stage, monkeypatch):
     """Who fails with the channels that it asks for, too, fails of something else."""
     from mmdet.models.necks import FPN

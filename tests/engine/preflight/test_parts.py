@@ -62,6 +62,16 @@ MISTAKES = {
         "unexpected keyword argument 'intervall'; did you mean 'interval'",
         "default_hooks.checkpoint",
     ),
+    "a value of our hook of pictures": (
+        {"custom_hooks": [dict(type="SamplingVisualizationHook", interval=0, priority="LOW")]},
+        "interval: expected an int of at least 1, got 0",
+        "custom_hooks.0",
+    ),
+    "a value of our hook of offsets": (
+        {"default_hooks.offsets": dict(type="mmdcn.OffsetStatisticsHook", max_outside=50)},
+        "max_outside: expected a number from 0 to 1, got 50",
+        "default_hooks.offsets",
+    ),
     "no such evaluator": (
         {"val_evaluator.type": "CoccoMetric"},
         "no metric named 'CoccoMetric' is registered; did you mean 'CocoMetric'",
