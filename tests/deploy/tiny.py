@@ -156,14 +156,18 @@ def config(name: str, layer: str | None = None, **options: object) -> Config:
     return cfg
 
 
-def build(cfg: Config) -> nn.Module:
-    """The detector of a config, whose scores are far from each other and from zero."""
+def build(cfg: Config, **spreads: float) -> nn.Module:
+    """The detector of a config, whose scores are far from each other and from zero.
+
+    `spreads` are standard deviations of weights, by the names of the layers that they are for.
+    """
+    spreads = _SPREADS | spreads
     torch.manual_seed(0)
     detector = MODELS.build(cfg.model).eval()
     for name, module in detector.named_modules():
         last = name.rpartition(".")[2]
         if last.endswith(_LAST) and isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.normal_(module.weight, std=_SPREADS.get(last, 0.2))
+            nn.init.normal_(module.weight, std=spreads.get(last, 0.2))
             nn.init.normal_(module.bias, std=0.2)
         elif isinstance(module, DeformRoIPoolPack):
             nn.init.normal_(module.offset_fc[-1].weight, std=0.05)
