@@ -111,7 +111,13 @@ def unwritable(path: str | Path) -> str | None:
     if not place.is_dir():
         return f"cannot write to {str(path)!r}, as {str(place)!r} is not a folder"
     if not os.access(place, os.W_OK | os.X_OK):
-        return f"cannot write to {str(path)!r}: no permission in {str(place)!r}"
+        read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+        why = (
+            f"the disk of {str(place)!r} is read-only"
+            if read_only
+            else f"no permission in {str(place)!r}"
+        )
+        return f"cannot write to {str(path)!r}: {why}"
     # Some file systems refuse what permissions allow: /proc, or those that are mounted to be read.
     try:
         with tempfile.TemporaryDirectory(prefix=".mmdcn_", dir=place):

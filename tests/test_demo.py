@@ -51,7 +51,7 @@ def _finish(program):
 
 @pytest.fixture(scope="module")
 def interrupted_and_resumed(tmp_path_factory):
-    """The demo interrupted while its second model trains, and what the same command then says."""
+    """The demo terminated while its second model trains, and what the same command then says."""
     work_dir = tmp_path_factory.mktemp("demo")
     first = _start(work_dir)
     deadline = time.monotonic() + 300
@@ -59,10 +59,11 @@ def interrupted_and_resumed(tmp_path_factory):
         assert first.is_running(), first.output
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    first.send(signal.SIGINT)
+    first.send(signal.SIGTERM)
     result = first.finish()
-    assert result.returncode == 130, result.stdout
-    assert "run the same command again" in result.stdout
+    assert result.returncode == 143, result.stdout
+    assert "terminated; run the same command again" in result.stdout
+    assert not list(work_dir.rglob(".*.new"))
     assert not (work_dir / "DCN" / "result.json").exists()
     return work_dir, _finish(_start(work_dir))
 

@@ -1,6 +1,7 @@
 """What every tool that writes files leaves where the disk takes no more, and that it goes on after.
 
-The system's limit on the size of a file stands for the full disk: each write beyond it fails.
+The system's limit on the size of a file stands for the full disk: each write beyond it fails. Disks
+that are read-only are mounted.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import contextlib
 import io
 import re
 import runpy
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,6 +162,27 @@ def test_a_disk_that_takes_no_more(case: Case, call, tmp_path, monkeypatch):
         return
     assert call(case) == ""
     assert set(case.writes) <= set(contents(out))
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """OUT is on a disk that takes nothing."""
+    out = tmp_path / "out"
+    out.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "none", out]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting takes rights that this process has not")
+    yield out
+    subprocess.run(["umount", out], check=True)
+
+
+@pytest.mark.parametrize("case", {case.tool: marked(case) for case in CASES}.values())
+def test_a_disk_that_is_read_only(case: Case, call, read_only, monkeypatch):
+    checked_as(monkeypatch)
+    said = call(case)
+    assert said.startswith("error: ") and str(read_only) in said and "read-only" in said.lower()
+    assert len(said.splitlines()) == 1
+    assert not contents(read_only)
 
 
 def checked_as(monkeypatch) -> None:
