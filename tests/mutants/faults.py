@@ -31,6 +31,7 @@ AGGREGATE = ("tests/ops/test_deform_aggregate.py",)
 POOL = ("tests/ops/test_deform_roi_pool.py",)
 GUARDED = ("tests/sanitizers/test_guard_pages.py",)
 COMPILED = ("tests/ops/test_compiled_calls.py",)
+INPUTS = ("tests/ops/test_contract_inputs.py",)
 CUDA_CONV = ("tests/cuda/test_deform_conv.py",)
 CUDA_AGGREGATE = ("tests/cuda/test_deform_aggregate.py",)
 CUDA_POOL = ("tests/cuda/test_deform_roi_pool.py",)
@@ -89,8 +90,8 @@ FAULTS = [
           "the gradient of x is not modulated", AGGREGATE, "deform_aggregate"),
     Fault("gradient-of-nothing", "csrc/cpu/row_gradients.h",
           "(low & last) != 0 ? dots.of[3][i] : A(0)};", "dots.of[3][i]};",
-          "a corner that does not exist has a part in the gradient of coordinates", AGGREGATE,
-          "deform_aggregate"),
+          "a corner that does not exist has a part in the gradient of coordinates", CONV,
+          "deform_conv2d_backward"),
     Fault("ragged-tail-of-gradients", "csrc/cpu/row_gradients.h",
           "if constexpr (wants_input) grad_corner[q][c] += weight[q] * gradient;", "",
           "channels beyond the last whole register have no gradient", AGGREGATE,
@@ -179,9 +180,13 @@ FAULTS = [
           "down[i] = low_y < 0 ? 0 : 1;", "a row beyond the image is read", GUARDED, _FORWARD),
     Fault("conv-nowhere", _CONV + "plane_scatter.h",
           "if (samples.low_y[i] == samples.kNowhere) continue;", "",
-          "a sample outside adds NaN times 0 to a pixel", CONV),
+          "a sample outside adds infinity times 0 to a pixel", INPUTS),
     Fault("conv-padding", "csrc/sampling.h", "position * stride - padding + tap * dilation",
-          "position * stride - padding + tap", "kernels are not dilated", ND, "deform_conv_nd"),
+          "position * stride - padding + tap", "kernels are not dilated", CONV,
+          "deform_conv2d_forward"),
+    Fault("nd-dilation", "csrc/cpu/deform_conv_nd/volume_samples.h",
+          "tap % shape_.kernel[d] * shape_.axis[d].dilation", "tap % shape_.kernel[d]",
+          "kernels are not dilated", ND),
     Fault("conv-grad-mask-aside", _CONV + "sample_gradients.h",
           "store_row(tensors_.grad_mask, row, 2, staged_mask_, skipped);", "",
           "modulations have no gradient", CONV),
@@ -236,7 +241,7 @@ FAULTS = [
     Fault("ops-output-mask", "ops/_registration.py",
           "output_mask = [wanted[i] for i in differentiated]",
           "output_mask = [True for i in differentiated]",
-          "gradients are computed that nobody wants", (*CONV, "tests/ops/test_straight_calls.py")),
+          "gradients are computed that nobody wants", COMPILED),
     Fault("ops-coordinates", "ops/_checks.py",
           "return torch.float64 if features == torch.float64 else torch.float32",
           "return torch.float32", "double precision has coordinates in single", CONV),

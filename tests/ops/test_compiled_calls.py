@@ -99,3 +99,23 @@ def test_what_does_not_fit_is_refused_with_values_and_without(operator):
             assert outcomes[0] == outcomes[1], (name, bad if isinstance(bad, list) else bad.shape)
             refused += outcomes[0] is None
     assert refused > 10
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_gradients_that_nobody_wants_are_not_computed(name):
+    """Of each tensor alone, and of all. A bias's is none of the kernels'."""
+    call = CALLS[name]
+    names = call.differentiable()
+    for wanted in [*([n] for n in names), names]:
+        tensors = call.tensors(dtype=torch.float32)
+        for each in wanted:
+            tensors[each].requires_grad_()
+        with Recorder() as recorder:
+            call.function(**tensors, **call.arguments).sum().backward()
+        computed = set()
+        for operator in OPERATORS.values():
+            mask = recorder.calls.get(operator.backward, {}).get("output_mask", [])
+            computed |= {n for n, is_wanted in zip(operator.gradients, mask) if is_wanted}
+        # DCNv4's function takes both in one tensor.
+        kernels = {part for n in wanted for part in n.split("_")} - {"bias"}
+        assert computed == kernels, wanted

@@ -45,6 +45,24 @@ def test_offsets_that_reach_nothing(call, dtype, value):
 
 @EVERY
 @DTYPES
+@pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
+def test_infinite_gradients_reach_nothing_through_samples_outside(call, dtype, channels_last):
+    """Not even as infinity times a weight of zero."""
+    tensors = variables(call, dtype=dtype)
+    name = "offset_mask" if "offset_mask" in tensors else "offset"
+    with torch.no_grad():
+        tensors[name].fill_(6e4)
+    if channels_last and tensors["input"].dim() == 4:
+        given = tensors["input"].detach().contiguous(memory_format=torch.channels_last)
+        tensors["input"] = given.requires_grad_()
+    output = call.function(**tensors, **call.arguments)
+    infinite = torch.full_like(output, float("inf"))
+    (gradient,) = torch.autograd.grad(output, tensors["input"], infinite)
+    assert torch.count_nonzero(gradient) == 0
+
+
+@EVERY
+@DTYPES
 def test_empty_batch(call, dtype):
     tensors = variables(call, dtype=dtype, batch=0)
     results = gradients(call.function, call, tensors)
