@@ -13,7 +13,7 @@ class Fault:
         breaks: what is wrong then.
         tests: which should notice; those of the whole folder are run if they do not.
         objects: of the objects to compile, those with this in their names; all that include the
-            file by default.
+            file by default. The linker takes any object's copy of a function of a header.
     """
 
     name: str
@@ -203,11 +203,10 @@ FAULTS = [
     # ------------------------------------------------------------------ the checks of direct calls
     Fault("unchecked-type", "csrc/tensors.h",
           "MMDCN_REQUIRE(grad_output.scalar_type() == input.scalar_type());", "",
-          "a gradient of another type is read as it lies", COMPILED, "deform_roi_pool_operator"),
+          "a gradient of another type is read as it lies", COMPILED, "operator"),
     Fault("unchecked-size", "csrc/tensors.h",
           "MMDCN_REQUIRE(sizes_of(grad_output) == output_size);", "",
-          "a gradient of another size is read beyond its end", COMPILED,
-          "deform_roi_pool_operator"),
+          "a gradient of another size is read beyond its end", COMPILED, "operator"),
     # ------------------------------------------------------------------ CUDA, as run on the host
     Fault("cuda-barrier", _CUDA + "deform_conv/scatter.h",
           "    if (!dots_wanted) continue;\n    ctx.sync();\n", "    if (!dots_wanted) continue;\n",
