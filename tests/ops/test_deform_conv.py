@@ -108,6 +108,23 @@ def test_matches_reference_through_windows(dtype, problem):
     compare(problem, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_of_large_weights_are_rounded_once(dtype):
+    """And not after each image, though what is kept from image to image is large then."""
+    shapes = {"input": (16, 350, 3, 3), "weight": (350, 350, 3, 3), "grad_output": (16, 350, 3, 3)}
+    drawn = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+    offset = torch.zeros(16, 18, 3, 3)  # with which samples are as exact as pixels
+    computed = []
+    for kind in (dtype, torch.float32):
+        x, weight, grad_output = (tensor.detach().to(kind) for tensor in drawn.values())
+        weight.requires_grad_()
+        deform_conv2d(x, offset, weight, padding=1).backward(grad_output)
+        computed.append(weight.grad.float())
+    rounding = computed[1].abs() * torch.finfo(dtype).eps / 2
+    noise = 1e-6 * computed[1].abs().max()
+    assert ((computed[0] - computed[1]).abs() <= 1.01 * rounding + noise).all()
+
+
 @pytest.mark.parametrize("has_mask", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize("groups, deform_groups", [(1, 1), (2, 4), (2, 1)])
 def test_gradcheck(has_mask, groups, deform_groups):
