@@ -21,7 +21,7 @@ def in_threads(function: Callable[[int], T], count: int) -> Iterator[T]:
         count: of numbers that the function is called with.
 
     Raises:
-        BaseException: what the function raised first.
+        Exception: what the function raised first.
 
     Example:
         >>> list(in_threads(lambda number: number * number, 4))
@@ -36,7 +36,7 @@ def in_threads(function: Callable[[int], T], count: int) -> Iterator[T]:
                 break
             try:
                 results.put((number, function(number), None))
-            except BaseException as error:
+            except Exception as error:
                 results.put((number, None, error))
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(os.cpu_count() or 1)]

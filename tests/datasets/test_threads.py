@@ -20,14 +20,11 @@ def test_results_come_in_order():
     assert list(in_threads(slow_if_even, 0)) == []
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-def test_what_the_function_raises(error):
+def test_what_the_function_raises():
     def fail(number: int) -> int:
-        if number == 7:
-            raise error
-        return number
+        return 1 // (number - 7)
 
-    with pytest.raises(error):
+    with pytest.raises(ZeroDivisionError):
         list(in_threads(fail, 10**9))
 
 
