@@ -6,10 +6,10 @@ the class.
 The package needs NumPy, OpenCV, shapely and rich, but neither PyTorch nor the detection toolbox.
 """
 
-import contextlib
 import json
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from rich.progress import track
 from .painting import draw_background, paint, to_uint8
 from .parameters import Parameters, Split
 from .shapes import CLASSES, TEMPLATES, Instance, annotate, place, rasterize
-from .threads import in_threads
 
 __all__ = [
     "CLASSES",
@@ -192,9 +191,10 @@ def _write_split(data_dir: Path, split: Split, parameters: Parameters, progress:
 
     images, annotations = [], []
     # The heavy work is inside NumPy and OpenCV, which let go of the interpreter lock.
-    with contextlib.closing(in_threads(write_image, split.num_images)) as written:
+    pool = ThreadPoolExecutor()
+    try:
         drawn = track(
-            written,
+            pool.map(write_image, range(split.num_images)),
             f"warped shapes, {split.name}",
             total=split.num_images,
             disable=not progress,
@@ -210,6 +210,8 @@ def _write_split(data_dir: Path, split: Split, parameters: Parameters, progress:
             )
             for instance in instances:
                 annotations.append({"id": len(annotations) + 1, "image_id": index + 1} | instance)
+    finally:
+        pool.shutdown(cancel_futures=True)  # because an interruption should not wait
     coco = {
         "info": {"description": f"Warped shapes, {split.name}, strength {split.strength:g}"},
         "categories": [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)],
