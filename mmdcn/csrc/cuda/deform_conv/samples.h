@@ -98,11 +98,13 @@ MMDCN_BLOCK void locate(const ConvProblem<R>& problem, const SampleIndex<R>& ind
     pixel = next_pixel;
     rest = next_rest;
   }
+  // Now, as the index that it is read by would be kept in registers.
+  sample.modulation = mask ? mask[index.mask_index(problem)] : acc_t(1);
   const int64_t channels = problem.shape.channels;
   const int64_t start = index.image * problem.positions * channels + sample.channel;
-  if (!sample.locate(p, problem.shape.size, start, channels, fraction)) return;
+  if (sample.locate(p, problem.shape.size, start, channels, fraction)) return;
   // What a sample that reaches nothing is multiplied by may be anything.
-  sample.modulation = mask ? mask[index.mask_index(problem)] : acc_t(1);
+  sample.modulation = 0;
 }
 
 }  // namespace mmdcn::cuda
