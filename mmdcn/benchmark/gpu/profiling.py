@@ -1,7 +1,8 @@
 """Which kernels ran, and for how long: what torch.profiler saw."""
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -29,6 +30,20 @@ def kernels(call: Callable[[], object], device: torch.device) -> dict[str, float
         name = short_name(event.key)
         taken[name] = round(taken.get(name, 0.0) + microseconds, 2)
     return dict(sorted(taken.items(), key=lambda item: -item[1]))
+
+
+@contextlib.contextmanager
+def counted(device: torch.device) -> Iterator[None]:
+    """What runs in this context is counted by ncu, if its `--profile-from-start` is off."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.profiler.start()
+    try:
+        yield
+        torch.cuda.synchronize(device)
+    finally:
+        torch.cuda.profiler.stop()
 
 
 def short_name(kernel: str) -> str:
