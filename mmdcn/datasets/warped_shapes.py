@@ -6,17 +6,20 @@ the class.
 The package needs NumPy, OpenCV, shapely and rich, but neither PyTorch nor the detection toolbox.
 """
 
+import contextlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
 from rich.progress import track
 
+from . import interruptions
 from .painting import draw_background, paint, to_uint8
 from .parameters import Parameters, Split
 from .shapes import CLASSES, TEMPLATES, Instance, annotate, place, rasterize
@@ -38,6 +41,8 @@ __all__ = [
     "manifest",
     "rasterize",
 ]
+
+T = TypeVar("T")
 
 # Part of the manifest: raise it with every change of what the generator draws.
 VERSION = 1
@@ -190,11 +195,9 @@ def _write_split(data_dir: Path, split: Split, parameters: Parameters, progress:
         ]
 
     images, annotations = [], []
-    # The heavy work is inside NumPy and OpenCV, which let go of the interpreter lock.
-    pool = ThreadPoolExecutor()
-    try:
+    with contextlib.closing(_in_threads(write_image, split.num_images)) as results:
         drawn = track(
-            pool.map(write_image, range(split.num_images)),
+            results,
             f"warped shapes, {split.name}",
             total=split.num_images,
             disable=not progress,
@@ -210,8 +213,6 @@ def _write_split(data_dir: Path, split: Split, parameters: Parameters, progress:
             )
             for instance in instances:
                 annotations.append({"id": len(annotations) + 1, "image_id": index + 1} | instance)
-    finally:
-        pool.shutdown(cancel_futures=True)  # because an interruption should not wait
     coco = {
         "info": {"description": f"Warped shapes, {split.name}, strength {split.strength:g}"},
         "categories": [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)],
@@ -219,6 +220,19 @@ def _write_split(data_dir: Path, split: Split, parameters: Parameters, progress:
         "annotations": annotations,
     }
     (data_dir / "annotations" / f"{split.name}.json").write_text(json.dumps(coco))
+
+
+def _in_threads(function: Callable[[int], T], count: int) -> Iterator[T]:
+    """``function(0)``, ``function(1)``, … in this order, computed in threads."""
+    with interruptions.deferred() as run_handlers:
+        # The heavy work is inside NumPy and OpenCV, which let go of the interpreter lock.
+        pool = ThreadPoolExecutor()
+        try:
+            for result in pool.map(function, range(count)):
+                run_handlers()
+                yield result
+        finally:
+            pool.shutdown(cancel_futures=True)  # because an interruption should not wait
 
 
 def _encode(extension: str, image: np.ndarray, options: Sequence[int] = ()) -> bytes:

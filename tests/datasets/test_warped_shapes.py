@@ -3,9 +3,11 @@
 import contextlib
 import io
 import json
+import os
 import re
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -293,3 +295,25 @@ def test_a_terminated_command_leaves_nothing(tmp_path):
     program.send(signal.SIGTERM)
     assert program.finish(timeout=60).returncode == 143
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("at", [0, 1, 7])
+def test_an_interruption_waits_for_the_threads_locks(at, monkeypatch, tmp_path):
+    """It is raised where no work is being handed over, and nothing is left."""
+    submit, handed_over = ThreadPoolExecutor.submit, []
+    before = signal.getsignal(signal.SIGINT)
+
+    def submit_and_be_interrupted(pool, *arguments):
+        if len(handed_over) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        handed_over.append(submit(pool, *arguments))
+        return handed_over[-1]
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit_and_be_interrupted)
+    parameters = Parameters(train_images=8, val_images=1, image_size=64, strengths=())
+    with pytest.raises(KeyboardInterrupt):
+        generate(tmp_path / "shapes", parameters, progress=False)
+    assert len(handed_over) == 8
+    assert all(future.done() for future in handed_over)
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGINT) is before
