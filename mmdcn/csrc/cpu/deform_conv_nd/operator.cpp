@@ -22,20 +22,20 @@ int64_t pass_work(const DeformConvNdShape<R>& shape) {
                     kElementWork * shape.deform_groups);
 }
 
-// As much memory as the rows of a batch take, with kRowSlack more elements; its borders are zero.
+// As much memory as the rows of a batch take, with kRowSlack more elements.
 template <typename A>
-Buffer<A> rows_with_borders(const VolumeRows& at, int64_t batch, bool all_zero) {
-  const int64_t elements = batch * at.image;
-  Buffer<A> rows(elements + kRowSlack);
-  if (all_zero || at.begin > 0) std::fill_n(rows.get(), elements, A(0));
-  return rows;
+Buffer<A> memory_for(const VolumeRows& at, int64_t batch) {
+  return Buffer<A>(batch * at.image + kRowSlack);
 }
 
 // The images of a tensor, (N, C, …), as rows.
 template <int R, typename T, typename A = accumulator_t<T>>
 Buffer<A> image_rows(const ConvNdKernel<R, T>& kernel, const Tensor& tensor, const VolumeRows& at) {
   const Tensor planes = as_contiguous(tensor);
-  Buffer<A> rows = rows_with_borders<A>(at, planes.size(0), false);
+  Buffer<A> rows = memory_for<A>(at, planes.size(0));
+  at.for_borders(planes.size(0), [&](int64_t first, int64_t elements) {
+    std::fill_n(rows.get() + first, elements, A(0));
+  });
   const int64_t all = planes.size(0) * at.positions;
   const int64_t some = grain(all, planes.numel() * kElementWork + 1);
   parallel_for(0, all, some, [&](int64_t begin, int64_t end) {
@@ -208,8 +208,9 @@ class Backward {
     std::vector<int64_t> packed_begin(range_count_, 0);
     const Buffer<acc_t> packed = wants_data ? packed_weight(packed_begin) : Buffer<acc_t>(0);
     const bool wants_input = gradient.input.numel() > 0;
-    const Buffer<acc_t> sums =
-        rows_with_borders<acc_t>(rows_, wants_input ? shape_.batch : 0, true);
+    const int64_t images = wants_input ? shape_.batch : 0;
+    const Buffer<acc_t> sums = memory_for<acc_t>(rows_, images);
+    std::fill_n(sums.get(), images * rows_.image, acc_t(0));
     const SharedGradients<R, acc_t> offset_sums(shape_, ranges_, gradient.offset, R);
     const SharedGradients<R, acc_t> mask_sums(shape_, ranges_, gradient.mask, 1);
     const int64_t shares = share_count(wants_weight), weights = weight_.numel();

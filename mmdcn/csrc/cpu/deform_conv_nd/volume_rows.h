@@ -48,6 +48,22 @@ struct VolumeRows {
     return number * image + begin + z * plane + (y - z * height) * line +
            (position - y * width) * pixel;
   }
+
+  // Calls function(first, elements) for all elements of a batch that belong to no position.
+  template <typename F>
+  void for_borders(int64_t batch, const F& function) const {
+    if (begin == 0) return;
+    const int64_t depth = (image - begin) / plane - 1;
+    for (int64_t start = 0; start < batch * image; start += image) {
+      function(start, begin);
+      for (int64_t z = 0; z < depth; ++z) {
+        const int64_t first = start + begin + z * plane;
+        for (int64_t y = 0; y < height; ++y) function(first + y * line + width * pixel, pixel);
+        function(first + height * line, line);
+      }
+      function(start + begin + depth * plane, plane);
+    }
+  }
 };
 
 }  // namespace mmdcn
