@@ -79,9 +79,15 @@ benchmark: $(INSTALLED)
 	    configs/faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py \
 	    configs/dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py \
 	    configs/dcnv2/faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py
+	@for depth in 18 50; do for threads in 1 2; do \
+	    $(RUN) tools/benchmark.py detector --batch 1 --threads $$threads --kernels mmdcn --no-memory \
+	    --seconds 5 --json $(MEASURED)/small-$$depth-$$threads.json --configs \
+	    configs/faster_rcnn/faster-rcnn_r$${depth}_fpn_1x_coco.py \
+	    configs/dcn/faster-rcnn_r$$depth-dconv-c3-c5_fpn_1x_coco.py \
+	    configs/dcnv2/faster-rcnn_r$$depth-mdconv-c3-c5_fpn_1x_coco.py || exit 1; done; done
 	@$(RUN) tools/benchmark.py report --out docs/benchmarks/cpu --readme README.md \
 	    $(addprefix $(MEASURED)/,design.json variants.json bfloat16.json float16.json family.json \
-	    detectors.json)
+	    detectors.json small-18-1.json small-18-2.json small-50-1.json small-50-2.json)
 
 SECONDS ?= 60
 fuzz: $(INSTALLED)
