@@ -11,7 +11,7 @@ from mmdcn.markdown import table
 
 from .conclusions import compared
 from .detector_grid import ARMS, STRENGTHS, TRAINED_STRENGTH, TRAININGS, VAL_IMAGES
-from .plots import COLOURS
+from .plots import COLOURS, draw_estimates
 from .results import Finished
 from .spread import Estimate, paired
 
@@ -142,12 +142,7 @@ def figure(results: DetectorResults) -> Figure | None:
                 Estimate.of(list(results.ap(training, arm, strength).values()))
                 for strength in STRENGTHS
             ]
-            means = [each.mean for each in found]
-            style = dict(color=COLOURS[arm], marker="o", markersize=3, linewidth=1.4)
-            ax.plot(STRENGTHS, means, label=ARMS[arm].title, **style)
-            if all(each.half_width is not None for each in found):
-                low, high = ([getattr(each, side) for each in found] for side in ("low", "high"))
-                ax.fill_between(STRENGTHS, low, high, color=COLOURS[arm], alpha=0.15, linewidth=0)
+            draw_estimates(ax, STRENGTHS, found, COLOURS[arm], ARMS[arm].title, "-")
         ax.axvspan(TRAINED_STRENGTH, max(STRENGTHS), color="0.95", zorder=0)
         ax.set_title(training.replace("-", ", "), fontsize=11)
         ax.set(xlabel="strength of the warp", ylabel="AP, %")

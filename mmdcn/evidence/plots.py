@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from .nets import ARMS
 from .results import COLUMNS, Results
+from .spread import Estimate
 from .training import STRENGTHS, TRAINED_STRENGTH
 from .transforms import ALL, KINDS
 
@@ -59,13 +60,20 @@ def strengths(results: Results, lines: Sequence[tuple[str, str]], title: str) ->
 def _line(ax: Axes, results: Results, part: str, arm: str, kind: str, style: str) -> None:
     tests = [("upright", 0), *((kind, strength) for strength in STRENGTHS)]
     found = [results.accuracy(part, arm, test) for test in tests]
-    x, y = [test[1] for test in tests], [each.mean for each in found]
     label = ARMS[arm].title + ("" if style == "-" else f" ({part})")
-    ax.plot(x, y, style, color=COLOURS[arm], label=label, marker="o", markersize=3, linewidth=1.4)
+    draw_estimates(ax, [test[1] for test in tests], found, COLOURS[arm], label, style)
+
+
+def draw_estimates(
+    ax: Axes, x: Sequence[float], found: Sequence[Estimate], colour: str, label: str, style: str
+) -> None:
+    """Means of percentages, and their intervals, as far as there can be such percentages."""
+    y = [each.mean for each in found]
+    ax.plot(x, y, style, color=colour, label=label, marker="o", markersize=3, linewidth=1.4)
     if all(each.half_width is not None for each in found):
-        low = [each.mean - each.half_width for each in found]
-        high = [each.mean + each.half_width for each in found]
-        ax.fill_between(x, low, high, color=COLOURS[arm], alpha=0.15, linewidth=0)
+        low = [max(each.low, 0) for each in found]
+        high = [min(each.high, 100) for each in found]
+        ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def differences(
