@@ -38,11 +38,11 @@ IMAGES = 16
 SPREADS = {"vfnet_reg": 0.01, "vfnet_reg_refine": 0.01, "vfnet_cls": 0.1, "gfl_cls": 0.1}
 
 
-def pictures(cfg):
+def pictures(cfg, count):
     """Photographs as a config's pipeline gives them."""
     steps = [step for step in get_test_pipeline_cfg(cfg) if "LoadAnn" not in step["type"]]
     pipeline = Compose(steps)
-    paths = list(images_in(FOLDER))[:IMAGES]
+    paths = list(images_in(FOLDER))[:count]
     return [pipeline(dict(img_path=str(path), img_id=0)) for path in paths]
 
 
@@ -51,7 +51,7 @@ def test_half_precision_in_a_photograph(tmp_path, name):
     """The export compares the file's detections with PyTorch's in float32."""
     cfg = tiny.config(name, "DCNv2")
     network = EndToEnd(tiny.build(cfg, **SPREADS))
-    given = network.inputs_of(pseudo_collate(pictures(cfg)[:1]))
+    given = network.inputs_of(pseudo_collate(pictures(cfg, 1)))
     verified = export.export(network, [given], tmp_path / "model.onnx", 0.01, half=True)
     assert verified.comparison.detections > 50
 
@@ -62,7 +62,7 @@ def test_detections_in_photographs(tmp_path, name, with_preprocessing):
     """In batches of two, through mmdet's pipeline, in pixels of the photographs."""
     cfg = tiny.config(name, "DCNv2")
     detector = tiny.build(cfg, **SPREADS)
-    photographs = pictures(cfg)
+    photographs = pictures(cfg, IMAGES)
     batches = [pseudo_collate(photographs[i : i + 2]) for i in range(0, len(photographs), 2)]
     with torch.no_grad():
         expected = [sample for batch in batches for sample in detector.test_step(batch)]

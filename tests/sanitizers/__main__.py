@@ -83,15 +83,15 @@ def capabilities() -> tuple[str, ...]:
 
 def environment_of(sanitizer: str, capability: str, threads: int, folder: Path) -> dict[str, str]:
     preloaded = [runtime(RUNTIMES[sanitizer]), runtime("libstdc++.so.6")]
+    options = dict(OPTIONS)
     # The frames that this needs lie at multiples of 32 bytes, and GCC stores vectors of 64 to them
     # by instructions that fault there.
     used_after_return = 0 if capability.startswith("avx512") else 1
-    options = f"{OPTIONS['ASAN_OPTIONS']}:detect_stack_use_after_return={used_after_return}"
+    options["ASAN_OPTIONS"] += f":detect_stack_use_after_return={used_after_return}"
     return {
         "MMDCN_EXAMPLES": "10",
         **os.environ,
-        **OPTIONS,
-        "ASAN_OPTIONS": options,
+        **options,
         "LD_PRELOAD": " ".join(preloaded),
         "MMDCN_CPU_CAPABILITY": capability,
         "MMDCN_TEST_THREADS": str(threads),

@@ -1,4 +1,4 @@
-"""Which kernels ran, and for how long: what torch.profiler saw."""
+"""Which kernels ran, and for how long: what torch.profiler saw, and what ncu is to count."""
 
 import contextlib
 import re
