@@ -34,90 +34,154 @@ struct RowSamples {
   A* dots;              // Σ_c gradient[c] X(q)[c] for each corner q
 };
 
-// The gradients of one sample, for `count` channels; see scatter().
-template <bool wants_input, Column kind, bool wants_dots, typename S, typename A, typename L>
-__attribute__((always_inline)) inline void scatter_one(const RowSamples<S, A, L>& at, int64_t i,
-                                                       int64_t count, register_t<A> (&sums)[4]) {
-  constexpr bool depthwise = kind == Column::kDepthwise, blends = kind != Column::kNone;
+// Stores the first `count` elements of a register. A whole one is stored at once: a copy of a size
+// that the compiler does not know would wait for the register to reach the cache.
+template <typename A>
+inline void store_some(A* target, register_t<A> value, int64_t count) {
+  if (count == kLanes<A>) {
+    store_register(target, value);
+  } else {
+    std::memcpy(target, &value, count * sizeof(A));
+  }
+}
+
+// The corners of one sample of RowSamples.
+template <typename S, typename A>
+struct RowCorners {
   const S* corner[4];
   A* grad_corner[4];
   A weight[4];
+  int64_t row;  // of its gradient and its column
+};
+
+// The gradients of one sample, in the register of channels from number `c` on; see scatter().
+template <bool wants_input, Column kind, bool wants_dots, typename S, typename A, typename L>
+__attribute__((always_inline)) inline void scatter_register(const RowSamples<S, A, L>& at,
+                                                            const RowCorners<S, A>& sample,
+                                                            int64_t c, register_t<A> (&sums)[4]) {
+  constexpr bool depthwise = kind == Column::kDepthwise, blends = kind != Column::kNone;
+  const register_t<A> outer = load_register(at.gradient + sample.row + c);
+  register_t<A> gradient = outer, blended = {};
+  if constexpr (depthwise) gradient *= load_register(at.tap_weight + c);
 #pragma GCC unroll 4
   for (int q = 0; q < 4; ++q) {
-    corner[q] = reinterpret_cast<const S*>(at.corner[q * at.quantity + i]);
-    if (wants_input) grad_corner[q] = reinterpret_cast<A*>(at.grad_corner[q * at.quantity + i]);
-    weight[q] = at.weight[q * at.quantity + i];
+    if constexpr (blends || wants_dots) {
+      const register_t<A> value = load_register(sample.corner[q] + c);
+      if constexpr (blends) blended += sample.weight[q] * value;
+      if constexpr (wants_dots) sums[q] += value * gradient;
+    }
+    if constexpr (wants_input) {
+      A* target = sample.grad_corner[q] + c;
+      store_register(target, load_register(target) + sample.weight[q] * gradient);
+    }
+  }
+  if constexpr (kind == Column::kStored || kind == Column::kAdded) {
+    L* target = at.column + sample.row + c;
+    if constexpr (kind == Column::kAdded) blended += load_register(target);
+    store_register(target, blended);
+  }
+  if constexpr (depthwise) {
+    A* target = at.grad_tap_weight + c;
+    store_register(target, load_register(target) + outer * blended);
+  }
+}
+
+// The same in one channel.
+template <bool wants_input, Column kind, bool wants_dots, typename S, typename A, typename L>
+inline void scatter_channel(const RowSamples<S, A, L>& at, const RowCorners<S, A>& sample,
+                            int64_t c, register_t<A> (&sums)[4]) {
+  constexpr bool depthwise = kind == Column::kDepthwise, blends = kind != Column::kNone;
+  const A outer = at.gradient[sample.row + c],
+          gradient = depthwise ? outer * at.tap_weight[c] : outer;
+  A blended = 0;
+  for (int q = 0; q < 4; ++q) {
+    if constexpr (blends || wants_dots) {
+      const A value = load(sample.corner[q] + c);
+      blended += sample.weight[q] * value;
+      sums[q][0] += value * gradient;
+    }
+    if constexpr (wants_input) sample.grad_corner[q][c] += sample.weight[q] * gradient;
+  }
+  if constexpr (kind == Column::kStored || kind == Column::kAdded) {
+    L* target = at.column + sample.row + c;
+    if constexpr (kind == Column::kAdded) blended += load(target);
+    store(target, blended);
+  }
+  if constexpr (depthwise) at.grad_tap_weight[c] += outer * blended;
+}
+
+// The gradients of one sample, for `count` channels, which are those of `kRegisters` registers
+// unless that is 0.
+template <int kRegisters, bool wants_input, Column kind, bool wants_dots, typename S, typename A,
+          typename L>
+__attribute__((always_inline)) inline void scatter_one(const RowSamples<S, A, L>& at, int64_t i,
+                                                       int64_t count, register_t<A> (&sums)[4]) {
+  RowCorners<S, A> sample;
+  sample.row = at.row[i];
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+    sample.corner[q] = reinterpret_cast<const S*>(at.corner[q * at.quantity + i]);
+    if (wants_input)
+      sample.grad_corner[q] = reinterpret_cast<A*>(at.grad_corner[q * at.quantity + i]);
+    sample.weight[q] = at.weight[q * at.quantity + i];
     sums[q] = register_t<A>{};
   }
-  const A* row = at.gradient + at.row[i];
-  int64_t c = 0;
-  for (; c + kLanes<A> <= count; c += kLanes<A>) {
-    const register_t<A> outer = load_register(row + c);
-    register_t<A> gradient = outer, blended = {};
-    if constexpr (depthwise) gradient *= load_register(at.tap_weight + c);
+  constexpr int64_t lanes = kLanes<A>;
+  if constexpr (kRegisters > 0) {
 #pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) {
-      if constexpr (blends || wants_dots) {
-        const register_t<A> value = load_register(corner[q] + c);
-        if constexpr (blends) blended += weight[q] * value;
-        if constexpr (wants_dots) sums[q] += value * gradient;
-      }
-      if constexpr (wants_input) {
-        A* target = grad_corner[q] + c;
-        store_register(target, load_register(target) + weight[q] * gradient);
-      }
+    for (int j = 0; j < kRegisters; ++j) {
+      scatter_register<wants_input, kind, wants_dots>(at, sample, j * lanes, sums);
     }
-    if constexpr (kind == Column::kStored || kind == Column::kAdded) {
-      L* target = at.column + at.row[i] + c;
-      if constexpr (kind == Column::kAdded) blended += load_register(target);
-      store_register(target, blended);
+  } else {
+    int64_t c = 0;
+    for (; c + lanes <= count; c += lanes) {
+      scatter_register<wants_input, kind, wants_dots>(at, sample, c, sums);
     }
-    if constexpr (depthwise) {
-      A* target = at.grad_tap_weight + c;
-      store_register(target, load_register(target) + outer * blended);
-    }
+    for (; c < count; ++c) scatter_channel<wants_input, kind, wants_dots>(at, sample, c, sums);
   }
-  for (; c < count; ++c) {
-    const A outer = row[c], gradient = depthwise ? outer * at.tap_weight[c] : outer;
-    A blended = 0;
-    for (int q = 0; q < 4; ++q) {
-      if constexpr (blends || wants_dots) {
-        const A value = load(corner[q] + c);
-        blended += weight[q] * value;
-        sums[q][0] += value * gradient;
+}
+
+// scatter() for channels as scatter_one() has them. Not inlined, so that the compiler has all
+// registers for the addresses.
+template <int kRegisters, bool wants_input, Column kind, bool wants_dots, typename S, typename A,
+          typename L>
+__attribute__((noinline)) void scatter_samples(const RowSamples<S, A, L>& samples, int64_t begin,
+                                               int64_t end, int64_t count) {
+  constexpr int64_t lanes = kLanes<A>;
+  // A copy, as the compiler would otherwise read the pointers again after each store.
+  const RowSamples<S, A, L> at = samples;
+  register_t<A> pairs[4][lanes / 2] = {};
+  for (int64_t first = begin; first < end; first += lanes) {
+    const int64_t some = end - first < lanes ? end - first : lanes;
+    register_t<A> last[4] = {};
+    for (int64_t k = 0; k < some; ++k) {
+      register_t<A> sums[4];
+      scatter_one<kRegisters, wants_input, kind, wants_dots>(at, first + k, count, sums);
+      for (int q = 0; wants_dots && q < 4; ++q) {
+        if (k % 2 == 1) pairs[q][k / 2] = fold<A>(last[q], sums[q]);
+        last[q] = sums[q];
       }
-      if constexpr (wants_input) grad_corner[q][c] += weight[q] * gradient;
     }
-    if constexpr (kind == Column::kStored || kind == Column::kAdded) {
-      L* target = at.column + at.row[i] + c;
-      if constexpr (kind == Column::kAdded) blended += load(target);
-      store(target, blended);
+    for (int q = 0; wants_dots && q < 4; ++q) {
+      if (some % 2 == 1) pairs[q][some / 2] = fold<A>(last[q], register_t<A>{});
+      store_some(at.dots + q * at.quantity + first, sums_of<A>(pairs[q]), some);
     }
-    if constexpr (depthwise) at.grad_tap_weight[c] += outer * blended;
   }
 }
 
 // For samples [begin, end) and `count` channels: adds to the gradients of their corners, and
-// computes the rest of RowSamples. Not inlined, so that the compiler has all registers for the
-// addresses.
+// computes the rest of RowSamples.
 template <bool wants_input, Column kind, bool wants_dots, typename S, typename A, typename L>
-__attribute__((noinline)) void scatter(const RowSamples<S, A, L>& samples, int64_t begin,
-                                       int64_t end, int64_t count) {
+inline void scatter(const RowSamples<S, A, L>& samples, int64_t begin, int64_t end, int64_t count) {
   constexpr int64_t lanes = kLanes<A>;
-  // A copy, as the compiler would otherwise read the pointers again after each store.
-  const RowSamples<S, A, L> at = samples;
-  register_t<A> dots[4][lanes] = {};
-  for (int64_t first = begin; first < end; first += lanes) {
-    const int64_t some = end - first < lanes ? end - first : lanes;
-    for (int64_t k = 0; k < some; ++k) {
-      register_t<A> sums[4];
-      scatter_one<wants_input, kind, wants_dots>(at, first + k, count, sums);
-      for (int q = 0; wants_dots && q < 4; ++q) dots[q][k] = sums[q];
-    }
-    for (int q = 0; wants_dots && q < 4; ++q) {
-      const register_t<A> sum = sums_of<A>(dots[q]);
-      std::memcpy(at.dots + q * at.quantity + first, &sum, some * sizeof(A));
-    }
+  if (count == lanes) {
+    scatter_samples<1, wants_input, kind, wants_dots>(samples, begin, end, count);
+  } else if (count == 2 * lanes) {
+    scatter_samples<2, wants_input, kind, wants_dots>(samples, begin, end, count);
+  } else if (count == 4 * lanes) {
+    scatter_samples<4, wants_input, kind, wants_dots>(samples, begin, end, count);
+  } else {
+    scatter_samples<0, wants_input, kind, wants_dots>(samples, begin, end, count);
   }
 }
 

@@ -29,5 +29,23 @@ inline void copy_row(const S* source, int64_t count, T* target) {
   for (; i < count; ++i) store(target + i, load(source + i));
 }
 
+// Copies some elements that are few, without a call: in vectors of N elements, of which the last
+// ends where the elements do, or in smaller ones.
+template <typename A, int N = kLanes<A>>
+inline void copy_few(const A* source, int64_t count, A* target) {
+  if constexpr (N == 1) {
+    if (count > 0) *target = *source;
+  } else if (count < N) {
+    copy_few<A, N / 2>(source, count, target);
+  } else {
+    const auto copy = [&](int64_t i) {
+      const auto some = load_bytes<vector_t<A, N>>(source + i);
+      std::memcpy(target + i, &some, sizeof(some));
+    };
+    for (int64_t i = 0; i + N < count; i += N) copy(i);
+    copy(count - N);
+  }
+}
+
 }  // namespace
 }  // namespace mmdcn

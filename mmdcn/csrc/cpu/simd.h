@@ -208,20 +208,39 @@ inline V interleave(V a, V b, std::integer_sequence<int, I...>) {
 #endif
 }
 
-// The sums of the elements of as many registers as one has lanes: lane k has the sum of values[k].
-// Elements are always added in the same order. In the recursion, only every `step`-th register from
-// `first` on is summed.
+// Interleaves a register's lower half with its upper half.
+template <typename V, int... I>
+inline V interleave_halves(V a, std::integer_sequence<int, I...>) {
+  constexpr int lanes = sizeof...(I);
+#ifdef __clang__
+  return __builtin_shufflevector(a, a, (I % 2 * lanes / 2 + I / 2)...);
+#else
+  using Index = std::conditional_t<sizeof(V) / lanes == 8, int64_t, int32_t>;
+  return __builtin_shuffle(a, vector_t<Index, lanes>{(I % 2 * lanes / 2 + I / 2)...});
+#endif
+}
+
+// Adds the lower half of each register to its upper one, with the two registers interleaved.
+template <typename A>
+inline register_t<A> fold(register_t<A> even, register_t<A> odd) {
+  using Lanes = std::make_integer_sequence<int, kLanes<A>>;
+  return interleave<0>(even, odd, Lanes{}) + interleave<1>(even, odd, Lanes{});
+}
+
+// The sums of the elements of as many registers as one has lanes, of which each two that follow one
+// another are folded: lane k has the sum of number k. Elements are always added in the same order.
+// In the recursion, only every `step`-th pair from `first` on is summed.
 template <typename A, int first = 0, int step = 1>
-inline register_t<A> sums_of(const register_t<A> (&values)[kLanes<A>]) {
+inline register_t<A> sums_of(const register_t<A> (&pairs)[kLanes<A> / 2]) {
   constexpr int lanes = kLanes<A>;
-  if constexpr (step == lanes) {
-    return values[first];
+  if constexpr (2 * step == lanes) {
+    return pairs[first];
   } else {
-    // Adds the lower half of each register to its upper one, with two registers interleaved.
-    using Lanes = std::make_integer_sequence<int, lanes>;
-    const register_t<A> even = sums_of<A, first, 2 * step>(values);
-    const register_t<A> odd = sums_of<A, first + step, 2 * step>(values);
-    return interleave<0>(even, odd, Lanes{}) + interleave<1>(even, odd, Lanes{});
+    const register_t<A> sums =
+        fold<A>(sums_of<A, first, 2 * step>(pairs), sums_of<A, first + step, 2 * step>(pairs));
+    if constexpr (step > 1) return sums;
+    // The first of all pairs are in the lower half, and the second ones in the upper half.
+    return interleave_halves(sums, std::make_integer_sequence<int, lanes>{});
   }
 }
 

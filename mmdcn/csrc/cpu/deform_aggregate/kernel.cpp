@@ -100,120 +100,202 @@ class ForwardPass {
   A* const sums_;   // of one pixel whose taps come in several batches
 };
 
-// The backward pass of one block of channels.
+// The backward pass of some blocks of channels of one image. The samples of a group are located
+// once for all of its blocks.
 template <typename T, typename A = accumulator_t<T>>
 class BackwardPass {
  public:
-  BackwardPass(const DeformAggregateShape& shape, const AggregateTensors<T>& tensors,
-               const ChannelBlock& block, Arena& arena)
+  BackwardPass(const DeformAggregateShape& shape, const AggregateTensors<T>& tensors, Arena& arena)
       : shape_(shape),
         tensors_(tensors),
-        block_(block),
-        channels_(block.channels()),
         locator_(shape, arena),
         read_(arena.take<BatchCorners<A>>(1)),
         added_(arena.take<CornerAddresses<kMostSamples>>(1)),
         dots_(arena.take<SampleDots<A, kMostSamples>>(1)),
         gradients_(arena.take<ThreeGradients<A, kMostSamples>>(1)),
-        zeros_(arena.take<T>(channels_)),
-        sinks_(arena.take<A>(4 * channels_)),
-        rows_(arena.take<A>(batch_pixels(shape) * channels_)),
+        grad_offset_(arena.take<A>(2 * kMostSamples)),
+        zeros_(arena.take<T>(shape.group_channels())),
+        sinks_(arena.take<A>(4 * shape.group_channels())),
+        rows_(arena.take<A>(kConverts ? batch_pixels(shape) * shape.group_channels() : 0)),
         row_of_(arena.take<int64_t>(kMostSamples)) {}
 
-  void run(int64_t image) {
-    fill_zero(zeros_, channels_);
-    fill_zero(sinks_, 4 * channels_);
+  void run(const ChannelBlocks& blocks, int64_t begin, int64_t end, int64_t image) {
+    fill_zero(zeros_, shape_.group_channels());
+    fill_zero(sinks_, 4 * shape_.group_channels());
     const int64_t taps = std::min<int64_t>(shape_.taps(), kMostSamples);
-    for (int64_t s = 0; s < kMostSamples; ++s) row_of_[s] = s / taps * channels_;
-    const bool input = tensors_.grad_input != nullptr;
-    const bool sampling = tensors_.grad_offset != nullptr || tensors_.grad_mask != nullptr;
-    for_batches(shape_, image * shape_.pixels(), (image + 1) * shape_.pixels(),
-                [&](const Batch& batch) {
-                  locate(batch, image);
-                  load_gradients(batch);
-                  if (input && sampling) scatter_batch<true, true>(batch);
-                  if (input && !sampling) scatter_batch<true, false>(batch);
-                  if (!input) scatter_batch<false, true>(batch);
-                  if (sampling) store_gradients(batch);
-                });
+    const int64_t row = kConverts ? shape_.group_channels() : shape_.channels;
+    for (int64_t s = 0; s < kMostSamples; ++s) row_of_[s] = s / taps * row;
+    if (tensors_.grad_input != nullptr)
+      clear_gradients(blocks.of[begin], blocks.of[end - 1], image);
+    const int64_t first = image * shape_.pixels(), last = first + shape_.pixels();
+    while (begin < end) {
+      const int64_t start = first + start_of(blocks, begin);
+      int64_t until = begin + 1;
+      while (until < end && first + start_of(blocks, until) == start) ++until;
+      const auto run = [&](const Batch& batch) { run_batch(batch, blocks, begin, until, image); };
+      for_batches(shape_, start, last, run);
+      for_batches(shape_, first, start, run);
+      begin = until;
+    }
   }
 
  private:
-  void locate(const Batch& batch, int64_t image) {
-    const AggregateLayout &offsets = tensors_.offset_layout, &masks = tensors_.mask_layout;
-    locator_.start(batch);
-    const auto& samples = locator_.locate(
-        batch,
-        tensors_.offset + batch.pixel * offsets.pixel_stride + block_.group * offsets.group_stride,
-        offsets.pixel_stride,
-        tensors_.mask + batch.pixel * masks.pixel_stride + block_.group * masks.group_stride,
-        masks.pixel_stride);
-    const int64_t count = batch.count(), height = shape_.y.size, width = shape_.x.size;
-    set_corners<const T>(height, width, rows_of(shape_, image_of(shape_, tensors_.input, image)),
-                         block_.begin, samples, count, zeros_, 0, read_->at);
-    set_weights(samples, count, read_->weight);
-    samples_ = &samples;
-    if (tensors_.grad_input == nullptr) return;
-    set_corners<A>(height, width, rows_of(shape_, image_of(shape_, tensors_.grad_input, image)),
-                   block_.begin, samples, count, sinks_, channels_, *added_);
+  // Whether gradients of the outputs are converted before they are used.
+  static constexpr bool kConverts = !std::is_same_v<T, A>;
+
+  // Sets the gradients of an image's channels, from one block's to another's, to zero. The thread
+  // that adds to them does, in whose cache they are then.
+  void clear_gradients(const ChannelBlock& first, const ChannelBlock& last, int64_t image) const {
+    A* target = image_of(shape_, tensors_.grad_input, image);
+    for (int64_t i = 0; i < shape_.y.size * shape_.x.size; ++i) {
+      fill_zero(target + i * shape_.channels + first.begin, last.end - first.begin);
+    }
   }
 
-  // Reads the block's gradients of the batch's outputs.
-  void load_gradients(const Batch& batch) const {
-    for (int64_t j = 0; j < batch.pixels; ++j) {
-      const T* source = tensors_.grad_output + (batch.pixel + j) * shape_.channels + block_.begin;
-      copy_row<A>(source, channels_, rows_ + j * channels_);
+  // The output pixel that a block begins with. If threads went through the same pixels at the same
+  // time, they would wait for each other's cache lines: their channels lie side by side.
+  int64_t start_of(const ChannelBlocks& blocks, int64_t number) const {
+    const int64_t most = batch_pixels(shape_), batches = (shape_.pixels() + most - 1) / most;
+    return 2 * number < shape_.groups * blocks.of_group ? 0 : batches / 2 * most;
+  }
+
+  // Blocks [begin, end).
+  void run_batch(const Batch& batch, const ChannelBlocks& blocks, int64_t begin, int64_t end,
+                 int64_t image) {
+    locator_.start(batch);
+    for (int64_t number = begin; number < end; ++number) {
+      const ChannelBlock& block = blocks.of[number];
+      const ChannelBlock& last = blocks.of[number > begin ? number - 1 : begin];
+      if (number > begin && block.group == last.group) {
+        advance_corners(batch, block.begin - last.begin);
+      } else {
+        locate(batch, block, image);
+      }
+      run_block(batch, block, number % blocks.of_group);
+    }
+  }
+
+  // Locates the samples of a block's group, and the corners' channels from the block's first on.
+  void locate(const Batch& batch, const ChannelBlock& block, int64_t image) {
+    const AggregateLayout &offsets = tensors_.offset_layout, &masks = tensors_.mask_layout;
+    const auto& samples = locator_.locate(
+        batch,
+        tensors_.offset + batch.pixel * offsets.pixel_stride + block.group * offsets.group_stride,
+        offsets.pixel_stride,
+        tensors_.mask + batch.pixel * masks.pixel_stride + block.group * masks.group_stride,
+        masks.pixel_stride);
+    const T* input = image_of(shape_, tensors_.input, image);
+    set_corners<const T>(shape_.y.size, shape_.x.size, rows_of(shape_, input), block.begin, samples,
+                         batch.count(), zeros_, 0, read_->at);
+    set_weights(samples, batch.count(), read_->weight);
+    samples_ = &samples;
+    if (tensors_.grad_input == nullptr) return;
+    set_gradient_corners(batch, input, image_of(shape_, tensors_.grad_input, image));
+  }
+
+  // The addresses of the corners' gradients, which lie in their image as the corners do in theirs.
+  void set_gradient_corners(const Batch& batch, const T* input, A* grad_input) const {
+    constexpr uintptr_t times = sizeof(A) / sizeof(T);
+    const uintptr_t from = reinterpret_cast<uintptr_t>(input);
+    const uintptr_t to = reinterpret_cast<uintptr_t>(grad_input);
+    const uintptr_t nowhere = reinterpret_cast<uintptr_t>(zeros_);
+    const int64_t count = batch.count();
+    for (int q = 0; q < 4; ++q) {
+      const uintptr_t sink = reinterpret_cast<uintptr_t>(sinks_ + q * shape_.group_channels());
+      const uintptr_t* read = read_->at.corner[q];
+      uintptr_t* added = added_->corner[q];
+#pragma GCC ivdep
+      for (int64_t s = 0; s < count; ++s) {
+        added[s] = read[s] != nowhere ? to + times * (read[s] - from) : sink;
+      }
+    }
+  }
+
+  // Moves the corners' addresses on by some channels.
+  void advance_corners(const Batch& batch, int64_t channels) const {
+    const int64_t count = batch.count();
+    for (int q = 0; q < 4; ++q) {
+      uintptr_t *read = read_->at.corner[q], *added = added_->corner[q];
+      for (int64_t s = 0; s < count; ++s) read[s] += channels * sizeof(T);
+      if (tensors_.grad_input == nullptr) continue;
+      for (int64_t s = 0; s < count; ++s) added[s] += channels * sizeof(A);
+    }
+  }
+
+  // `number` is that of the block in its group.
+  void run_block(const Batch& batch, const ChannelBlock& block, int64_t number) const {
+    const bool input = tensors_.grad_input != nullptr;
+    const bool sampling = tensors_.grad_offset != nullptr || tensors_.grad_mask != nullptr;
+    if (input && sampling) scatter_batch<true, true>(batch, block);
+    if (input && !sampling) scatter_batch<true, false>(batch, block);
+    if (!input) scatter_batch<false, true>(batch, block);
+    if (sampling) store_gradients(batch, block.group, number);
+  }
+
+  // The block's gradients of the batch's outputs.
+  const A* gradients_of(const Batch& batch, const ChannelBlock& block) const {
+    const T* source = tensors_.grad_output + batch.pixel * shape_.channels + block.begin;
+    if constexpr (kConverts) {
+      for (int64_t j = 0; j < batch.pixels; ++j) {
+        copy_row<A>(source + j * shape_.channels, block.channels(),
+                    rows_ + j * shape_.group_channels());
+      }
+      return rows_;
+    } else {
+      return source;
     }
   }
 
   template <bool wants_input, bool wants_dots>
-  void scatter_batch(const Batch& batch) const {
+  void scatter_batch(const Batch& batch, const ChannelBlock& block) const {
     RowSamples<T, A> samples = {};
     samples.corner = read_->at.corner[0];
     samples.grad_corner = added_->corner[0];
     samples.weight = read_->weight[0];
     samples.quantity = kMostSamples;
-    samples.gradient = rows_;
+    samples.gradient = gradients_of(batch, block);
     samples.row = row_of_;
     samples.dots = dots_->of[0];
-    scatter<wants_input, Column::kNone, wants_dots>(samples, 0, batch.count(), channels_);
+    scatter<wants_input, Column::kNone, wants_dots>(samples, 0, batch.count(), block.channels());
   }
 
-  // Stores the gradients of the batch's offsets and modulations.
-  void store_gradients(const Batch& batch) const {
+  // Stores the gradients of the batch's offsets and modulations, where those of a group's block of
+  // this number are.
+  void store_gradients(const Batch& batch, int64_t group, int64_t number) const {
     set_sample_gradients(shape_.y.size, shape_.x.size, *samples_, batch.count(), *dots_,
                          *gradients_);
     const A scale = static_cast<A>(shape_.offset_scale);
+    const int64_t count = batch.count();
+    for (int64_t s = 0; s < count; ++s) {
+      grad_offset_[2 * s] = scale * gradients_->of[1][s];
+      grad_offset_[2 * s + 1] = scale * gradients_->of[0][s];
+    }
+    const int64_t taps = batch.taps, all = shape_.batch * shape_.pixels() * shape_.groups;
     for (int64_t j = 0; j < batch.pixels; ++j) {
-      const int64_t s = j * batch.taps;
-      const int64_t first =
-          ((batch.pixel + j) * shape_.groups + block_.group) * shape_.taps() + batch.tap;
+      const int64_t row = number * all + (batch.pixel + j) * shape_.groups + group;
+      const int64_t first = row * shape_.taps() + batch.tap;
       if (tensors_.grad_offset) {
-        for (int64_t k = 0; k < batch.taps; ++k) {
-          tensors_.grad_offset[2 * (first + k)] = scale * gradients_->of[1][s + k];
-          tensors_.grad_offset[2 * (first + k) + 1] = scale * gradients_->of[0][s + k];
-        }
+        copy_few(grad_offset_ + 2 * j * taps, 2 * taps, tensors_.grad_offset + 2 * first);
       }
       if (tensors_.grad_mask) {
-        std::copy_n(gradients_->of[2] + s, batch.taps, tensors_.grad_mask + first);
+        copy_few(gradients_->of[2] + j * taps, taps, tensors_.grad_mask + first);
       }
     }
   }
 
   const DeformAggregateShape& shape_;
   const AggregateTensors<T>& tensors_;
-  const ChannelBlock& block_;
-  const int64_t channels_;
   Locator<A> locator_;
-  const Samples<A, kMostSamples>* samples_ = nullptr;  // of the current batch
+  const Samples<A, kMostSamples>* samples_ = nullptr;  // of the current batch and group
   BatchCorners<A>* const read_;
   CornerAddresses<kMostSamples>* const added_;  // of the corners' gradients
   SampleDots<A, kMostSamples>* const dots_;
   ThreeGradients<A, kMostSamples>* const gradients_;
-  T* const zeros_;         // stands in for the channels of corners that do not exist
-  A* const sinks_;         // 4 × channels: stands in for their gradients, never read
-  A* const rows_;          // the gradients of the outputs, pixels × channels
-  int64_t* const row_of_;  // of each sample, the first element in `rows_`
+  A* const grad_offset_;   // x and y of each sample
+  T* const zeros_;         // stands in for a group's channels of corners that do not exist
+  A* const sinks_;         // 4 × a group's channels: stands in for their gradients, never read
+  A* const rows_;          // the gradients of the outputs, pixels × a group's channels
+  int64_t* const row_of_;  // of each sample, where the gradients of its output begin
 };
 
 template <typename T>
@@ -225,18 +307,19 @@ void forward(const DeformAggregateShape& shape, const AggregateTensors<T>& tenso
 
 template <typename T>
 void backward(const DeformAggregateShape& shape, const AggregateTensors<T>& tensors,
-              const ChannelBlock& block, int64_t image, std::byte* memory) {
+              const ChannelBlocks& blocks, int64_t begin, int64_t end, int64_t image,
+              std::byte* memory) {
   Arena arena(memory);
-  BackwardPass<T>(shape, tensors, block, arena).run(image);
+  BackwardPass<T>(shape, tensors, arena).run(blocks, begin, end, image);
 }
 
-// Of either pass; a block has at most the channels of a group.
+// Of either pass.
 template <typename T>
 int64_t scratch_bytes(const DeformAggregateShape& shape) {
   const AggregateTensors<T> tensors = {};
   Arena forward_arena(nullptr), backward_arena(nullptr);
   ForwardPass<T>(shape, tensors, forward_arena);
-  BackwardPass<T>(shape, tensors, {0, 0, shape.group_channels()}, backward_arena);
+  BackwardPass<T>(shape, tensors, backward_arena);
   return std::max(forward_arena.used(), backward_arena.used());
 }
 

@@ -21,10 +21,17 @@ struct AggregateTensors {
   AggregateLayout offset_layout, mask_layout;
   T* output;             // (N, Ho, Wo, C)
   const T* grad_output;  // (N, Ho, Wo, C)
-  acc_t* grad_input;     // (N, H, W, C), added to; or null
-  // The sums over the block's channels, (N, Ho, Wo, G, taps, 2) and (N, Ho, Wo, G, taps); or null.
+  acc_t* grad_input;     // (N, H, W, C), or null
+  // The sums over a block's channels, (blocks of a group, N, Ho, Wo, G, taps, 2) and (blocks of a
+  // group, N, Ho, Wo, G, taps); or null.
   acc_t* grad_offset;
   acc_t* grad_mask;
+};
+
+// The blocks of all groups, of which each has as many.
+struct ChannelBlocks {
+  const ChannelBlock* of;
+  int64_t of_group;  // blocks of one group
 };
 
 template <typename T>
@@ -33,9 +40,10 @@ struct AggregateKernel {
   // All channels of output pixels [begin, end), numbered over the whole batch.
   void (*forward)(const DeformAggregateShape&, const AggregateTensors<T>&, int64_t begin,
                   int64_t end, std::byte* scratch);
-  // The gradients of one block's channels of one image, summed over the output pixels in order.
-  void (*backward)(const DeformAggregateShape&, const AggregateTensors<T>&, const ChannelBlock&,
-                   int64_t image, std::byte* scratch);
+  // The gradients of the channels of blocks [begin, end) of one image, summed over the output
+  // pixels in order.
+  void (*backward)(const DeformAggregateShape&, const AggregateTensors<T>&, const ChannelBlocks&,
+                   int64_t begin, int64_t end, int64_t image, std::byte* scratch);
 };
 
 #define MMDCN_DECLARE_KERNELS(capability) \

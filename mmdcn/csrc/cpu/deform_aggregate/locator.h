@@ -6,6 +6,7 @@
 
 #include "../arena.h"
 #include "../row_corners.h"
+#include "../rows.h"
 #include "kernel.h"
 
 namespace mmdcn {
@@ -54,12 +55,15 @@ class Locator {
   void start(const Batch& batch) {
     if (batch.tap != first_tap_) set_taps(batch);
     const AggregateAxis &y = shape_.y, &x = shape_.x;
+    const int64_t row = batch.pixel / x.out_size;
+    int64_t at_y = row % y.out_size, at_x = batch.pixel - row * x.out_size;
     for (int64_t j = 0; j < batch.pixels; ++j) {
-      const int64_t pixel = batch.pixel + j, row = pixel / x.out_size;
-      const A origin_y = static_cast<A>(y.origin(row % y.out_size));
-      const A origin_x = static_cast<A>(x.origin(pixel - row * x.out_size));
+      const A origin_y = static_cast<A>(y.origin(at_y)), origin_x = static_cast<A>(x.origin(at_x));
       std::fill_n(arrays_->origin_y + j * batch.taps, batch.taps, origin_y);
       std::fill_n(arrays_->origin_x + j * batch.taps, batch.taps, origin_x);
+      if (++at_x < x.out_size) continue;
+      at_x = 0;
+      if (++at_y == y.out_size) at_y = 0;
     }
   }
 
@@ -71,8 +75,8 @@ class Locator {
     const int64_t taps = batch.taps, count = batch.count();
     for (int64_t j = 0; j < batch.pixels; ++j) {
       const A* offsets = offset + j * offset_stride + 2 * batch.tap;
-      std::copy_n(offsets, 2 * taps, arrays_->offset + 2 * j * taps);
-      std::copy_n(mask + j * mask_stride + batch.tap, taps, samples.modulation + j * taps);
+      copy_few(offsets, 2 * taps, arrays_->offset + 2 * j * taps);
+      copy_few(mask + j * mask_stride + batch.tap, taps, samples.modulation + j * taps);
     }
     const A scale = static_cast<A>(shape_.offset_scale);
     const int64_t height = shape_.y.size, width = shape_.x.size;

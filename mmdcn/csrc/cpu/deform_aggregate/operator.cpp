@@ -67,11 +67,10 @@ class GroupSums {
         group_blocks_(group_blocks),
         sums_(group_blocks > 1 ? group_blocks * target.numel() : 0) {}
 
-  // Where block number `block` leaves its sums, or null.
-  A* of_block(int64_t block) const {
+  // Where the blocks leave their sums, or null.
+  A* get() const {
     if (target_.numel() == 0) return nullptr;
-    if (group_blocks_ == 1) return data<A>(target_);
-    return sums_.get() + block % group_blocks_ * target_.numel();
+    return group_blocks_ == 1 ? data<A>(target_) : sums_.get();
   }
 
   void add_up() const {
@@ -90,28 +89,31 @@ template <typename T, typename A = accumulator_t<T>>
 void run_backward(const DeformAggregateShape& shape, const Tensor& grad_output, const Tensor& input,
                   const Tensor& offset, const Tensor& mask, const Tensor& grad_input,
                   const Tensor& grad_offset, const Tensor& grad_mask) {
-  // As few blocks as threads have enough of, as the samples are located anew for each.
+  // Narrower blocks take about as long as these.
+  const int64_t width = std::max<int64_t>(block_width(shape.channels), 32);
   const std::vector<ChannelBlock> blocks =
-      channel_blocks(shape.groups, shape.group_channels(), block_width(shape.channels));
+      channel_blocks(shape.groups, shape.group_channels(), width);
   const int64_t block_count = static_cast<int64_t>(blocks.size());
-  const GroupSums<A> offset_sums(grad_offset, block_count / shape.groups);
-  const GroupSums<A> mask_sums(grad_mask, block_count / shape.groups);
+  const ChannelBlocks all = {blocks.data(), block_count / shape.groups};
+  const GroupSums<A> offset_sums(grad_offset, all.of_group);
+  const GroupSums<A> mask_sums(grad_mask, all.of_group);
   const Tensor gradients = as_contiguous(grad_output);
   const Tensor inputs = as_contiguous(input);
   const Tensor offsets = readable_taps(offset), masks = readable_taps(mask);
   AggregateTensors<T> tensors = tensors_of<T>(inputs, offsets, masks);
   tensors.grad_output = const_data<T>(gradients);
   tensors.grad_input = grad_input.numel() > 0 ? data<A>(grad_input) : nullptr;
+  tensors.grad_offset = offset_sums.get();
+  tensors.grad_mask = mask_sums.get();
   const AggregateKernel<T> kernel = MMDCN_CPU_KERNEL(deform_aggregate, T)();
   const int64_t tasks = shape.batch * block_count;
   parallel_for(0, tasks, grain(tasks, 2 * pass_work(shape)), [&](int64_t begin, int64_t end) {
     const Buffer<std::byte> scratch(kernel.scratch_bytes(shape));
-    AggregateTensors<T> own = tensors;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t block = task % block_count;
-      own.grad_offset = offset_sums.of_block(block);
-      own.grad_mask = mask_sums.of_block(block);
-      kernel.backward(shape, own, blocks[block], task / block_count, scratch.get());
+    while (begin < end) {
+      const int64_t image = begin / block_count, first = begin - image * block_count;
+      const int64_t last = std::min(first + end - begin, block_count);
+      kernel.backward(shape, tensors, all, first, last, image, scratch.get());
+      begin += last - first;
     }
   });
   offset_sums.add_up();
@@ -140,7 +142,6 @@ Gradients backward(const DeformAggregateShape& shape, const Tensor& grad_output,
   const ScalarType acc_type = offset.scalar_type();
   const bool convert = wanted[0] && input.scalar_type() != acc_type;
   Tensor sum = convert ? new_tensor(input, sizes_of(input), acc_type) : grad_input;
-  torch::stable::zero_(sum);
   run_backward<T>(shape, grad_output, input, offset, mask, sum, grad_offset, grad_mask);
   if (convert) torch::stable::copy_(grad_input, sum);
   return {grad_input, grad_offset, grad_mask};
