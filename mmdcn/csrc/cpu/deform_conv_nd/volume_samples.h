@@ -111,7 +111,7 @@ class VolumeSamples {
   // Sets the addresses of the samples' first corners in an image with borders, from its first
   // channel that is sampled on.
   template <typename S>
-  void set_first_corners(const VolumeRows& rows, S* image, uintptr_t (&first)[kMostPixels]) const {
+  void set_first_corners(const VolumeRows& rows, S* image, uintptr_t* first) const {
     const int64_t size = sizeof(S);
     const int64_t pixel = rows.pixel * size, line = rows.line * size, plane = rows.plane * size;
     const uintptr_t nowhere = reinterpret_cast<uintptr_t>(image);
@@ -145,23 +145,31 @@ class VolumeSamples {
     }
   }
 
-  void set_weights(A (&weight)[4][kMostSamples]) const {
-    const Arrays& of = *arrays_;
+  // Sets the weights of the corners times the modulation. Those of corner number q begin at of(q).
+  template <typename F>
+  void set_weights(const F& of) const {
+    const Arrays& from = *arrays_;
     const Samples<A, kMostSamples>& planar = *planar_;
-    const int64_t pixels = pixels_;
+    for (int high = 0; high < 2; ++high) {
+      A *weight_0 = of(4 * high), *weight_1 = of(4 * high + 1);
+      A *weight_2 = of(4 * high + 2), *weight_3 = of(4 * high + 3);
+      const int64_t pixels = pixels_;
 #pragma GCC ivdep
-    for (int64_t i = 0; i < pixels; ++i) {
-      const A low_x = planar.weight_x(0, i), high_x = planar.weight_x(1, i);
-      for (int high = 0; high < 2; ++high) {
-        const A modulation = of.modulation[i] * weight_along(of.fraction[i], high);
+      for (int64_t i = 0; i < pixels; ++i) {
+        const A low_x = planar.weight_x(0, i), high_x = planar.weight_x(1, i);
+        const A modulation = from.modulation[i] * weight_along(from.fraction[i], high);
         const A low_y = modulation * planar.weight_y(0, i);
         const A high_y = modulation * planar.weight_y(1, i);
-        weight[0][high * pixels + i] = low_y * low_x;
-        weight[1][high * pixels + i] = low_y * high_x;
-        weight[2][high * pixels + i] = high_y * low_x;
-        weight[3][high * pixels + i] = high_y * high_x;
+        weight_0[i] = low_y * low_x;
+        weight_1[i] = low_y * high_x;
+        weight_2[i] = high_y * low_x;
+        weight_3[i] = high_y * high_x;
       }
     }
+  }
+  // The same as weights of samples of planes.
+  void set_weights(A (&weight)[4][kMostSamples]) const {
+    set_weights([&](int q) { return weight[q & 3] + (q >> 2) * pixels_; });
   }
 
   // Stores the gradients of the samples' offsets, (3, pixels), and of their modulations, from the
