@@ -15,10 +15,12 @@ from .plots import COLOURS, draw_estimates
 from .results import Finished
 from .spread import Estimate, paired
 
-BASELINES = {"detectors": "plain-size", "detectors-frozen": "norm"}
+BASELINES = {"detectors": "plain-size", "detectors-long": "plain-size", "detectors-frozen": "norm"}
 PICTURE = "detectors.png"
 _TEXT = {
     "detectors": "Every parameter is trained on shapes warped at strength 1, from scratch.",
+    "detectors-long": "The same for three times as many iterations, to see whether the plain "
+    "detectors had learned all they can, and what is left of the differences.",
     "detectors-frozen": "A plain detector learns shapes that are not warped. Then all of it is "
     "frozen, offset branches are added, and these are trained alone on warped shapes. Statistics "
     "of normalisations follow the new images in every arm: what that gives by itself is an arm.",
@@ -58,12 +60,11 @@ def section(results: DetectorResults, name: str) -> list[str]:
     """
     if not results.by_arm:
         return []
-    iterations = results.all()[0]["run"]["iterations"]
     lines = [
         "## Detectors on warped shapes",
         "",
         "A small Faster R-CNN (ResNet-50 of a quarter of the channels, FPN) on images of "
-        f"192×192 pixels with two to five warped shapes, {iterations} iterations of eight images, "
+        "192×192 pixels with two to five warped shapes, trained on batches of eight, with "
         "deformable layers at strides 8 and 16. Tested on the same scenes at increasing strengths "
         f"of the warp ({VAL_IMAGES} images each; 0 is upright, {TRAINED_STRENGTH:g} what was "
         "trained on). COCO's AP in %.",
@@ -79,7 +80,9 @@ def section(results: DetectorResults, name: str) -> list[str]:
 def _training(results: DetectorResults, training: str) -> list[str]:
     arms, baseline = results.arms(training), BASELINES[training]
     title = TRAININGS[training]
-    lines = [f"### {title[0].upper()}{title[1:]}", "", _TEXT[training], ""]
+    iterations = next(iter(results.by_arm[training, arms[0]].values()))["run"]["iterations"]
+    text = f"{_TEXT[training]} {iterations:,} iterations."
+    lines = [f"### {title[0].upper()}{title[1:]}", "", text, ""]
     header = ["arm", "parameters", "seeds", *(f"{strength:g}" for strength in STRENGTHS)]
     rows = []
     upright = ("detectors-upright", "plain")
