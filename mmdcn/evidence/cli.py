@@ -14,6 +14,7 @@ from mmdcn.benchmark.values import number, one_of, several
 from mmdcn.errors import InputError
 
 PARTS = ("scratch", "upright", "frozen", "long", "detectors", "layers", "cost")
+LONGER = "detectors-long"  # no part of the published grid
 ARMS = (
     *("plain", "plain-size", "plain-time", "dilated", "transformer", "modulation"),
     *("dcn", "dcnv2", "dcnv2-groups", "dcnv4", "branch", "norm"),
@@ -31,10 +32,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--parts",
-        type=several(one_of(*PARTS)),
+        type=several(one_of(*PARTS, LONGER)),
         default=list(PARTS),
         metavar="PART,…",
-        help=f"of {', '.join(PARTS)} (default: all)",
+        help=f"of {', '.join(PARTS)}, and {LONGER} (default: all but the last, which takes two "
+        "hours of a core more)",
     )
     add(
         "--arms",
@@ -99,13 +101,13 @@ def run(args: argparse.Namespace) -> None:
     parts = [part for part in args.parts if part in grid.PARTS]
     choice = grid.Choice(parts, args.arms, args.seeds, args.quick)
     jobs = [*digit_jobs(choice, args.digits)]
-    if "detectors" in args.parts:
-        jobs += detector_jobs(args.arms, args.seeds, args.quick)
-    if not jobs and {*parts, "detectors"}.intersection(args.parts):
+    jobs += detector_jobs(args.parts, args.arms, args.seeds, args.quick)
+    if not jobs and {*parts, "detectors", LONGER}.intersection(args.parts):
         raise InputError(f"--arms: none of {', '.join(args.arms)} is in {', '.join(args.parts)}")
     workers = args.workers or machine.cores()
     everything = digit_jobs(grid.Choice(seeds=args.seeds, quick=args.quick), args.digits)
-    detectors = detector_jobs(None, args.seeds, args.quick)
+    detectors = detector_jobs(["detectors"], None, args.seeds, args.quick)
+    longer = detector_jobs([LONGER], quick=args.quick)
     if args.dry_run:
         print(*plan(jobs, runner.unfinished(jobs, args.work_dir), workers), sep="\n")
         return
@@ -113,7 +115,9 @@ def run(args: argparse.Namespace) -> None:
     files.check_folder(args.out.parent, "--out")
     with work_folder.lock(args.work_dir, "benchmark"):
         if args.reuse is not None:
-            count = published.take_over(args.reuse, [*everything, *detectors], args.work_dir)
+            count = published.take_over(
+                args.reuse, [*everything, *detectors, *longer], args.work_dir
+            )
             print(f"{count} runs taken over from {args.reuse}")
         due = runner.unfinished(jobs, args.work_dir)
         if due and not args.report_only:
@@ -128,14 +132,14 @@ def run(args: argparse.Namespace) -> None:
         cost = _cost(args)
         looked, pictures = None, {}
         if "layers" in args.parts and not args.quick:
-            known = digits.load(args.digits)
-            looked = layers.measure(args.work_dir, known)
-            pictures = layers.figures(args.work_dir, known)
+            images = digits.load(args.digits)
+            looked = layers.measure(args.work_dir, images)
+            pictures = layers.figures(args.work_dir, images)
         written = report.write(
             everything,
             args.work_dir,
             args.out,
-            detectors=detectors,
+            detectors=[*detectors, *_wanted(longer, args)],
             cost=cost,
             looked=looked,
             pictures=pictures,
@@ -143,6 +147,16 @@ def run(args: argparse.Namespace) -> None:
         )
     print(*written, sep="\n")
     sys.stdout.flush()
+
+
+def _wanted(longer: list, args: argparse.Namespace) -> list:
+    """The longer jobs, of which the report is silent if they neither are done nor were to be."""
+    from . import runner
+
+    if LONGER in args.parts:
+        return longer
+    due = runner.unfinished(longer, args.work_dir)
+    return [job for job in longer if job not in due]
 
 
 def _cost(args: argparse.Namespace) -> dict | None:

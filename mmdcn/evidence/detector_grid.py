@@ -139,27 +139,32 @@ def runs(
         quick: one seed, a hundredth of the iterations, few images: a look at whether all works,
             no evidence.
     """
-    shorter, images = (100, 8) if quick else (1, VAL_IMAGES)
+    iterations, images = (ITERATIONS // 100, 8) if quick else (ITERATIONS, VAL_IMAGES)
     found = []
     for seed in range(1 if quick else seeds or SEEDS):
         chosen = [("detectors", arm) for arm in MAIN] + [
             ("detectors-frozen", arm) for arm in FROZEN
         ]
-        if seed == 0:
-            chosen += [("detectors-long", arm) for arm in LONG]
         own = [
-            DetectorRun(training, arm, iterations(training) // shorter, seed, images)
+            DetectorRun(training, arm, iterations, seed, images)
             for training, arm in chosen
             if arms is None or arm in arms
         ]
         found += [run.base for run in own if run.base is not None][:1] + own
-    # The long ones come last.
-    return sorted(found, key=lambda run: (run.iterations, run.seed, run.is_frozen))
+    return sorted(found, key=lambda run: (run.seed, run.is_frozen))
 
 
-def iterations(training: str) -> int:
-    """Of a training, in full."""
-    return LONG_ITERATIONS if training == "detectors-long" else ITERATIONS
+def long_runs(arms: Sequence[str] | None = None, quick: bool = False) -> list[DetectorRun]:
+    """Runs of one seed that are three times as long, two hours of one core in all.
+
+    They are no part of the published grid, and show whether its detectors had learned all they can.
+    """
+    iterations, images = (LONG_ITERATIONS // 100, 8) if quick else (LONG_ITERATIONS, VAL_IMAGES)
+    return [
+        DetectorRun("detectors-long", arm, iterations, 0, images)
+        for arm in LONG
+        if arms is None or arm in arms
+    ]
 
 
 def seconds(run: DetectorRun) -> float:

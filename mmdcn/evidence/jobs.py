@@ -96,10 +96,16 @@ class DetectorJob(_RunJob):
 
 
 def detector_jobs(
-    arms: Sequence[str] | None = None, seeds: int | None = None, quick: bool = False
+    parts: Sequence[str],
+    arms: Sequence[str] | None = None,
+    seeds: int | None = None,
+    quick: bool = False,
 ) -> list[DetectorJob]:
-    """The jobs of the detectors, see :func:`~.detector_grid.runs`."""
-    return [DetectorJob(run) for run in detector_grid.runs(arms, seeds, quick)]
+    """The jobs of those of these parts that are of detectors, see :mod:`~.detector_grid`."""
+    runs = detector_grid.runs(arms, seeds, quick) if "detectors" in parts else []
+    if "detectors-long" in parts:
+        runs += detector_grid.long_runs(arms, quick)
+    return [DetectorJob(run) for run in runs]
 
 
 def plan(jobs: Sequence[DigitJob | DetectorJob], due: Sequence[Job], workers: int) -> list[str]:

@@ -97,6 +97,14 @@ def test_the_grid_has_each_base_before_and_fits_into_hours():
     assert detector_grid.runs(["dilated"]) == []
 
 
+def test_longer_runs_are_chosen_by_their_name_alone():
+    assert all(job.part != "detectors-long" for job in detector_jobs(["detectors"]))
+    longer = detector_jobs(["detectors-long"], ["dcn"])
+    assert [(job.part, job.run.arm, job.run.iterations) for job in longer] == [
+        ("detectors-long", "dcn", detector_grid.LONG_ITERATIONS)
+    ]
+
+
 def result(one: DetectorRun, ap: float) -> dict:
     return {
         "run": one.settings(),
@@ -109,7 +117,7 @@ def result(one: DetectorRun, ap: float) -> dict:
 
 
 def test_the_part_of_the_page(tmp_path):
-    jobs = detector_jobs()
+    jobs = detector_jobs(["detectors", "detectors-long"])
     assert detector_report.section(DetectorResults.read(jobs, tmp_path), "page") == []
     for job in jobs:
         if job.run.arm != "dcnv4":

@@ -97,7 +97,7 @@ def test_a_choice_brings_what_it_starts_from():
 
 def test_the_plan_counts_what_is_finished():
     chosen = jobs.digit_jobs(grid.Choice(parts=["scratch"], arms=["plain", "dcn"], seeds=1))
-    detectors = jobs.detector_jobs(["dcnv2"], 2)
+    detectors = jobs.detector_jobs(["detectors"], ["dcnv2"], 2)
     *table, _, _ = jobs.plan([*chosen, *detectors], [], 2)
     assert "| scratch | plain ×1, dcn ×1 | 20 epochs | 2 |" in table[2]
     text = "\n".join(table)
