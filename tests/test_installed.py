@@ -27,7 +27,7 @@ from mmdcn.errors import InputError
 
 MIM = Path(mmdcn.__file__).parent / ".mim"
 CONFIGS = sorted(str(path.relative_to(MIM / "configs")) for path in MIM.glob("configs/*/*.py"))
-DEMO = "mmdcn::demo/faster-rcnn_r50-mdconv-c3-c5_fpn_demo.py"
+DEMO = "mmdcn::demo/faster-rcnn_r50-mdconv-c3-c4_fpn_demo.py"
 
 
 @pytest.fixture(autouse=True)

@@ -84,8 +84,8 @@ from mmdcn.visualization.scenes import detection_figure, large_objects_figure, l
 CONFIGS = Path(__file__).parents[1] / "configs" / "demo"
 MODELS = {
     "plain": "faster-rcnn_r50_fpn_demo.py",
-    "DCN": "faster-rcnn_r50-dconv-c3-c5_fpn_demo.py",
-    "DCNv2": "faster-rcnn_r50-mdconv-c3-c5_fpn_demo.py",
+    "DCN": "faster-rcnn_r50-dconv-c3-c4_fpn_demo.py",
+    "DCNv2": "faster-rcnn_r50-mdconv-c3-c4_fpn_demo.py",
 }
 # What came out, in each model's folder, once it is finished.
 RESULT = "result.json"

@@ -7,7 +7,7 @@ from tests.programs import Program
 
 from .project import REPOSITORY, environment
 
-CONFIG = REPOSITORY / "configs" / "demo" / "faster-rcnn_r50-mdconv-c3-c5_fpn_demo.py"
+CONFIG = REPOSITORY / "configs" / "demo" / "faster-rcnn_r50-mdconv-c3-c4_fpn_demo.py"
 
 
 def train(folder, name, seed=0):
