@@ -108,7 +108,7 @@ def test_builds_with_our_layers(name):
     )
 
 
-@pytest.mark.parametrize("name", ["r50-dconv-c3-c5_fpn", "r50-mdconv-c3-c5_fpn", "r50_fpn"])
+@pytest.mark.parametrize("name", ["r50-dconv-c3-c4_fpn", "r50-mdconv-c3-c4_fpn", "r50_fpn"])
 def test_offsets_of_the_demo_are_logged(name):
     config = Config.fromfile(CONFIGS / f"demo/faster-rcnn_{name}_demo.py")
     hooks = [hook.type for hook in config.default_hooks.values()]

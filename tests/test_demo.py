@@ -90,8 +90,8 @@ def test_report(interrupted_and_resumed):
         assert {"torch", "mmcv", "mmdet", "mmdcn"} < set(result["versions"])
         assert result["machine"]
     parameters = [report["models"][name]["parameters"] for name in MODELS]
-    # 4 + 6 + 3 layers of 16, 32 and 64 channels, with 18 and 27 offset channels each.
-    branches = [sum(n * (9 * c + 1) for n, c in ((4, 16), (6, 32), (3, 64))) * k for k in (18, 27)]
+    # 4 + 6 layers of 16 and 32 channels, with 18 and 27 offset channels each.
+    branches = [sum(n * (9 * c + 1) for n, c in ((4, 16), (6, 32))) * k for k in (18, 27)]
     assert parameters[1] - parameters[0] == branches[0]
     assert parameters[2] - parameters[0] == branches[1]
     text = (work_dir / "report.md").read_text()
