@@ -81,7 +81,7 @@ def _training(results: DetectorResults, training: str) -> list[str]:
     arms, baseline = results.arms(training), BASELINES[training]
     title = TRAININGS[training]
     iterations = next(iter(results.by_arm[training, arms[0]].values()))["run"]["iterations"]
-    text = f"{_TEXT[training]} {iterations:,} iterations."
+    text = f"{_TEXT[training]} {iterations:,} iterations." + _last_tenth(results, training)
     lines = [f"### {title[0].upper()}{title[1:]}", "", text, ""]
     header = ["arm", "parameters", "seeds", *(f"{strength:g}" for strength in STRENGTHS)]
     rows = []
@@ -101,6 +101,17 @@ def _training(results: DetectorResults, training: str) -> list[str]:
         lines += [f"Differences from *{ARMS[baseline].title}*, seed by seed, in points:", ""]
         lines += [*table(["arm", *header[2:]], rows), ""]
     return lines
+
+
+def _last_tenth(results: DetectorResults, training: str) -> str:
+    """How much the baseline's loss fell at last: whether it has learned all it can."""
+    seeds = results.by_arm.get((training, BASELINES[training]), {}).values()
+    falls = [1 - seed["curve"][-1]["loss"] / seed["curve"][-2]["loss"] for seed in seeds]
+    if training == "detectors-frozen" or not falls:
+        return ""
+    fall = 100 * sum(falls) / len(falls)
+    title = ARMS[BASELINES[training]].title
+    return f" The loss of *{title}* fell by {fall:.1f} % in the last tenth of them."
 
 
 def _row(results: DetectorResults, training: str, arm: str, title: str) -> list:

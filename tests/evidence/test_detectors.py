@@ -111,6 +111,7 @@ def result(one: DetectorRun, ap: float) -> dict:
         "parameters": 1000,
         "ap": {str(strength): ap for strength in detector_grid.STRENGTHS},
         "offsets": {"backbone.layer2.0.conv2": [0.5, 2.0, 0.01]} if "dcn" in one.arm else {},
+        "curve": [{"iteration": 1, "loss": 2.0}, {"iteration": 2, "loss": 1.5}],
         "machine": {"cpu": "a processor", "cores": 2},
         "versions": {"torch": "1", "mmdcn": "2", "python": "3"},
     }
@@ -129,6 +130,7 @@ def test_the_part_of_the_page(tmp_path):
     assert tmp_path / "out" / "page" / detector_report.PICTURE in written
     assert f"](page/{detector_report.PICTURE})" in page
     assert "| plain | 1,000 | 3 | 50.5 ± 1.2 |" in page
+    assert "*plain, parameters of DCNv2* fell by 25.0 % in the last tenth of them." in page
     assert "| DCN | 3 | +4.0 ± 0.0 |" in page
     assert "DCN has an AP of 54.5 %, *plain, parameters of DCNv2* 50.5 %: +4.0 ± 0.0 points" in page
     assert "*norm statistics only* 50.5 %: +0.0 ± 0.0 points (3 seeds: no difference" in page
