@@ -297,8 +297,16 @@ def test_a_terminated_command_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def interruptible():
+    """As in the foreground of a shell, which has its background ignore interruptions."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("at", [0, 1, 7])
-def test_an_interruption_waits_for_the_threads_locks(at, monkeypatch, tmp_path):
+def test_an_interruption_waits_for_the_threads_locks(at, monkeypatch, tmp_path, interruptible):
     """It is raised where no work is being handed over, and nothing is left."""
     submit, handed_over = ThreadPoolExecutor.submit, []
     before = signal.getsignal(signal.SIGINT)
