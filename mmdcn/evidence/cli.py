@@ -132,9 +132,9 @@ def run(args: argparse.Namespace) -> None:
         cost = _cost(args)
         looked, pictures = None, {}
         if "layers" in args.parts and not args.quick:
-            images = digits.load(args.digits)
-            looked = layers.measure(args.work_dir, images)
-            pictures = layers.figures(args.work_dir, images)
+            known = digits.load(args.digits)
+            looked = layers.measure(args.work_dir, known)
+            pictures = layers.figures(args.work_dir, known)
         written = report.write(
             everything,
             args.work_dir,

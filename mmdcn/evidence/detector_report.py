@@ -106,9 +106,9 @@ def _training(results: DetectorResults, training: str) -> list[str]:
 def _last_tenth(results: DetectorResults, training: str) -> str:
     """How much the baseline's loss fell at last: whether it has learned all it can."""
     seeds = results.by_arm.get((training, BASELINES[training]), {}).values()
-    falls = [1 - seed["curve"][-1]["loss"] / seed["curve"][-2]["loss"] for seed in seeds]
-    if training == "detectors-frozen" or not falls:
+    if training == "detectors-frozen" or not seeds:  # the frozen baseline learns nothing
         return ""
+    falls = [1 - seed["curve"][-1]["loss"] / seed["curve"][-2]["loss"] for seed in seeds]
     fall = 100 * sum(falls) / len(falls)
     title = ARMS[BASELINES[training]].title
     return f" The loss of *{title}* fell by {fall:.1f} % in the last tenth of them."

@@ -125,13 +125,11 @@ class BackwardPass {
     const int64_t taps = std::min<int64_t>(shape_.taps(), kMostSamples);
     const int64_t row = kConverts ? shape_.group_channels() : shape_.channels;
     for (int64_t s = 0; s < kMostSamples; ++s) row_of_[s] = s / taps * row;
-    if (tensors_.grad_input != nullptr)
-      clear_gradients(blocks.of[begin], blocks.of[end - 1], image);
     const int64_t first = image * shape_.pixels(), last = first + shape_.pixels();
     while (begin < end) {
       const int64_t start = first + start_of(blocks, begin);
       int64_t until = begin + 1;
-      while (until < end && first + start_of(blocks, until) == start) ++until;
+      while (until < end && start_of(blocks, until) == start - first) ++until;
       const auto run = [&](const Batch& batch) { run_batch(batch, blocks, begin, until, image); };
       for_batches(shape_, start, last, run);
       for_batches(shape_, first, start, run);
@@ -142,15 +140,6 @@ class BackwardPass {
  private:
   // Whether gradients of the outputs are converted before they are used.
   static constexpr bool kConverts = !std::is_same_v<T, A>;
-
-  // Sets the gradients of an image's channels, from one block's to another's, to zero. The thread
-  // that adds to them does, in whose cache they are then.
-  void clear_gradients(const ChannelBlock& first, const ChannelBlock& last, int64_t image) const {
-    A* target = image_of(shape_, tensors_.grad_input, image);
-    for (int64_t i = 0; i < shape_.y.size * shape_.x.size; ++i) {
-      fill_zero(target + i * shape_.channels + first.begin, last.end - first.begin);
-    }
-  }
 
   // The output pixel that a block begins with. If threads went through the same pixels at the same
   // time, they would wait for each other's cache lines: their channels lie side by side.
@@ -163,14 +152,15 @@ class BackwardPass {
   void run_batch(const Batch& batch, const ChannelBlocks& blocks, int64_t begin, int64_t end,
                  int64_t image) {
     locator_.start(batch);
+    const ChannelBlock* last = nullptr;
     for (int64_t number = begin; number < end; ++number) {
       const ChannelBlock& block = blocks.of[number];
-      const ChannelBlock& last = blocks.of[number > begin ? number - 1 : begin];
-      if (number > begin && block.group == last.group) {
-        advance_corners(batch, block.begin - last.begin);
+      if (last != nullptr && block.group == last->group) {
+        advance_corners(batch, block.begin - last->begin);
       } else {
         locate(batch, block, image);
       }
+      last = &block;
       run_block(batch, block, number % blocks.of_group);
     }
   }

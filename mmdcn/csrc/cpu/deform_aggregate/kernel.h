@@ -21,7 +21,7 @@ struct AggregateTensors {
   AggregateLayout offset_layout, mask_layout;
   T* output;             // (N, Ho, Wo, C)
   const T* grad_output;  // (N, Ho, Wo, C)
-  acc_t* grad_input;     // (N, H, W, C), or null
+  acc_t* grad_input;     // (N, H, W, C), added to; or null
   // The sums over a block's channels, (blocks of a group, N, Ho, Wo, G, taps, 2) and (blocks of a
   // group, N, Ho, Wo, G, taps); or null.
   acc_t* grad_offset;

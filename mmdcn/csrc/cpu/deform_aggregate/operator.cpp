@@ -142,6 +142,7 @@ Gradients backward(const DeformAggregateShape& shape, const Tensor& grad_output,
   const ScalarType acc_type = offset.scalar_type();
   const bool convert = wanted[0] && input.scalar_type() != acc_type;
   Tensor sum = convert ? new_tensor(input, sizes_of(input), acc_type) : grad_input;
+  torch::stable::zero_(sum);
   run_backward<T>(shape, grad_output, input, offset, mask, sum, grad_offset, grad_mask);
   if (convert) torch::stable::copy_(grad_input, sum);
   return {grad_input, grad_offset, grad_mask};

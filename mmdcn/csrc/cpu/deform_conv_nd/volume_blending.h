@@ -10,6 +10,9 @@ namespace {
 // Elements from the first corner of a sample to the next one along each dimension.
 struct CornerSteps {
   int64_t pixel, line, plane;
+
+  // To corner number q.
+  int64_t corner(int q) const { return (q >> 2) * plane + (q >> 1 & 1) * line + (q & 1) * pixel; }
 };
 
 // The samples of one tap and one offset group.
@@ -33,8 +36,7 @@ __attribute__((always_inline)) inline void blend_registers(const VolumeBlends<A>
   register_t<A> sum[kRegisters];
 #pragma GCC unroll 8
   for (int q = 0; q < 8; ++q) {
-    const A* corner = first + (q >> 2) * blends.to.plane + (q >> 1 & 1) * blends.to.line +
-                      (q & 1) * blends.to.pixel;
+    const A* corner = first + blends.to.corner(q);
     const A weight = blends.weight[q * kMostPixels + i];
 #pragma GCC unroll 4
     for (int j = 0; j < kRegisters; ++j) {
@@ -52,9 +54,7 @@ inline A blended(const VolumeBlends<A>& blends, int64_t i, int64_t channel) {
   const A* first = reinterpret_cast<const A*>(blends.first[i]) + channel;
   A sum = 0;
   for (int q = 0; q < 8; ++q) {
-    const A value = first[(q >> 2) * blends.to.plane + (q >> 1 & 1) * blends.to.line +
-                          (q & 1) * blends.to.pixel];
-    sum += blends.weight[q * kMostPixels + i] * value;
+    sum += blends.weight[q * kMostPixels + i] * first[blends.to.corner(q)];
   }
   return sum;
 }
