@@ -336,10 +336,13 @@ void aggregate(Problems& file, Results& results) {
   tensors.grad_mask = grad_mask.get();
   const Values<std::byte> scratch(kernel.scratch_bytes(shape));
   kernel.forward(shape, tensors, 0, shape.batch * shape.pixels(), scratch.get());
+  const std::vector<ChannelBlock> blocks = blocks_of(shape.groups, shape.group_channels());
+  const ChannelBlocks all = {blocks.data(), 1};
   for (int64_t image = 0; image < shape.batch; ++image) {
-    for (const ChannelBlock& block : blocks_of(shape.groups, shape.group_channels())) {
-      kernel.backward(shape, tensors, block, image, scratch.get());
-    }
+    const int64_t first = image * shape.pixels();
+    const ImageStrip<A> whole = {image,   first,  first + shape.pixels(), {0, shape.y.size},
+                                 nullptr, nullptr};
+    kernel.backward(shape, tensors, all, 0, shape.groups, whole, scratch.get());
   }
   results.write(output);
   results.write(grad_input);

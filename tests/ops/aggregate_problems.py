@@ -80,10 +80,13 @@ def draw_aggregate_problem(random: Random) -> AggregateProblem:
     dilation, padding = pair(1, 3), pair(0, 3)
     # Sizes around 16, 32 and 64 cross the borders of registers and of blocks of channels.
     channels = random.choice([1, 3, 4, 6, 12, 17, 32, 40, 70, 130])
+    size = [sum(n) for n in zip(smallest_size(kernel, padding, dilation), pair(0, 6))]
+    # Single images of 16 rows and more are divided into strips.
+    size[0] += random.choice([0, 0, 16])
     return AggregateProblem(
         batch=random.randint(1, 3),
         channels=channels,
-        size=tuple(map(sum, zip(smallest_size(kernel, padding, dilation), pair(0, 6)))),
+        size=tuple(size),
         kernel=kernel,
         stride=pair(1, 3),
         padding=padding,

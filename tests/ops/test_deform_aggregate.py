@@ -31,6 +31,15 @@ from tests.ops.problems import (
 NAMES = ("input", "offset", "mask")
 
 
+@pytest.fixture
+def unset_memory_filled():
+    """Tensors that nobody has set yet are full of NaN."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 # ------------------------------------------------------------------------------- the mathematics
 
 
@@ -68,6 +77,28 @@ def test_matches_reference(dtype, problem):
     ids=str,
 )
 def test_matches_reference_across_blocks(dtype, problem):
+    compare(problem, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "problem",
+    [
+        # Samples that stay, that reach into the other strip, and that reach everywhere.
+        AggregateProblem(size=(17, 5), batch=1, spread=0.1),
+        AggregateProblem(size=(33, 4), batch=1, channels=40, group=4),
+        AggregateProblem(size=(16, 9), batch=1, channels=20, group=1, spread=20.0),
+        # Several blocks of channels to a group, and several batches of samples to a pixel.
+        AggregateProblem(size=(18, 6), batch=1, channels=300, group=1, spread=5.0),
+        AggregateProblem(size=(16, 7), batch=1, kernel=15, padding=7, spread=5.0),
+        # Two output rows, a single one, and a single pixel, of which a strip has none.
+        AggregateProblem(size=(20, 5), batch=1, stride=(12, 1), spread=9.0),
+        AggregateProblem(size=(20, 5), batch=1, stride=(30, 1), spread=9.0),
+        AggregateProblem(size=(20, 5), batch=1, stride=30, spread=9.0),
+    ],
+    ids=str,
+)
+def test_matches_reference_across_strips(dtype, problem, unset_memory_filled):
     compare(problem, dtype)
 
 
@@ -187,6 +218,8 @@ def test_each_gradient_alone(wanted, channels):
     [
         AggregateProblem(channels=64, group=4, size=(40, 41)),
         AggregateProblem(channels=200, group=1, size=(30, 31)),
+        AggregateProblem(channels=64, group=4, size=(40, 41), batch=1),
+        AggregateProblem(channels=300, group=1, size=(30, 31), batch=1, spread=9.0),
     ],
     ids=str,
 )

@@ -100,11 +100,13 @@ class ForwardPass {
   A* const sums_;   // of one pixel whose taps come in several batches
 };
 
-// The backward pass of some blocks of channels of one image. The samples of a group are located
-// once for all of its blocks.
+// The backward pass of some blocks of channels of one strip of an image. The samples of a group are
+// located once for all of its blocks.
 template <typename T, typename A = accumulator_t<T>>
 class BackwardPass {
  public:
+  using Strip = ImageStrip<A>;
+
   BackwardPass(const DeformAggregateShape& shape, const AggregateTensors<T>& tensors, Arena& arena)
       : shape_(shape),
         tensors_(tensors),
@@ -119,20 +121,19 @@ class BackwardPass {
         rows_(arena.take<A>(kConverts ? batch_pixels(shape) * shape.group_channels() : 0)),
         row_of_(arena.take<int64_t>(kMostSamples)) {}
 
-  void run(const ChannelBlocks& blocks, int64_t begin, int64_t end, int64_t image) {
+  void run(const ChannelBlocks& blocks, int64_t begin, int64_t end, const Strip& strip) {
     fill_zero(zeros_, shape_.group_channels());
     fill_zero(sinks_, 4 * shape_.group_channels());
     const int64_t taps = std::min<int64_t>(shape_.taps(), kMostSamples);
     const int64_t row = kConverts ? shape_.group_channels() : shape_.channels;
     for (int64_t s = 0; s < kMostSamples; ++s) row_of_[s] = s / taps * row;
-    const int64_t first = image * shape_.pixels(), last = first + shape_.pixels();
     while (begin < end) {
-      const int64_t start = first + start_of(blocks, begin);
+      const int64_t start = start_of(blocks, begin, strip);
       int64_t until = begin + 1;
-      while (until < end && start_of(blocks, until) == start - first) ++until;
-      const auto run = [&](const Batch& batch) { run_batch(batch, blocks, begin, until, image); };
-      for_batches(shape_, start, last, run);
-      for_batches(shape_, first, start, run);
+      while (until < end && start_of(blocks, until, strip) == start) ++until;
+      const auto run = [&](const Batch& batch) { run_batch(batch, blocks, begin, until, strip); };
+      for_batches(shape_, start, strip.end, run);
+      for_batches(shape_, strip.begin, start, run);
       begin = until;
     }
   }
@@ -143,14 +144,15 @@ class BackwardPass {
 
   // The output pixel that a block begins with. If threads went through the same pixels at the same
   // time, they would wait for each other's cache lines: their channels lie side by side.
-  int64_t start_of(const ChannelBlocks& blocks, int64_t number) const {
-    const int64_t most = batch_pixels(shape_), batches = (shape_.pixels() + most - 1) / most;
-    return 2 * number < shape_.groups * blocks.of_group ? 0 : batches / 2 * most;
+  int64_t start_of(const ChannelBlocks& blocks, int64_t number, const Strip& strip) const {
+    const int64_t most = batch_pixels(shape_), pixels = strip.end - strip.begin;
+    const bool late = 2 * number >= shape_.groups * blocks.of_group;
+    return strip.begin + (late ? (pixels + most - 1) / most / 2 * most : 0);
   }
 
   // Blocks [begin, end).
   void run_batch(const Batch& batch, const ChannelBlocks& blocks, int64_t begin, int64_t end,
-                 int64_t image) {
+                 const Strip& strip) {
     locator_.start(batch);
     const ChannelBlock* last = nullptr;
     for (int64_t number = begin; number < end; ++number) {
@@ -158,15 +160,16 @@ class BackwardPass {
       if (last != nullptr && block.group == last->group) {
         advance_corners(batch, block.begin - last->begin);
       } else {
-        locate(batch, block, image);
+        locate(batch, block, strip);
       }
       last = &block;
+      if (divided(strip)) reach_beyond(block, strip, strip.reached[number]);
       run_block(batch, block, number % blocks.of_group);
     }
   }
 
   // Locates the samples of a block's group, and the corners' channels from the block's first on.
-  void locate(const Batch& batch, const ChannelBlock& block, int64_t image) {
+  void locate(const Batch& batch, const ChannelBlock& block, const Strip& strip) {
     const AggregateLayout &offsets = tensors_.offset_layout, &masks = tensors_.mask_layout;
     const auto& samples = locator_.locate(
         batch,
@@ -174,21 +177,28 @@ class BackwardPass {
         offsets.pixel_stride,
         tensors_.mask + batch.pixel * masks.pixel_stride + block.group * masks.group_stride,
         masks.pixel_stride);
-    const T* input = image_of(shape_, tensors_.input, image);
+    const T* input = image_of(shape_, tensors_.input, strip.image);
     set_corners<const T>(shape_.y.size, shape_.x.size, rows_of(shape_, input), block.begin, samples,
                          batch.count(), zeros_, 0, read_->at);
     set_weights(samples, batch.count(), read_->weight);
     samples_ = &samples;
     if (tensors_.grad_input == nullptr) return;
-    set_gradient_corners(batch, input, image_of(shape_, tensors_.grad_input, image));
+    set_gradient_corners(batch, input, strip);
+    if (divided(strip)) rows_of_samples_ = reached_rows(samples, batch.count());
   }
 
   // The addresses of the corners' gradients, which lie in their image as the corners do in theirs.
-  void set_gradient_corners(const Batch& batch, const T* input, A* grad_input) const {
+  void set_gradient_corners(const Batch& batch, const T* input, const Strip& strip) const {
     constexpr uintptr_t times = sizeof(A) / sizeof(T);
     const uintptr_t from = reinterpret_cast<uintptr_t>(input);
-    const uintptr_t to = reinterpret_cast<uintptr_t>(grad_input);
+    const uintptr_t to =
+        reinterpret_cast<uintptr_t>(image_of(shape_, tensors_.grad_input, strip.image));
+    const uintptr_t beyond = reinterpret_cast<uintptr_t>(strip.beyond);
     const uintptr_t nowhere = reinterpret_cast<uintptr_t>(zeros_);
+    // Where the strip's own rows begin, and their size, in bytes of the input.
+    const uintptr_t row = shape_.x.size * shape_.channels * sizeof(T);
+    const uintptr_t own = from + strip.own.first * row;
+    const uintptr_t own_bytes = (strip.own.last - strip.own.first) * row;
     const int64_t count = batch.count();
     for (int q = 0; q < 4; ++q) {
       const uintptr_t sink = reinterpret_cast<uintptr_t>(sinks_ + q * shape_.group_channels());
@@ -196,9 +206,39 @@ class BackwardPass {
       uintptr_t* added = added_->corner[q];
 #pragma GCC ivdep
       for (int64_t s = 0; s < count; ++s) {
-        added[s] = read[s] != nowhere ? to + times * (read[s] - from) : sink;
+        const uintptr_t image = read[s] - own < own_bytes ? to : beyond;
+        added[s] = read[s] != nowhere ? image + times * (read[s] - from) : sink;
       }
     }
+  }
+
+  // Whether gradients of rows that are not the strip's own are summed apart.
+  bool divided(const Strip& strip) const {
+    return tensors_.grad_input != nullptr && strip.beyond != nullptr;
+  }
+
+  // The rows from the first to the last one that samples reach.
+  RowRange reached_rows(const Samples<A, kMostSamples>& samples, int64_t count) const {
+    const int32_t height = static_cast<int32_t>(shape_.y.size);
+    int32_t first = height, last = 0;
+    for (int64_t s = 0; s < count; ++s) {
+      const int32_t low = samples.low_y[s];  // -2 if the sample contributes nothing
+      first = std::min(first, low < -1 ? height : std::max(low, 0));
+      last = std::max(last, std::min(low + 2, height));
+    }
+    return {first, last};
+  }
+
+  // Sets the gradients of rows that are reached for the first time to zero, in a block's channels.
+  void reach_beyond(const ChannelBlock& block, const Strip& strip, RowRange& reached) const {
+    while (reached.first > rows_of_samples_.first) clear_row(block, strip, --reached.first);
+    while (reached.last < rows_of_samples_.last) clear_row(block, strip, reached.last++);
+  }
+
+  void clear_row(const ChannelBlock& block, const Strip& strip, int64_t row) const {
+    const int64_t width = shape_.x.size;
+    A* target = strip.beyond + row * width * shape_.channels + block.begin;
+    for (int64_t x = 0; x < width; ++x) fill_zero(target + x * shape_.channels, block.channels());
   }
 
   // Moves the corners' addresses on by some channels.
@@ -277,6 +317,7 @@ class BackwardPass {
   const AggregateTensors<T>& tensors_;
   Locator<A> locator_;
   const Samples<A, kMostSamples>* samples_ = nullptr;  // of the current batch and group
+  RowRange rows_of_samples_ = {};                      // that these reach
   BatchCorners<A>* const read_;
   CornerAddresses<kMostSamples>* const added_;  // of the corners' gradients
   SampleDots<A, kMostSamples>* const dots_;
@@ -297,10 +338,10 @@ void forward(const DeformAggregateShape& shape, const AggregateTensors<T>& tenso
 
 template <typename T>
 void backward(const DeformAggregateShape& shape, const AggregateTensors<T>& tensors,
-              const ChannelBlocks& blocks, int64_t begin, int64_t end, int64_t image,
-              std::byte* memory) {
+              const ChannelBlocks& blocks, int64_t begin, int64_t end,
+              const ImageStrip<accumulator_t<T>>& strip, std::byte* memory) {
   Arena arena(memory);
-  BackwardPass<T>(shape, tensors, arena).run(blocks, begin, end, image);
+  BackwardPass<T>(shape, tensors, arena).run(blocks, begin, end, strip);
 }
 
 // Of either pass.

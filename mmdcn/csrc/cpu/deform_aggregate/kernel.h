@@ -34,16 +34,35 @@ struct ChannelBlocks {
   int64_t of_group;  // blocks of one group
 };
 
+// Rows [first, last) of the input.
+struct RowRange {
+  int64_t first, last;
+};
+
+// A strip of an image: some output pixels, and as large a share of the input's rows, whose
+// gradients are added up in place by whoever works on the strip. What its samples add to other rows
+// is summed in an image apart, so that threads on different strips never write to the same place.
+template <typename A>
+struct ImageStrip {
+  int64_t image;
+  int64_t begin, end;  // output pixels, numbered over the whole batch
+  RowRange own;
+  // (H, W, C), or null if all rows are the strip's own; set in the rows that are reached.
+  A* beyond;
+  RowRange* reached;  // for each block: its own rows, and those that its samples have reached
+};
+
 template <typename T>
 struct AggregateKernel {
+  using acc_t = accumulator_t<T>;
   int64_t (*scratch_bytes)(const DeformAggregateShape&);
   // All channels of output pixels [begin, end), numbered over the whole batch.
   void (*forward)(const DeformAggregateShape&, const AggregateTensors<T>&, int64_t begin,
                   int64_t end, std::byte* scratch);
-  // The gradients of the channels of blocks [begin, end) of one image, summed over the output
-  // pixels in order.
+  // The gradients of the channels of blocks [begin, end), summed over the strip's output pixels in
+  // order.
   void (*backward)(const DeformAggregateShape&, const AggregateTensors<T>&, const ChannelBlocks&,
-                   int64_t begin, int64_t end, int64_t image, std::byte* scratch);
+                   int64_t begin, int64_t end, const ImageStrip<acc_t>&, std::byte* scratch);
 };
 
 #define MMDCN_DECLARE_KERNELS(capability) \

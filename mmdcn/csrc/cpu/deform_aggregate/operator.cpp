@@ -55,6 +55,21 @@ Tensor forward(const DeformAggregateShape& shape, const Tensor& input, const Ten
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
+// The strips that an image is divided into for the backward pass: two for a single one that is
+// large enough, and otherwise one, whatever the number of threads, so that sums have the same bits
+// for any. Two threads at different channels of the same pixels would take cache lines from each
+// other, as prefetching reaches for those beside one's own.
+int64_t strips_of_image(const DeformAggregateShape& shape) {
+  return shape.batch == 1 && shape.y.size >= 16 ? 2 : 1;
+}
+
+// The width of the backward pass's blocks of channels. Much is done once for each sample and block;
+// the more strips there are to be divided among threads, the wider the blocks may be.
+int64_t backward_width(const DeformAggregateShape& shape) {
+  const int64_t strips = shape.batch * strips_of_image(shape);
+  return std::max<int64_t>(block_width(shape.channels) * std::min<int64_t>(strips, 4), 64);
+}
+
 // Gradients of offsets or of modulations sum over the channels of a group. Where a group has
 // several blocks, each leaves its sums in an array of its own, and these are added in the order of
 // the blocks.
@@ -83,20 +98,96 @@ class GroupSums {
   const Buffer<A> sums_;
 };
 
+// The strips of all images.
+template <typename A>
+class Strips {
+ public:
+  // `grad_input` has no elements where it is not wanted.
+  Strips(const DeformAggregateShape& shape, const std::vector<ChannelBlock>& blocks,
+         const Tensor& grad_input)
+      : shape_(shape),
+        blocks_(blocks),
+        grad_input_(grad_input),
+        of_image_(strips_of_image(shape)),
+        beyond_(new_tensor(grad_input, {of_image_ > 1 ? of_image_ : 0, grad_input.numel()},
+                           grad_input.scalar_type())),
+        reached_(of_image_ * blocks.size()) {
+    for (int64_t number = 0; number < of_image_; ++number) {
+      const ImageStrip<A> strip = (*this)[number];
+      std::fill_n(strip.reached, blocks.size(), strip.own);
+    }
+  }
+
+  int64_t count() const { return shape_.batch * of_image_; }
+
+  ImageStrip<A> operator[](int64_t number) {
+    const int64_t image = number / of_image_, strip = number % of_image_;
+    const auto border = [&](int64_t of, int64_t i) { return of * i / of_image_; };
+    const int64_t pixels = shape_.pixels(), rows = shape_.y.size;
+    return {image,
+            image * pixels + border(pixels, strip),
+            image * pixels + border(pixels, strip + 1),
+            {border(rows, strip), border(rows, strip + 1)},
+            of_image_ > 1 ? data<A>(beyond_) + strip * grad_input_.numel() : nullptr,
+            &reached_[strip * blocks_.size()]};
+  }
+
+  // Adds what strips have summed for the rows of others, in the order of the strips.
+  void add_up() {
+    if (of_image_ == 1 || grad_input_.numel() == 0) return;
+    const int64_t blocks = static_cast<int64_t>(blocks_.size()), tasks = of_image_ * blocks;
+    const int64_t work = grad_input_.numel() * kElementWork;
+    parallel_for(0, tasks, grain(tasks, work), [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const ImageStrip<A> target = (*this)[task / blocks];
+        for (int64_t number = 0; number < of_image_; ++number) {
+          add(task % blocks, (*this)[number], target);
+        }
+      }
+    });
+  }
+
+ private:
+  // Adds a block's channels of the rows that are `target`'s own.
+  void add(int64_t number, const ImageStrip<A>& strip, const ImageStrip<A>& target) const {
+    const ChannelBlock& block = blocks_[number];
+    A* const gradients = data<A>(grad_input_);
+    const auto add_rows = [&](int64_t first, int64_t last) {
+      first = std::max(first, target.own.first) * shape_.x.size;
+      last = std::min(last, target.own.last) * shape_.x.size;
+      for (int64_t pixel = first; pixel < last; ++pixel) {
+        const A* source = strip.beyond + pixel * shape_.channels;
+        A* sums = gradients + pixel * shape_.channels;
+        for (int64_t c = block.begin; c < block.end; ++c) sums[c] += source[c];
+      }
+    };
+    add_rows(strip.reached[number].first, strip.own.first);
+    add_rows(strip.own.last, strip.reached[number].last);
+  }
+
+  const DeformAggregateShape& shape_;
+  const std::vector<ChannelBlock>& blocks_;
+  const Tensor& grad_input_;
+  const int64_t of_image_;
+  // Not scratch memory in huge pages: next to nothing of it is touched.
+  Tensor beyond_;
+  std::vector<RowRange> reached_;
+};
+
 // Fills the gradients, of which `grad_input` is of the accumulators' type; those of no elements are
-// not wanted. Each thread computes the gradients of some blocks of some images alone.
+// not wanted. Each thread computes the gradients of some blocks of some strips alone.
 template <typename T, typename A = accumulator_t<T>>
 void run_backward(const DeformAggregateShape& shape, const Tensor& grad_output, const Tensor& input,
                   const Tensor& offset, const Tensor& mask, const Tensor& grad_input,
                   const Tensor& grad_offset, const Tensor& grad_mask) {
-  // Narrower blocks take about as long as these.
-  const int64_t width = std::max<int64_t>(block_width(shape.channels), 32);
+  const int64_t width = backward_width(shape);
   const std::vector<ChannelBlock> blocks =
       channel_blocks(shape.groups, shape.group_channels(), width);
   const int64_t block_count = static_cast<int64_t>(blocks.size());
   const ChannelBlocks all = {blocks.data(), block_count / shape.groups};
   const GroupSums<A> offset_sums(grad_offset, all.of_group);
   const GroupSums<A> mask_sums(grad_mask, all.of_group);
+  Strips<A> strips(shape, blocks, grad_input);
   const Tensor gradients = as_contiguous(grad_output);
   const Tensor inputs = as_contiguous(input);
   const Tensor offsets = readable_taps(offset), masks = readable_taps(mask);
@@ -106,16 +197,17 @@ void run_backward(const DeformAggregateShape& shape, const Tensor& grad_output, 
   tensors.grad_offset = offset_sums.get();
   tensors.grad_mask = mask_sums.get();
   const AggregateKernel<T> kernel = MMDCN_CPU_KERNEL(deform_aggregate, T)();
-  const int64_t tasks = shape.batch * block_count;
+  const int64_t tasks = strips.count() * block_count;
   parallel_for(0, tasks, grain(tasks, 2 * pass_work(shape)), [&](int64_t begin, int64_t end) {
     const Buffer<std::byte> scratch(kernel.scratch_bytes(shape));
     while (begin < end) {
-      const int64_t image = begin / block_count, first = begin - image * block_count;
+      const int64_t strip = begin / block_count, first = begin - strip * block_count;
       const int64_t last = std::min(first + end - begin, block_count);
-      kernel.backward(shape, tensors, all, first, last, image, scratch.get());
+      kernel.backward(shape, tensors, all, first, last, strips[strip], scratch.get());
       begin += last - first;
     }
   });
+  strips.add_up();
   offset_sums.add_up();
   mask_sums.add_up();
 }
