@@ -156,7 +156,7 @@ class _Curve(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        self._losses.append(float(outputs["loss"]))
+        self._losses.append(outputs["loss"].item())
         done = runner.iter + 1
         if done * CURVE % self._iterations < CURVE:
             loss = sum(self._losses) / len(self._losses)
