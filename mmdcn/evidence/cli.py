@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
     workers = args.workers or machine.cores()
     everything = digit_jobs(grid.Choice(seeds=args.seeds, quick=args.quick), args.digits)
     detectors = detector_jobs(["detectors"], None, args.seeds, args.quick)
-    longer = detector_jobs([LONGER], quick=args.quick)
+    longer = detector_jobs([LONGER], None, args.seeds, args.quick)
     if args.dry_run:
         print(*plan(jobs, runner.unfinished(jobs, args.work_dir), workers), sep="\n")
         return

@@ -154,14 +154,17 @@ def runs(
     return sorted(found, key=lambda run: (run.seed, run.is_frozen))
 
 
-def long_runs(arms: Sequence[str] | None = None, quick: bool = False) -> list[DetectorRun]:
-    """Runs of one seed that are three times as long, two hours of one core in all.
+def long_runs(
+    arms: Sequence[str] | None = None, seeds: int | None = None, quick: bool = False
+) -> list[DetectorRun]:
+    """Runs that are three times as long, a seed after the other; two hours of one core for a seed.
 
     They are no part of the published grid, and show whether its detectors had learned all they can.
     """
     iterations, images = (LONG_ITERATIONS // 100, 8) if quick else (LONG_ITERATIONS, VAL_IMAGES)
     return [
-        DetectorRun("detectors-long", arm, iterations, 0, images)
+        DetectorRun("detectors-long", arm, iterations, seed, images)
+        for seed in range(1 if quick else seeds or SEEDS)
         for arm in LONG
         if arms is None or arm in arms
     ]

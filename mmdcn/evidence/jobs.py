@@ -104,7 +104,7 @@ def detector_jobs(
     """The jobs of those of these parts that are of detectors, see :mod:`~.detector_grid`."""
     runs = detector_grid.runs(arms, seeds, quick) if "detectors" in parts else []
     if "detectors-long" in parts:
-        runs += detector_grid.long_runs(arms, quick)
+        runs += detector_grid.long_runs(arms, seeds, quick)
     return [DetectorJob(run) for run in runs]
 
 

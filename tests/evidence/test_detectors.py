@@ -99,10 +99,13 @@ def test_the_grid_has_each_base_before_and_fits_into_hours():
 
 def test_longer_runs_are_chosen_by_their_name_alone():
     assert all(job.part != "detectors-long" for job in detector_jobs(["detectors"]))
-    longer = detector_jobs(["detectors-long"], ["dcn"])
-    assert [(job.part, job.run.arm, job.run.iterations) for job in longer] == [
-        ("detectors-long", "dcn", detector_grid.LONG_ITERATIONS)
+    longer = detector_jobs(["detectors-long"], ["dcn"], seeds=2)
+    assert [(job.part, job.run.arm, job.run.iterations, job.run.seed) for job in longer] == [
+        ("detectors-long", "dcn", detector_grid.LONG_ITERATIONS, 0),
+        ("detectors-long", "dcn", detector_grid.LONG_ITERATIONS, 1),
     ]
+    whole = [job.run.seed for job in detector_jobs(["detectors-long"])]
+    assert whole == sorted(whole), "a seed that is interrupted leaves those before it complete"
 
 
 def result(one: DetectorRun, ap: float) -> dict:
