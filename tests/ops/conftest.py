@@ -24,3 +24,11 @@ def mmcv_offered(monkeypatch):
         lambda *arguments: apply(v2.ModulatedDeformConv2dFunction, *arguments),
         reference.deform_roi_pool,
     )
+
+
+@pytest.fixture
+def deterministic():
+    """torch refuses what is not deterministic, and fills memory that nobody has set with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -31,15 +31,6 @@ from tests.ops.problems import (
 NAMES = ("input", "offset", "mask")
 
 
-@pytest.fixture
-def unset_memory_filled():
-    """Tensors that nobody has set yet are full of NaN."""
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 # ------------------------------------------------------------------------------- the mathematics
 
 
@@ -98,7 +89,9 @@ def test_matches_reference_across_blocks(dtype, problem):
     ],
     ids=str,
 )
-def test_matches_reference_across_strips(dtype, problem, unset_memory_filled):
+def test_matches_reference_across_strips(dtype, problem, deterministic):
+    # Memory that nobody has set is full of NaN then.
+    assert torch.utils.deterministic.fill_uninitialized_memory
     compare(problem, dtype)
 
 

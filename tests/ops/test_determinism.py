@@ -17,13 +17,6 @@ def workspace(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def test_products_are_refused_as_torch_refuses_them(workspace, deterministic):
     if workspace in (":4096:8", ":16:8"):
         _determinism.alert_products("deform_conv2d")

@@ -69,11 +69,11 @@ void add_in_order(const A* arrays, int64_t count, const Tensor& target) {
     constexpr int64_t most = 1024;
     for (int64_t first = begin; first < end; first += most) {
       const int64_t some = std::min(most, end - first);
-      A* target = sums + first;
-      std::copy_n(arrays + first, some, target);
+      A* total = sums + first;
+      std::copy_n(arrays + first, some, total);
       for (int64_t k = 1; k < count; ++k) {
         const A* source = arrays + k * elements + first;
-        for (int64_t i = 0; i < some; ++i) target[i] += source[i];
+        for (int64_t i = 0; i < some; ++i) total[i] += source[i];
       }
     }
   });
