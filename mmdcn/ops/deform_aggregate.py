@@ -134,11 +134,12 @@ def dcnv4(
     taps, out_size = _check_input(input, group, *geometry)
     channels = 3 * taps * group
     padded = (channels + 7) // 8 * 8
+    # Splits, as their gradients are put together in one pass; those of slices are filled with zeros
+    # and added up.
     if offset_mask.shape[3] == padded:
-        offset_mask = offset_mask.narrow(3, 0, channels)
+        offset_mask, _ = offset_mask.split([channels, padded - channels], 3)
     _check_points("offset_mask", offset_mask, input, out_size, 3 * taps, group, padded)
-    points = offset_mask.unflatten(3, (group, -1))
-    offset, mask = points.narrow(4, 0, 2 * taps), points.narrow(4, 2 * taps, taps)
+    offset, mask = offset_mask.unflatten(3, (group, -1)).split([2 * taps, taps], 4)
     return _aggregate(input, offset, mask, geometry)
 
 
