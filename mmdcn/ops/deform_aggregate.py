@@ -136,7 +136,7 @@ def dcnv4(
     padded = (channels + 7) // 8 * 8
     # Splits, as their gradients are put together in one pass; those of slices are filled with zeros
     # and added up.
-    if offset_mask.shape[3] == padded:
+    if offset_mask.shape[3] == padded > channels:
         offset_mask, _ = offset_mask.split([channels, padded - channels], 3)
     _check_points("offset_mask", offset_mask, input, out_size, 3 * taps, group, padded)
     offset, mask = offset_mask.unflatten(3, (group, -1)).split([2 * taps, taps], 4)
