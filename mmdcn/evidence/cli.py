@@ -13,8 +13,8 @@ from mmdcn import files
 from mmdcn.benchmark.values import number, one_of, several
 from mmdcn.errors import InputError
 
-PARTS = ("scratch", "upright", "frozen", "long", "detectors", "layers", "cost")
-LONGER = "detectors-long"  # no part of the published grid
+DETECTORS = ("detectors", "detectors-long")
+PARTS = ("scratch", "upright", "frozen", "long", *DETECTORS, "layers", "cost")
 ARMS = (
     *("plain", "plain-size", "plain-time", "dilated", "transformer", "modulation"),
     *("dcn", "dcnv2", "dcnv2-groups", "dcnv4", "branch", "norm"),
@@ -32,11 +32,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--parts",
-        type=several(one_of(*PARTS, LONGER)),
+        type=several(one_of(*PARTS)),
         default=list(PARTS),
         metavar="PART,…",
-        help=f"of {', '.join(PARTS)}, and {LONGER} (default: all but the last, which takes two "
-        "hours of a core more)",
+        help=f"of {', '.join(PARTS)} (default: all)",
     )
     add(
         "--arms",
@@ -102,12 +101,11 @@ def run(args: argparse.Namespace) -> None:
     choice = grid.Choice(parts, args.arms, args.seeds, args.quick)
     jobs = [*digit_jobs(choice, args.digits)]
     jobs += detector_jobs(args.parts, args.arms, args.seeds, args.quick)
-    if not jobs and {*parts, "detectors", LONGER}.intersection(args.parts):
+    if not jobs and {*parts, *DETECTORS}.intersection(args.parts):
         raise InputError(f"--arms: none of {', '.join(args.arms)} is in {', '.join(args.parts)}")
     workers = args.workers or machine.cores()
     everything = digit_jobs(grid.Choice(seeds=args.seeds, quick=args.quick), args.digits)
-    detectors = detector_jobs(["detectors"], None, args.seeds, args.quick)
-    longer = detector_jobs([LONGER], None, args.seeds, args.quick)
+    detectors = detector_jobs(DETECTORS, None, args.seeds, args.quick)
     if args.dry_run:
         print(*plan(jobs, runner.unfinished(jobs, args.work_dir), workers), sep="\n")
         return
@@ -115,17 +113,16 @@ def run(args: argparse.Namespace) -> None:
     files.check_folder(args.out.parent, "--out")
     with work_folder.lock(args.work_dir, "benchmark"):
         if args.reuse is not None:
-            count = published.take_over(
-                args.reuse, [*everything, *detectors, *longer], args.work_dir
-            )
+            count = published.take_over(args.reuse, [*everything, *detectors], args.work_dir)
             print(f"{count} runs taken over from {args.reuse}")
         due = runner.unfinished(jobs, args.work_dir)
         if due and not args.report_only:
             digits.load(args.digits)  # before anything is begun
-            if any(isinstance(job, DetectorJob) for job in due):
+            seeds = [job.run.seed for job in due if isinstance(job, DetectorJob)]
+            if seeds:
                 from .detectors import make_data  # which imports the toolbox
 
-                make_data(args.work_dir, progress=True)
+                make_data(args.work_dir, max(seeds) + 1, progress=True)
             os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the workers
             with progress.reporter(due) as told:
                 runner.run(due, args.work_dir, workers, told)
@@ -139,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
             everything,
             args.work_dir,
             args.out,
-            detectors=[*detectors, *_wanted(longer, args)],
+            detectors=detectors,
             cost=cost,
             looked=looked,
             pictures=pictures,
@@ -147,16 +144,6 @@ def run(args: argparse.Namespace) -> None:
         )
     print(*written, sep="\n")
     sys.stdout.flush()
-
-
-def _wanted(longer: list, args: argparse.Namespace) -> list:
-    """The longer jobs, of which the report is silent if they neither are done nor were to be."""
-    from . import runner
-
-    if LONGER in args.parts:
-        return longer
-    due = runner.unfinished(longer, args.work_dir)
-    return [job for job in longer if job not in due]
 
 
 def _cost(args: argparse.Namespace) -> dict | None:

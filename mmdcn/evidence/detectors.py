@@ -31,6 +31,8 @@ from mmdcn.ops._observers import SampledCall
 from .detector_grid import (
     ARMS,
     CONFIG,
+    DETECTOR,
+    IMAGE_SIZE,
     STRENGTHS,
     TRAIN_IMAGES,
     TRAINED_STRENGTH,
@@ -40,9 +42,12 @@ from .detector_grid import (
 from .training import CURVE, Tell, read_weights, save_weights, weights_file
 
 
-def make_data(folder: Path, progress: bool = False) -> None:
-    """The images of all runs: ``shapes``, and ``shapes-upright`` to train on without warps."""
-    counts = dict(train_images=TRAIN_IMAGES, val_images=VAL_IMAGES)
+def make_data(folder: Path, seeds: int, progress: bool = False) -> None:
+    """The images of the runs of so many seeds.
+
+    They are in ``shapes``, and in ``shapes-upright`` to train on without warps.
+    """
+    counts = dict(train_images=seeds * TRAIN_IMAGES, val_images=VAL_IMAGES, image_size=IMAGE_SIZE)
     both = {"shapes": (TRAINED_STRENGTH, STRENGTHS), "shapes-upright": (0.0, ())}
     for name, (strength, strengths) in both.items():
         parameters = warped_shapes.Parameters(**counts, strength=strength, strengths=strengths)
@@ -53,13 +58,13 @@ def config(run: DetectorRun, folder: Path) -> Config:
     """The run's config: the demo's, with an arm's layers, and silent."""
     cfg = Config.fromfile(CONFIG)
     arm = ARMS[run.arm]
-    cfg.merge_from_dict(
-        {"model": {"backbone": dict(arm.backbone or {}), "neck": dict(arm.neck or {})}}
-    )
+    for model in (DETECTOR, {"backbone": dict(arm.backbone or {}), "neck": dict(arm.neck or {})}):
+        cfg.merge_from_dict({"model": model})
+    images = cfg.train_dataloader.dataset
     upright = run.training == "detectors-upright"
-    cfg.train_dataloader.dataset.data_root = str(
-        folder / ("shapes-upright" if upright else "shapes")
-    )
+    images.data_root = str(folder / ("shapes-upright" if upright else "shapes"))
+    images.indices = list(range(run.seed * TRAIN_IMAGES, (run.seed + 1) * TRAIN_IMAGES))
+    _resize(images)
     cfg.randomness = dict(seed=run.seed)
     cfg.train_cfg = dict(type="IterBasedTrainLoop", max_iters=run.iterations)
     warm_up, decay = cfg.param_scheduler
@@ -81,6 +86,13 @@ def config(run: DetectorRun, folder: Path) -> Config:
         checkpoint=None, logger=dict(type="LoggerHook", interval=run.iterations)
     )
     return cfg
+
+
+def _resize(images: dict) -> None:
+    """Have the images loaded in the size that they have."""
+    for step in images["pipeline"]:
+        if step["type"] == "Resize":
+            step["scale"] = (IMAGE_SIZE, IMAGE_SIZE)
 
 
 def train(run: DetectorRun, folder: Path, tell: Tell = lambda part: None) -> dict:
@@ -175,6 +187,7 @@ def _dataloader(run: DetectorRun, folder: Path, name: str) -> dict:
         data_prefix=dict(img=f"{name}/"),
         indices=run.test_images,
     )
+    _resize(loader.dataset)
     return loader
 
 

@@ -102,10 +102,7 @@ def detector_jobs(
     quick: bool = False,
 ) -> list[DetectorJob]:
     """The jobs of those of these parts that are of detectors, see :mod:`~.detector_grid`."""
-    runs = detector_grid.runs(arms, seeds, quick) if "detectors" in parts else []
-    if "detectors-long" in parts:
-        runs += detector_grid.long_runs(arms, seeds, quick)
-    return [DetectorJob(run) for run in runs]
+    return [DetectorJob(run) for run in detector_grid.runs(parts, arms, seeds, quick)]
 
 
 def plan(jobs: Sequence[DigitJob | DetectorJob], due: Sequence[Job], workers: int) -> list[str]:
