@@ -79,6 +79,10 @@ def test_matches_reference_across_blocks(dtype, problem):
         AggregateProblem(size=(17, 5), batch=1, spread=0.1),
         AggregateProblem(size=(33, 4), batch=1, channels=40, group=4),
         AggregateProblem(size=(16, 9), batch=1, channels=20, group=1, spread=20.0),
+        # Four strips, of a single image, and two of each of several.
+        AggregateProblem(size=(35, 6), batch=1, channels=20, group=1, spread=5.0),
+        AggregateProblem(size=(17, 6), batch=2, channels=20, group=1, spread=5.0),
+        AggregateProblem(size=(26, 5), batch=3, channels=9, group=1, spread=20.0),
         # Several blocks of channels to a group, and several batches of samples to a pixel.
         AggregateProblem(size=(18, 6), batch=1, channels=300, group=1, spread=5.0),
         AggregateProblem(size=(16, 7), batch=1, kernel=15, padding=7, spread=5.0),

@@ -128,7 +128,7 @@ __attribute__((always_inline)) inline void scatter_one(const RowSamples<S, A, L>
   }
   constexpr int64_t lanes = kLanes<A>;
   if constexpr (kRegisters > 0) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < kRegisters; ++j) {
       scatter_register<wants_input, kind, wants_dots>(at, sample, j * lanes, sums);
     }
@@ -180,6 +180,8 @@ inline void scatter(const RowSamples<S, A, L>& samples, int64_t begin, int64_t e
     scatter_samples<2, wants_input, kind, wants_dots>(samples, begin, end, count);
   } else if (count == 4 * lanes) {
     scatter_samples<4, wants_input, kind, wants_dots>(samples, begin, end, count);
+  } else if (count == 8 * lanes) {
+    scatter_samples<8, wants_input, kind, wants_dots>(samples, begin, end, count);
   } else {
     scatter_samples<0, wants_input, kind, wants_dots>(samples, begin, end, count);
   }

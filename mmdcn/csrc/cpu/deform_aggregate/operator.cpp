@@ -55,19 +55,19 @@ Tensor forward(const DeformAggregateShape& shape, const Tensor& input, const Ten
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
-// The strips that an image is divided into for the backward pass: two for a single one that is
-// large enough, and otherwise one, whatever the number of threads, so that sums have the same bits
-// for any. Two threads at different channels of the same pixels would take cache lines from each
-// other, as prefetching reaches for those beside one's own.
-int64_t strips_of_image(const DeformAggregateShape& shape) {
-  return shape.batch == 1 && shape.y.size >= 16 ? 2 : 1;
-}
+// The width of the backward pass's blocks of channels: most groups are one block, as much is done
+// once for each sample and block.
+constexpr int64_t kBackwardWidth = 256;
 
-// The width of the backward pass's blocks of channels. Much is done once for each sample and block;
-// the more strips there are to be divided among threads, the wider the blocks may be.
-int64_t backward_width(const DeformAggregateShape& shape) {
-  const int64_t strips = shape.batch * strips_of_image(shape);
-  return std::max<int64_t>(block_width(shape.channels) * std::min<int64_t>(strips, 4), 64);
+// The strips that an image of so many blocks is divided into for the backward pass. They do not
+// depend on the number of threads, so that sums have the same bits for any. There are two for a
+// single image, as threads at different channels of the same pixels would take cache lines from
+// each other (prefetching reaches for those beside one's own), and more where there would be fewer
+// than four tasks; but none has fewer than eight rows, as strips reach into each other.
+int64_t strips_of_image(const DeformAggregateShape& shape, int64_t blocks) {
+  const int64_t tasks = shape.batch * blocks;
+  const int64_t wanted = std::max<int64_t>((4 + tasks - 1) / tasks, shape.batch == 1 ? 2 : 1);
+  return std::max<int64_t>(std::min(wanted, shape.y.size / 8), 1);
 }
 
 // Gradients of offsets or of modulations sum over the channels of a group. Where a group has
@@ -98,7 +98,7 @@ class GroupSums {
   const Buffer<A> sums_;
 };
 
-// The strips of all images.
+// The strips of all images, image by image.
 template <typename A>
 class Strips {
  public:
@@ -108,11 +108,12 @@ class Strips {
       : shape_(shape),
         blocks_(blocks),
         grad_input_(grad_input),
-        of_image_(strips_of_image(shape)),
-        beyond_(new_tensor(grad_input, {of_image_ > 1 ? of_image_ : 0, grad_input.numel()},
+        of_image_(strips_of_image(shape, blocks.size())),
+        image_size_(grad_input.numel() / shape.batch),
+        beyond_(new_tensor(grad_input, {of_image_ > 1 ? count() : 0, image_size_},
                            grad_input.scalar_type())),
-        reached_(of_image_ * blocks.size()) {
-    for (int64_t number = 0; number < of_image_; ++number) {
+        reached_(count() * blocks.size()) {
+    for (int64_t number = 0; number < count(); ++number) {
       const ImageStrip<A> strip = (*this)[number];
       std::fill_n(strip.reached, blocks.size(), strip.own);
     }
@@ -128,19 +129,20 @@ class Strips {
             image * pixels + border(pixels, strip),
             image * pixels + border(pixels, strip + 1),
             {border(rows, strip), border(rows, strip + 1)},
-            of_image_ > 1 ? data<A>(beyond_) + strip * grad_input_.numel() : nullptr,
-            &reached_[strip * blocks_.size()]};
+            of_image_ > 1 ? data<A>(beyond_) + number * image_size_ : nullptr,
+            &reached_[number * blocks_.size()]};
   }
 
   // Adds what strips have summed for the rows of others, in the order of the strips.
   void add_up() {
     if (of_image_ == 1 || grad_input_.numel() == 0) return;
-    const int64_t blocks = static_cast<int64_t>(blocks_.size()), tasks = of_image_ * blocks;
+    const int64_t blocks = static_cast<int64_t>(blocks_.size()), tasks = count() * blocks;
     const int64_t work = grad_input_.numel() * kElementWork;
     parallel_for(0, tasks, grain(tasks, work), [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const ImageStrip<A> target = (*this)[task / blocks];
-        for (int64_t number = 0; number < of_image_; ++number) {
+        const int64_t first = target.image * of_image_;
+        for (int64_t number = first; number < first + of_image_; ++number) {
           add(task % blocks, (*this)[number], target);
         }
       }
@@ -151,7 +153,7 @@ class Strips {
   // Adds a block's channels of the rows that are `target`'s own.
   void add(int64_t number, const ImageStrip<A>& strip, const ImageStrip<A>& target) const {
     const ChannelBlock& block = blocks_[number];
-    A* const gradients = data<A>(grad_input_);
+    A* const gradients = data<A>(grad_input_) + target.image * image_size_;
     const auto add_rows = [&](int64_t first, int64_t last) {
       first = std::max(first, target.own.first) * shape_.x.size;
       last = std::min(last, target.own.last) * shape_.x.size;
@@ -168,7 +170,7 @@ class Strips {
   const DeformAggregateShape& shape_;
   const std::vector<ChannelBlock>& blocks_;
   const Tensor& grad_input_;
-  const int64_t of_image_;
+  const int64_t of_image_, image_size_;
   // Not scratch memory in huge pages: next to nothing of it is touched.
   Tensor beyond_;
   std::vector<RowRange> reached_;
@@ -180,9 +182,8 @@ template <typename T, typename A = accumulator_t<T>>
 void run_backward(const DeformAggregateShape& shape, const Tensor& grad_output, const Tensor& input,
                   const Tensor& offset, const Tensor& mask, const Tensor& grad_input,
                   const Tensor& grad_offset, const Tensor& grad_mask) {
-  const int64_t width = backward_width(shape);
   const std::vector<ChannelBlock> blocks =
-      channel_blocks(shape.groups, shape.group_channels(), width);
+      channel_blocks(shape.groups, shape.group_channels(), kBackwardWidth);
   const int64_t block_count = static_cast<int64_t>(blocks.size());
   const ChannelBlocks all = {blocks.data(), block_count / shape.groups};
   const GroupSums<A> offset_sums(grad_offset, all.of_group);
