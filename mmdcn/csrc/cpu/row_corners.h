@@ -2,6 +2,7 @@
 // their weights.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../sampling.h"
@@ -115,6 +116,31 @@ inline bool set_corners(int64_t image_height, int64_t image_width, const RowWind
     addresses.corner[3][i] = (y1 | x1) < 0 ? none + 3 * step : lower + after;
   }
   return any != 0;
+}
+
+// Whether both windows have the same rows and columns at the same distances.
+template <typename S, typename A>
+inline bool alike(const RowWindow<S>& one, const RowWindow<A>& other) {
+  return one.pixel_stride == other.pixel_stride && one.row_stride == other.row_stride &&
+         one.capacity == other.capacity && one.begin == other.begin && one.end == other.end &&
+         one.left == other.left && one.right == other.right;
+}
+
+// Sets the addresses of the corners in a window that is like that of `source`, and begins `shift`
+// bytes after it; corners that are nowhere there have the place sinks + q · sink_stride here.
+template <typename A, int kMost>
+inline void move_corners(const CornerAddresses<kMost>& source, uintptr_t nowhere, uintptr_t shift,
+                         A* sinks, int64_t sink_stride, int64_t count,
+                         CornerAddresses<kMost>& target) {
+  for (int q = 0; q < 4; ++q) {
+    const uintptr_t sink = reinterpret_cast<uintptr_t>(sinks + q * sink_stride);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) {
+      const uintptr_t from = source.corner[q][i];
+      target.corner[q][i] = from == nowhere ? sink : from + shift;
+    }
+  }
+  std::copy_n(source.missing, count, target.missing);
 }
 
 // The weights of the corners times the modulation.

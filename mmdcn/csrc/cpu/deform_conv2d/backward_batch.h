@@ -62,6 +62,14 @@ void add_partial(const DeformConv2dShape& shape, const BackwardTensors<T>& tenso
   }
 }
 
+// The width of the blocks of channels. Depthwise convolutions have two instead of three, which two
+// threads would share badly, and for each of which samples are located again.
+inline int64_t backward_width(const DeformConv2dShape& shape) {
+  const int64_t width = block_width(shape.channels);
+  const bool three = 2 * width < shape.channels && shape.channels <= 3 * width;
+  return three && is_depthwise(shape) ? ((shape.channels + 1) / 2 + 15) / 16 * 16 : width;
+}
+
 // The plan of a backward pass: its blocks, its spans, and the sizes of what it keeps in memory.
 template <typename T>
 struct BackwardPlan {
@@ -77,8 +85,7 @@ struct BackwardPlan {
 
   BackwardPlan(const DeformConv2dShape& shape, const BackwardKernel<T>& kernel, bool wants_weight,
                bool wants_sampling)
-      : blocks(channel_blocks(shape.groups, shape.group_channels(), block_width(shape.channels),
-                              true)),
+      : blocks(channel_blocks(shape.groups, shape.group_channels(), backward_width(shape), true)),
         block_count(static_cast<int64_t>(blocks.size())) {
     const int64_t group_channels = shape.deform_group_channels();
     for (const ChannelBlock& block : blocks) {

@@ -38,20 +38,33 @@ class Pass {
   void run(int64_t block_index, int64_t begin, int64_t end) {
     [[maybe_unused]] const RegistersFor<L> registers;
     const WindowPlan plan = plan_backward<kSampling, A>(call_.shape);
-    A* partial = call_.tensors.partial;
+    const int64_t shift = start_of(begin, end);
     scatter_.start();
-    for (int64_t index = begin; index < end; ++index) {
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t index = k + shift < end ? k + shift : k + shift - (end - begin);
+      A* partial = call_.tensors.partial;
+      if (partial) partial += (index - begin) * call_.tensors.partial_tile;
       set_tile(call_.shape, plan, index, *work_.tile);
       roll_windows(call_, plan, *work_.tile);
       work_.find_sampling();
-      work_.load_gradients();
+      scatter_.start_tile();
       for (int64_t tap = 0; tap < call_.shape.taps(); ++tap) run_tap(tap, block_index, partial);
       gradients_.store_staged();
-      if (partial) partial += call_.tensors.partial_tile;
     }
   }
 
  private:
+  // How far the first tile is from `begin`. Depthwise convolutions spend most of their time adding
+  // to the gradient of the input. If threads did that for different channels of the same pixels,
+  // they would wait for each other's cache lines; so half of the blocks begin in the middle, unless
+  // each has a window of its own, which rolls from tile to tile.
+  int64_t start_of(int64_t begin, int64_t end) const {
+    const DeformConv2dShape& shape = call_.shape;
+    const bool late = 2 * call_.block.begin >= shape.channels;
+    const bool rolls = call_.windows.input.capacity > 0 || call_.windows.grad_input.capacity > 0;
+    return late && !rolls && is_depthwise(shape) ? (end - begin) / 2 : 0;
+  }
+
   // Computes one tap of the current tile, which `partial` belongs to.
   void run_tap(int64_t tap, int64_t block_index, A* partial) const {
     const DeformConv2dShape& shape = call_.shape;

@@ -29,6 +29,8 @@ class PlaneScatter {
 
   void start() const {}
 
+  void start_tile() const { work_.load_gradients(); }
+
   // Transposes the gradients of the tap's columns.
   void start_tap() const {
     transpose<A>(work_.grad_columns, work_.column_stride, work_.tile->count, call_.channels(),

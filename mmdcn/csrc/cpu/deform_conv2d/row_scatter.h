@@ -48,6 +48,19 @@ class RowScatter {
     for (int64_t i = 0; i < kBackwardTile; ++i) rows_[i] = i * stride;
   }
 
+  // Reads the gradients of the tile's outputs. Depthwise convolutions, which have no product to
+  // read them for, find those of channels-last outputs where they are.
+  void start_tile() const {
+    if (!in_place()) return work_.load_gradients();
+    const BackwardTile& tile = *work_.tile;
+    for (int64_t r = 0; r < tile.runs; ++r) {
+      const auto& run = tile.run[r];
+      for (int64_t i = 0; i < run.count; ++i) {
+        rows_[run.first + i] = (run.pixel + i) * tensors_.output_layout.pixel_stride;
+      }
+    }
+  }
+
   // PlaneScatter has work here.
   void start_tap() const {}
   void prefetch(int64_t, int64_t) const {}
@@ -82,6 +95,11 @@ class RowScatter {
   struct Share {
     int64_t tap_row, begin, end;
   };
+
+  // Whether the gradients of the outputs are read where they are.
+  bool in_place() const {
+    return std::is_same_v<T, L> && is_depthwise(shape_) && tensors_.output_layout.channels_last();
+  }
 
   template <Column kind>
   void scatter_as(const Share& share) const {
@@ -136,7 +154,12 @@ class RowScatter {
     const int64_t begin = share.begin, count = share.end - begin, pixels = work_.tile->count;
     bool missing = set_corners<S>(shape_.height, shape_.width, rows, row_channel + begin, located,
                                   pixels, reinterpret_cast<const V*>(zeros_), 0, read_->at);
-    if (wants_input) {
+    if (wants_input && std::is_same_v<V, A> && alike(rows, grad_rows)) {
+      const uintptr_t from = reinterpret_cast<uintptr_t>(rows.data + row_channel);
+      const uintptr_t to = reinterpret_cast<uintptr_t>(grad_rows.data);
+      move_corners(read_->at, reinterpret_cast<uintptr_t>(zeros_), to - from, sinks_, count, pixels,
+                   *added_);
+    } else if (wants_input) {
       missing |= set_corners<A>(shape_.height, shape_.width, grad_rows, begin, located, pixels,
                                 sinks_, count, *added_);
     }
@@ -168,6 +191,9 @@ class RowScatter {
     samples.dots = dots_->of[0];
     if constexpr (kind == Column::kDepthwise) {
       samples.gradient = work_.gradients + share.begin;
+      if constexpr (std::is_same_v<T, A>) {
+        if (in_place()) samples.gradient = tensors_.grad_output + call_.block.begin + share.begin;
+      }
       samples.tap_weight = tensors_.weight + share.tap_row + share.begin;
       samples.grad_tap_weight =
           tensors_.grad_weight ? tensors_.grad_weight + share.tap_row + share.begin : unwanted_;
