@@ -68,6 +68,8 @@ def test_matches_reference_across_blocks(dtype, problem):
         Problem(2, 70, (40, 9), 70, groups=70, spread=1.0),
         Problem(1, 70, (40, 9), 70, groups=70, spread=25.0, weight_channels_last=True),
         Problem(2, 70, (12, 11), 70, groups=70, channels_last=True, points_channels_last=True),
+        # Two blocks, of which one begins in the middle of three tiles.
+        Problem(2, 140, (20, 21), 140, groups=140, channels_last=True, spread=3.0),
         Problem(1, 60, (12, 11), 60, groups=60, deform_groups=5, has_bias=False, has_mask=False),
         Problem(1, 24, (9, 70), 24, (5, 3), (2, 1), (2, 1), (1, 2), groups=24, deform_groups=4),
         # A channel to a group, with two outputs each, and with few channels to an offset group.

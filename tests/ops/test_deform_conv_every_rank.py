@@ -106,6 +106,7 @@ def test_each_gradient_alone(problem, wanted):
         # Few pixels to many output channels: each thread has channels of its own.
         Problem(2, 128, (12, 9), 256),
         Problem(2, 64, (6, 9), 128, channels_last=True),
+        Problem(2, 140, (20, 21), 140, groups=140, channels_last=True),
         Problem(2, 350, (6, 7), 350),  # weights of which each thread holds a block's at a time
         dataclasses.replace(LINE, size=(3000,), channels=100, out_channels=40),
         dataclasses.replace(VOLUME, size=(7, 12, 13), channels=48, groups=2, deform_groups=3),
