@@ -260,7 +260,8 @@ def run(function, tensors: dict, grad_output: Tensor | None = None, **arguments)
     output = function(**tensors, **arguments)
     if grad_output is None:
         grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).double()
-    output.backward(grad_output.to(output.device, output.dtype))
+    # In the layout of the output, as most layers that follow leave it.
+    output.backward(torch.empty_like(output).copy_(grad_output))
     results = {"output": output.detach()}
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad:
