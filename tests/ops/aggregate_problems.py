@@ -78,11 +78,11 @@ def draw_aggregate_problem(random: Random) -> AggregateProblem:
     odd = [(3, 3), (1, 3), (3, 1), (5, 3)]
     kernel = random.choice(odd) if remove_center else pair(1, 5)
     dilation, padding = pair(1, 3), pair(0, 3)
-    # Sizes around 16, 32, 64 and 256 cross the borders of registers and of blocks of channels.
-    channels = random.choice([1, 3, 4, 6, 12, 17, 32, 40, 70, 130, 270])
+    # Sizes around 16, 32, 64 and 512 cross the borders of registers and of blocks of channels.
+    channels = random.choice([1, 3, 4, 6, 12, 17, 32, 40, 70, 130, 520])
     size = [sum(n) for n in zip(smallest_size(kernel, padding, dilation), pair(0, 6))]
-    # Images of 16 rows and more are divided into strips, into four if they have 32.
-    size[0] += random.choice([0, 0, 16, 32])
+    # Images of 8 or 16 rows and more are divided into strips.
+    size[0] += random.choice([0, 0, 8, 16])
     return AggregateProblem(
         batch=random.randint(1, 3),
         channels=channels,

@@ -57,7 +57,7 @@ def test_matches_reference(dtype, problem):
     "problem",
     [
         # Groups of several parts whose gradients are added up.
-        AggregateProblem(channels=300, group=1),
+        AggregateProblem(channels=600, group=1),
         AggregateProblem(channels=144, group=2),
         # Several pixels to a batch of samples, one, and so many taps that one has several batches.
         AggregateProblem(kernel=(5, 7), padding=(2, 3)),
@@ -84,7 +84,7 @@ def test_matches_reference_across_blocks(dtype, problem):
         AggregateProblem(size=(17, 6), batch=2, channels=20, group=1, spread=5.0),
         AggregateProblem(size=(26, 5), batch=3, channels=9, group=1, spread=20.0),
         # Several blocks of channels to a group, and several batches of samples to a pixel.
-        AggregateProblem(size=(18, 6), batch=1, channels=300, group=1, spread=5.0),
+        AggregateProblem(size=(18, 6), batch=1, channels=600, group=1, spread=5.0),
         AggregateProblem(size=(16, 7), batch=1, kernel=15, padding=7, spread=5.0),
         # Two output rows, a single one, and a single pixel, of which a strip has none.
         AggregateProblem(size=(20, 5), batch=1, stride=(12, 1), spread=9.0),

@@ -57,17 +57,18 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
 // The width of the backward pass's blocks of channels: most groups are one block, as much is done
 // once for each sample and block.
-constexpr int64_t kBackwardWidth = 256;
+constexpr int64_t kBackwardWidth = 512;
 
 // The strips that an image of so many blocks is divided into for the backward pass. They do not
 // depend on the number of threads, so that sums have the same bits for any. There are two for a
-// single image, as threads at different channels of the same pixels would take cache lines from
-// each other (prefetching reaches for those beside one's own), and more where there would be fewer
-// than four tasks; but none has fewer than eight rows, as strips reach into each other.
+// single image that is large enough, as threads at different channels of the same pixels would take
+// cache lines from each other (prefetching reaches for those beside one's own), and more where
+// there would be fewer than four tasks, down to four rows.
 int64_t strips_of_image(const DeformAggregateShape& shape, int64_t blocks) {
-  const int64_t tasks = shape.batch * blocks;
-  const int64_t wanted = std::max<int64_t>((4 + tasks - 1) / tasks, shape.batch == 1 ? 2 : 1);
-  return std::max<int64_t>(std::min(wanted, shape.y.size / 8), 1);
+  const int64_t rows = shape.y.size, tasks = shape.batch * blocks;
+  int64_t strips = shape.batch == 1 && rows >= 16 ? 2 : 1;
+  while (strips * tasks < 4 && rows >= 8 * strips) strips *= 2;
+  return strips;
 }
 
 // Gradients of offsets or of modulations sum over the channels of a group. Where a group has
