@@ -2,7 +2,6 @@
 // their weights.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "../sampling.h"
@@ -126,21 +125,20 @@ inline bool alike(const RowWindow<S>& one, const RowWindow<A>& other) {
          one.left == other.left && one.right == other.right;
 }
 
-// Sets the addresses of the corners in a window that is like that of `source`, and begins `shift`
-// bytes after it; corners that are nowhere there have the place sinks + q · sink_stride here.
-template <typename A, int kMost>
-inline void move_corners(const CornerAddresses<kMost>& source, uintptr_t nowhere, uintptr_t shift,
-                         A* sinks, int64_t sink_stride, int64_t count,
-                         CornerAddresses<kMost>& target) {
+// Sets the addresses of what belongs to the corners: place(address) for one at `address`. Corners
+// that are `nowhere` have the place sinks + q · sink_stride.
+template <typename A, int kMost, typename Place>
+inline void move_corners(const CornerAddresses<kMost>& source, int64_t count, const void* nowhere,
+                         A* sinks, int64_t sink_stride, CornerAddresses<kMost>& target,
+                         const Place& place) {
+  const uintptr_t none = reinterpret_cast<uintptr_t>(nowhere);
   for (int q = 0; q < 4; ++q) {
     const uintptr_t sink = reinterpret_cast<uintptr_t>(sinks + q * sink_stride);
+    const uintptr_t* from = source.corner[q];
+    uintptr_t* to = target.corner[q];
 #pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) {
-      const uintptr_t from = source.corner[q][i];
-      target.corner[q][i] = from == nowhere ? sink : from + shift;
-    }
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i] == none ? sink : place(from[i]);
   }
-  std::copy_n(source.missing, count, target.missing);
 }
 
 // The weights of the corners times the modulation.

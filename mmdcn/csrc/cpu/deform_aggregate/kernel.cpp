@@ -194,22 +194,14 @@ class BackwardPass {
     const uintptr_t to =
         reinterpret_cast<uintptr_t>(image_of(shape_, tensors_.grad_input, strip.image));
     const uintptr_t beyond = reinterpret_cast<uintptr_t>(strip.beyond);
-    const uintptr_t nowhere = reinterpret_cast<uintptr_t>(zeros_);
     // Where the strip's own rows begin, and their size, in bytes of the input.
     const uintptr_t row = shape_.x.size * shape_.channels * sizeof(T);
     const uintptr_t own = from + strip.own.first * row;
     const uintptr_t own_bytes = (strip.own.last - strip.own.first) * row;
-    const int64_t count = batch.count();
-    for (int q = 0; q < 4; ++q) {
-      const uintptr_t sink = reinterpret_cast<uintptr_t>(sinks_ + q * shape_.group_channels());
-      const uintptr_t* read = read_->at.corner[q];
-      uintptr_t* added = added_->corner[q];
-#pragma GCC ivdep
-      for (int64_t s = 0; s < count; ++s) {
-        const uintptr_t image = read[s] - own < own_bytes ? to : beyond;
-        added[s] = read[s] != nowhere ? image + times * (read[s] - from) : sink;
-      }
-    }
+    move_corners(read_->at, batch.count(), zeros_, sinks_, shape_.group_channels(), *added_,
+                 [=](uintptr_t corner) {
+                   return (corner - own < own_bytes ? to : beyond) + times * (corner - from);
+                 });
   }
 
   // Whether gradients of rows that are not the strip's own are summed apart.

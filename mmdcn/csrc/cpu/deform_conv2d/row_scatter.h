@@ -98,7 +98,7 @@ class RowScatter {
 
   // Whether the gradients of the outputs are read where they are.
   bool in_place() const {
-    return std::is_same_v<T, L> && is_depthwise(shape_) && tensors_.output_layout.channels_last();
+    return std::is_same_v<T, A> && is_depthwise(shape_) && tensors_.output_layout.channels_last();
   }
 
   template <Column kind>
@@ -154,22 +154,25 @@ class RowScatter {
     const int64_t begin = share.begin, count = share.end - begin, pixels = work_.tile->count;
     bool missing = set_corners<S>(shape_.height, shape_.width, rows, row_channel + begin, located,
                                   pixels, reinterpret_cast<const V*>(zeros_), 0, read_->at);
-    if (wants_input && std::is_same_v<V, A> && alike(rows, grad_rows)) {
+    const bool moved = wants_input && std::is_same_v<V, A> && alike(rows, grad_rows);
+    if (moved) {
       const uintptr_t from = reinterpret_cast<uintptr_t>(rows.data + row_channel);
-      const uintptr_t to = reinterpret_cast<uintptr_t>(grad_rows.data);
-      move_corners(read_->at, reinterpret_cast<uintptr_t>(zeros_), to - from, sinks_, count, pixels,
-                   *added_);
+      const uintptr_t shift = reinterpret_cast<uintptr_t>(grad_rows.data) - from;
+      move_corners(read_->at, pixels, zeros_, sinks_, count, *added_,
+                   [=](uintptr_t corner) { return corner + shift; });
     } else if (wants_input) {
       missing |= set_corners<A>(shape_.height, shape_.width, grad_rows, begin, located, pixels,
                                 sinks_, count, *added_);
     }
     set_weights(located, pixels, read_->weight);
     const RowSamples<V, A, L> samples = samples_of<V, kind>(share);
-    // Corners can only be missing in windows, which are of type A.
+    // Corners can only be missing in windows, which are of type A; in windows that are alike, the
+    // same ones are.
+    const bool apart = wants_input && !moved;
     if constexpr (std::is_same_v<V, A>) {
       for (int64_t i = 0, first = 0; missing && i <= pixels; ++i) {
         const bool last = i == pixels;
-        if (!last && !read_->at.missing[i] && !(wants_input && added_->missing[i])) continue;
+        if (!last && !read_->at.missing[i] && !(apart && added_->missing[i])) continue;
         if (first < i) scatter<wants_input, kind, wants_dots>(samples, first, i, count);
         if (!last) stray<wants_input, kind, wants_dots>(samples, i, begin, count);
         first = i + 1;
