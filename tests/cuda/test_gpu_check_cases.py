@@ -113,6 +113,7 @@ def test_kernels_that_ran_must_be_ours():
         "void mmdcn::cuda::(anonymous namespace)::gather_kernel<8, 2, __half, float, __half>(int)"
     )
     assert profiling.short_name(full) == ours
+    assert profiling.short_name("void unnamed>::scatter_kernel<4>(int)") == "scatter_kernel<4>"
     assert profiling.problem({ours: 3.0}, cuda, ("gather_kernel",)) is None
     assert profiling.problem({}, cuda, ("gather_kernel",)) is None  # nothing seen, nothing said
     assert "none of the kernels" in profiling.problem({"gemm": 3.0}, cuda)
@@ -194,7 +195,7 @@ def test_counters_are_read_from_what_ncu_prints():
     )
     (found,) = programs.counters_of(output)
     assert found["time, ns"] == "12,345" and found["L1 hits, %"] == "71.5"
-    assert "gather_kernel<8, 2>" in found["kernel"] and len(found) == 3
+    assert found["kernel"] == "mmdcn::cuda::gather_kernel<8, 2>" and len(found) == 3
     assert programs.counters_of("ERR_NVGPUCTRPERM") == []
 
 

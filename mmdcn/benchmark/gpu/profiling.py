@@ -48,7 +48,9 @@ def counted(device: torch.device) -> Iterator[None]:
 
 def short_name(kernel: str) -> str:
     """A kernel's name without what does not tell it from others."""
-    name = kernel.removeprefix("void ").replace("(anonymous namespace)::", "")
+    # torch's profiler and ncu call namespaces without a name differently, and ncu may cut the
+    # namespaces before them off, with the bracket.
+    name = re.sub(r"(\(anonymous namespace\)|<?\bunnamed>)::", "", kernel.removeprefix("void "))
     name = re.sub(r"\(.*", "", name)  # the types of its arguments
     return name if len(name) <= 120 else f"{name[:117]}..."
 
